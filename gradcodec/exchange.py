@@ -1,0 +1,127 @@
+"""The two halves of a transfer, side by side: update -> payload on the client, payload -> update on the server.
+
+What is sent is the *target*: the new update plus what earlier payloads left out (error feedback: Seide et al. 2014,
+Karimireddy et al. 2019). Every payload is contractive, ``|target - decoded| <= |target|``, whatever the codec's
+weights: the encoder decodes its own codes and sends a gain, which is 1 unless the codes alone would add energy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradcodec.codec import Codec
+from gradcodec.errors import BudgetError, CodecError
+from gradcodec.frame import HEADER_BYTES, Frame, pack, unpack
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What one payload left on the client, as blocks ``[R, C]`` float32.
+
+    ``target`` is what should have been sent, ``left`` the part that the payload does not carry; which of the two
+    goes on depends on whether the server accepted the payload.
+    """
+
+    target_RC: Tensor
+    left_RC: Tensor
+    payload_digest: str
+
+    def carried(self, accepted_digest: str, decay: float) -> Tensor:
+        """What the next target adds, ``[R, C]``: ``decay`` times what was left, or, if the server did not accept
+        this payload (lost, refused or late), the whole target, so that no mass is lost."""
+        return self.left_RC * decay if accepted_digest == self.payload_digest else self.target_RC
+
+
+def digest_of(payload: bytes) -> str:
+    """16 hexadecimal digits by which both ends call a payload."""
+    return hashlib.sha256(payload).hexdigest()[:16]
+
+
+def max_payload_bytes(bits_per_parameter: float, num_parameters: int) -> int:
+    """The byte budget of a whole payload, its header included."""
+    return int(bits_per_parameter * num_parameters / 8)
+
+
+def encode_update(
+    update: Mapping[str, Tensor],
+    carried_RC: Tensor | None,
+    *,
+    codec: Codec,
+    max_bytes: int | None = None,
+    reference_RC: Tensor | None = None,
+) -> tuple[bytes, Residual]:
+    """Update -> payload and residual; ``left + decoded == target`` (conservation, to float32 rounding).
+
+    Args:
+        update: PEFT tensor name -> tensor; what local training changed.
+        carried_RC: what earlier payloads left, ``Residual.carried``, or None.
+        codec: built for the update's layout.
+        max_bytes: upper bound of ``len(payload)``; None leaves the rate to the codec.
+        reference_RC: the last global update as blocks, known to both ends, or None.
+
+    Raises:
+        CodecError: the update does not fit the layout or is not finite.
+        BudgetError: no payload of ``max_bytes`` can be made.
+    """
+    target_RC = codec.layout.to_blocks(update).cpu()
+    if carried_RC is not None:
+        target_RC = target_RC + carried_RC
+    if not bool(torch.isfinite(target_RC).all()):
+        raise CodecError("the update holds NaN or infinity: local training diverged (lower train.lr)")
+    if max_bytes is not None and max_bytes <= HEADER_BYTES:
+        raise BudgetError(f"{max_bytes} bytes a payload: the frame's header alone takes {HEADER_BYTES}")
+    codes = codec.encode(target_RC, None if max_bytes is None else max_bytes - HEADER_BYTES, reference_RC)
+    decoded_RC = codec.decode(codes, reference_RC)
+    gain = contractive_gain(target_RC, decoded_RC)
+    payload = pack(Frame(codec.id, codec.layout.id, gain, codes))
+    left_RC = target_RC - _scaled(decoded_RC, gain)
+    return payload, Residual(target_RC, left_RC, digest_of(payload))
+
+
+def decode_update(payload: bytes, *, codec: Codec, reference_RC: Tensor | None = None) -> dict[str, Tensor]:
+    """Payload -> update, float32 on the CPU. It decodes, or raises ``CodecError``, never anything else."""
+    frame = unpack(payload, codec.num_streams)
+    if frame.codec_id != codec.id:
+        raise CodecError(
+            f"payload of codec {frame.codec_id.hex()}, this side has {codec.id.hex()}: "
+            "both ends need the same codec artifact and settings"
+        )
+    if frame.layout_id != codec.layout.id:
+        raise CodecError(
+            f"payload for layout {frame.layout_id.hex()}, this side has {codec.layout.id.hex()}: "
+            "both ends need the same model, rank and target modules"
+        )
+    decoded_RC = _scaled(codec.decode(frame.codes, reference_RC), frame.gain)
+    if not bool(torch.isfinite(decoded_RC).all()):
+        raise CodecError("the payload decodes to NaN or infinity")
+    return codec.layout.to_update(decoded_RC)
+
+
+def contractive_gain(target_RC: Tensor, decoded_RC: Tensor) -> float:
+    """1 if the decoded blocks are no farther from the target than zero is; else the least-squares gain, rounded
+    towards zero to float16; else 0."""
+    target, decoded = target_RC.flatten().double(), decoded_RC.flatten().double()
+    energy = float(target @ target)
+
+    def adds_energy(gain: float) -> bool:
+        rest = (target_RC - _scaled(decoded_RC, gain)).flatten().double()
+        return not float(rest @ rest) <= energy
+
+    if not adds_energy(1.0):
+        return 1.0
+    if not bool(torch.isfinite(decoded).all()):
+        return 0.0
+    least_squares = float(target @ decoded) / max(float(decoded @ decoded), torch.finfo(torch.float64).tiny)
+    gain = float(torch.tensor(min(max(least_squares, 0.0), 60000.0)).mul(0.999).half())
+    return 0.0 if adds_energy(gain) else gain
+
+
+def _scaled(decoded_RC: Tensor, gain: float) -> Tensor:
+    if gain == 0.0:  # also of NaN and infinity
+        return torch.zeros_like(decoded_RC)
+    return decoded_RC if gain == 1.0 else decoded_RC * gain

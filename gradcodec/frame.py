@@ -1,0 +1,107 @@
+"""Frame: codes <-> bytes, the wire format. Knows bytes only; must not know tensors, codecs or Flower.
+
+Wire version 1, little-endian, nothing aligned:
+
+    offset  size  field
+    0       1     magic 0xC6
+    1       1     version 1
+    2       4     codec id      (Codec.id: which codec with which settings and weights)
+    6       4     layout id     (Layout.id: which tensors of which shapes)
+    10      2     gain          (float16, finite; what the decoded blocks are multiplied by)
+    12      4     CRC-32 of bytes 0..11 and of everything after this field
+    16      -     the codes: every stream but the last as a LEB128 length and its bytes; the last takes the rest
+
+Version rules: a reader refuses every version but its own. Any change of a field, of the order of a codec's streams or
+of the meaning of a stream is a new version or a new codec id. The golden bytes of every released version stay in
+``tests/test_frame.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+
+from gradcodec.errors import CodecError
+
+MAGIC = 0xC6
+VERSION = 1
+_FIELDS = struct.Struct("<BB4s4se")
+_CHECKSUM = struct.Struct("<I")
+HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
+MAX_STREAMS = 64
+MAX_LENGTH_BYTES = 5
+
+Codes = tuple[bytes, ...]
+"""What a codec sends: one or more streams of bytes, in an order that the codec fixes."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One payload, taken apart."""
+
+    codec_id: bytes
+    layout_id: bytes
+    gain: float
+    codes: Codes
+
+
+def pack(frame: Frame) -> bytes:
+    """Frame -> payload."""
+    assert len(frame.codec_id) == len(frame.layout_id) == 4 and 1 <= len(frame.codes) <= MAX_STREAMS
+    fields = _FIELDS.pack(MAGIC, VERSION, frame.codec_id, frame.layout_id, frame.gain)
+    body = b"".join(_pack_length(len(stream)) + stream for stream in frame.codes[:-1]) + frame.codes[-1]
+    return fields + _CHECKSUM.pack(zlib.crc32(body, zlib.crc32(fields))) + body
+
+
+def unpack(payload: bytes, num_streams: int) -> Frame:
+    """Payload -> frame. It parses, or raises ``CodecError``, never anything else.
+
+    Args:
+        payload: as received; nothing is taken on trust.
+        num_streams: how many streams the receiver's codec uses, 1 to 64.
+    """
+    if len(payload) < HEADER_BYTES:
+        raise CodecError(f"payload of {len(payload)} bytes: a frame's header alone takes {HEADER_BYTES}")
+    magic, version, codec_id, layout_id, gain = _FIELDS.unpack_from(payload)
+    if magic != MAGIC:
+        raise CodecError(f"payload starts with 0x{magic:02x}, not 0x{MAGIC:02x}: it is no gradcodec frame")
+    if version != VERSION:
+        raise CodecError(f"frame of wire version {version}; this side reads version {VERSION}: upgrade the older side")
+    (checksum,) = _CHECKSUM.unpack_from(payload, _FIELDS.size)
+    body = payload[HEADER_BYTES:]
+    if zlib.crc32(body, zlib.crc32(payload[: _FIELDS.size])) != checksum:
+        raise CodecError("checksum of the frame does not match: the payload was damaged or cut off")
+    if not math.isfinite(gain):
+        raise CodecError(f"the frame's gain is {gain}: it must be finite")
+    streams: list[bytes] = []
+    offset = 0
+    for _ in range(num_streams - 1):
+        length, offset = _unpack_length(body, offset)
+        if length > len(body) - offset:
+            raise CodecError(f"a stream of {length} bytes is announced, {len(body) - offset} are left")
+        streams.append(body[offset : offset + length])
+        offset += length
+    return Frame(codec_id, layout_id, gain, (*streams, body[offset:]))
+
+
+def _pack_length(length: int) -> bytes:
+    packed = bytearray()
+    while length >= 0x80:
+        packed.append(length & 0x7F | 0x80)
+        length >>= 7
+    packed.append(length)
+    return bytes(packed)
+
+
+def _unpack_length(body: bytes, offset: int) -> tuple[int, int]:
+    length = 0
+    for position in range(MAX_LENGTH_BYTES):
+        if offset + position >= len(body):
+            raise CodecError("the payload ends inside a stream's length")
+        byte = body[offset + position]
+        length |= (byte & 0x7F) << (7 * position)
+        if byte < 0x80:
+            return length, offset + position + 1
+    raise CodecError(f"a stream's length takes more than {MAX_LENGTH_BYTES} bytes")
