@@ -8,7 +8,7 @@ optimizer runs on the server (Reddi et al. 2021). ``delta``: AdamW here, averagi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,12 @@ def check_training(settings: TrainSettings) -> None:
 
 
 def finetune(
-    model: PeftModel, adapter: Mapping[str, Tensor], windows: Tensor, settings: TrainSettings, seed: int
+    model: PeftModel,
+    adapter: Mapping[str, Tensor],
+    windows: Tensor,
+    settings: TrainSettings,
+    seed: int,
+    on_step: Callable[[int], None] | None = None,
 ) -> tuple[Adapter, float]:
     """Trains the adapter on random batches of windows.
 
@@ -62,6 +67,7 @@ def finetune(
         adapter: where training starts.
         windows: ``[W, T]`` int64 token ids, W at least 1.
         seed: of batches and dropout; the same seed, data and thread count give the same update to the bit.
+        on_step: called after each step with the steps done; may evaluate the model.
 
     Returns:
         The update (new adapter minus ``adapter``) and the mean training loss in nats per token.
@@ -73,10 +79,10 @@ def finetune(
     batches = torch.Generator().manual_seed(seed)
     device = parameters[0].device
     total_loss = 0.0
-    model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for step in range(settings.steps):
+            model.train()
             picked = torch.randint(len(windows), (settings.batch_size,), generator=batches)
             for micro_batch in windows[picked].split(settings.micro_batch_size):
                 share = len(micro_batch) / settings.batch_size
@@ -88,6 +94,8 @@ def finetune(
                 group["lr"] = settings.lr * _schedule(settings, step)
             optimizer.step()
             optimizer.zero_grad()
+            if on_step is not None:
+                on_step(step + 1)
     return subtract(get_adapter(model), adapter), total_loss / settings.steps
 
 

@@ -23,7 +23,7 @@ class Codec(Protocol):
     """Blocks <-> codes for one layout.
 
     ``decode`` gives float32 blocks ``[R, C]`` or raises ``CodecError``, whatever the codes hold. Both ends must
-    build the codec with equal settings and weights (equal ``id``) and hand it equal references.
+    build the codec with equal settings and weights (equal ``id``) and hand it the same side information.
     """
 
     @property
@@ -39,20 +39,25 @@ class Codec(Protocol):
         """How many streams its codes have."""
         ...
 
-    def encode(self, blocks_RC: Tensor, max_bytes: int | None, reference_RC: Tensor | None) -> Codes:
+    def side_information(self, global_update_RC: Tensor) -> Tensor | None:
+        """What both ends may know of the next updates from the last global one, ``[R, C]``: computed once, on the
+        server, and sent to the clients, so that no float decides differently on two machines. None: nothing."""
+        ...
+
+    def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
         """Blocks -> codes.
 
         Args:
             blocks_RC: float32 ``[R, C]``, finite.
             max_bytes: the codes' streams together may take this many bytes; None leaves the rate to the codec.
-            reference_RC: float32 ``[R, C]``, what both ends know already (the last global update), or None.
+            side: what ``side_information`` gave for this round, or None.
 
         Raises:
             BudgetError: ``max_bytes`` is less than the codec can make.
         """
         ...
 
-    def decode(self, codes: Codes, reference_RC: Tensor | None) -> Tensor:
+    def decode(self, codes: Codes, side: Tensor | None) -> Tensor:
         """Codes -> blocks; the inverse, as nearly as the bytes allow."""
         ...
 
@@ -74,10 +79,13 @@ class IdentityCodec:
     id: bytes = codec_id("identity/1")
     num_streams: int = 1
 
-    def encode(self, blocks_RC: Tensor, max_bytes: int | None, reference_RC: Tensor | None) -> Codes:
+    def side_information(self, global_update_RC: Tensor) -> Tensor | None:
+        return None
+
+    def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
         return (self.layout.flatten(blocks_RC).cpu().numpy().astype("<f4").tobytes(),)
 
-    def decode(self, codes: Codes, reference_RC: Tensor | None) -> Tensor:
+    def decode(self, codes: Codes, side: Tensor | None) -> Tensor:
         if len(codes[0]) != 4 * self.layout.num_parameters:
             raise CodecError(f"{len(codes[0])} bytes of float32 for {self.layout.num_parameters} parameters")
         return self.layout.unflatten(torch.from_numpy(np.frombuffer(codes[0], "<f4").astype(np.float32)))

@@ -53,7 +53,7 @@ def encode_update(
     *,
     codec: Codec,
     max_bytes: int | None = None,
-    reference_RC: Tensor | None = None,
+    side: Tensor | None = None,
 ) -> tuple[bytes, Residual]:
     """Update -> payload and residual; ``left + decoded == target`` (conservation, to float32 rounding).
 
@@ -62,7 +62,7 @@ def encode_update(
         carried_RC: what earlier payloads left, ``Residual.carried``, or None.
         codec: built for the update's layout.
         max_bytes: upper bound of ``len(payload)``; None leaves the rate to the codec.
-        reference_RC: the last global update as blocks, known to both ends, or None.
+        side: ``Codec.side_information`` of this round, equal on both ends, or None.
 
     Raises:
         CodecError: the update does not fit the layout or is not finite.
@@ -75,15 +75,15 @@ def encode_update(
         raise CodecError("the update holds NaN or infinity: local training diverged (lower train.lr)")
     if max_bytes is not None and max_bytes <= HEADER_BYTES:
         raise BudgetError(f"{max_bytes} bytes a payload: the frame's header alone takes {HEADER_BYTES}")
-    codes = codec.encode(target_RC, None if max_bytes is None else max_bytes - HEADER_BYTES, reference_RC)
-    decoded_RC = codec.decode(codes, reference_RC)
+    codes = codec.encode(target_RC, None if max_bytes is None else max_bytes - HEADER_BYTES, side)
+    decoded_RC = codec.decode(codes, side)
     gain = contractive_gain(target_RC, decoded_RC)
     payload = pack(Frame(codec.id, codec.layout.id, gain, codes))
     left_RC = target_RC - _scaled(decoded_RC, gain)
     return payload, Residual(target_RC, left_RC, digest_of(payload))
 
 
-def decode_update(payload: bytes, *, codec: Codec, reference_RC: Tensor | None = None) -> dict[str, Tensor]:
+def decode_update(payload: bytes, *, codec: Codec, side: Tensor | None = None) -> dict[str, Tensor]:
     """Payload -> update, float32 on the CPU. It decodes, or raises ``CodecError``, never anything else."""
     frame = unpack(payload, codec.num_streams)
     if frame.codec_id != codec.id:
@@ -96,7 +96,7 @@ def decode_update(payload: bytes, *, codec: Codec, reference_RC: Tensor | None =
             f"payload for layout {frame.layout_id.hex()}, this side has {codec.layout.id.hex()}: "
             "both ends need the same model, rank and target modules"
         )
-    decoded_RC = _scaled(codec.decode(frame.codes, reference_RC), frame.gain)
+    decoded_RC = _scaled(codec.decode(frame.codes, side), frame.gain)
     if not bool(torch.isfinite(decoded_RC).all()):
         raise CodecError("the payload decodes to NaN or infinity")
     return codec.layout.to_update(decoded_RC)

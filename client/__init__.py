@@ -1,0 +1,1 @@
+"""The client program: local fine-tuning and encoding, on every node."""

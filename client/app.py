@@ -1,0 +1,89 @@
+"""Flower's side of the client: message in, message out. Adaptation only; the work is in ``trainer.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.trainer import Trainer, trainer_for
+from strategies.records import (
+    ACCEPTED,
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    NUM_EXAMPLES,
+    PARTITION,
+    REFUSAL,
+    SECONDS_ENCODE,
+    SECONDS_TRAIN,
+    SERVER_ROUND,
+    SETTINGS,
+    SIDE,
+    TRAIN_LOSS,
+    config_of,
+    from_record,
+    to_record,
+    wrap_payload,
+)
+
+NODE_PATHS = ("model-path", "task-path", "codec-artifact")
+"""Keys of a node's config by which it says where its own copies lie."""
+
+app = ClientApp()
+
+
+@app.query()
+def answer_roll_call(message: Message, context: Context) -> Message:
+    """Loads what training will need, and says which partition this node holds, or why it cannot take part."""
+    partition = int(context.node_config[PARTITION])
+    refusal = ""
+    try:
+        _trainer(message, context).check(partition)
+    except ValueError as error:
+        refusal = str(error)
+    answer = {METRICS: MetricRecord({PARTITION: partition}), CONFIG: ConfigRecord({REFUSAL: refusal})}
+    return Message(RecordDict(answer), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """One round: the global adapter in, this client's payload (or dense adapter) out."""
+    config = config_of(message.content)
+    partition = int(context.node_config[PARTITION])
+    trainer = _trainer(message, context)
+    side = message.content.array_records.get(SIDE)
+    done = trainer.train(
+        from_record(message.content.array_records[ARRAYS]),
+        partition=partition,
+        server_round=int(str(config[SERVER_ROUND])),
+        side=from_record(side)[SIDE] if side else None,
+        accepted=str(config.get(ACCEPTED, "")),
+        memory=_memory_root(context) / trainer.settings.run_id,
+    )
+    if done.payload is not None:
+        arrays = wrap_payload(done.payload)
+    else:
+        assert done.adapter is not None
+        arrays = to_record(done.adapter)
+    metrics = MetricRecord(
+        {
+            NUM_EXAMPLES: done.num_examples,
+            PARTITION: partition,
+            TRAIN_LOSS: done.train_loss,
+            SECONDS_TRAIN: done.seconds_train,
+            SECONDS_ENCODE: done.seconds_encode,
+        }
+    )
+    return Message(RecordDict({ARRAYS: arrays, METRICS: metrics}), reply_to=message)
+
+
+def _trainer(message: Message, context: Context) -> Trainer:
+    own_paths = tuple((key, str(context.node_config[key])) for key in NODE_PATHS if key in context.node_config)
+    return trainer_for(str(config_of(message.content)[SETTINGS]), own_paths)
+
+
+def _memory_root(context: Context) -> Path:
+    """Where residuals are kept: the node config's ``memory``, else the user's cache."""
+    return Path(str(context.node_config.get("memory", Path.home() / ".cache" / "cg-fedllm" / "memory")))

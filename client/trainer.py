@@ -1,0 +1,144 @@
+"""What a node holds between messages: base model, tokenised data, codec; and the work of one message.
+
+Knows settings, libraries and the disk; must not know Flower's messages (``app.py`` does).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from adapters.finetune import finetune
+from adapters.model import Adapter, get_adapter, load_model, load_tokenizer
+from client.memory import load_residual, save_residual
+from conf.schema import Settings, check_settings
+from gradcodec.build import build_codec, byte_budget
+from gradcodec.codec import Codec
+from gradcodec.exchange import encode_update
+from gradcodec.layout import Layout
+from tasks.shards import Shard, load_shard
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One client's answer to one round: the dense adapter or the payload, whichever the arm sends."""
+
+    adapter: Adapter | None
+    payload: bytes | None
+    num_examples: int
+    train_loss: float
+    seconds_train: float
+    seconds_encode: float
+
+
+class Trainer:
+    """One per process and settings; serves any partition."""
+
+    def __init__(self, settings: Settings) -> None:
+        check_settings(settings)
+        self.settings = settings
+        self._shards: dict[int, Shard] = {}
+
+    @cached_property
+    def model(self) -> PeftModel:
+        return load_model(self.settings.model, self.settings.lora, self.settings.seed)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.settings.model)
+
+    @cached_property
+    def codec(self) -> Codec:
+        layout = Layout.of({name: tuple(tensor.shape) for name, tensor in get_adapter(self.model).items()})
+        return build_codec(self.settings.codec, layout)
+
+    def shard(self, partition: int) -> Shard:
+        if partition not in self._shards:
+            num_clients = self.settings.federation.num_clients
+            self._shards[partition] = load_shard(self.settings.task, self.tokenizer, partition, num_clients)
+        return self._shards[partition]
+
+    def check(self, partition: int) -> None:
+        """Loads everything that training needs. Raises ValueError: something is missing or does not fit."""
+        self.shard(partition)
+        if self.settings.arm == "coded":
+            _ = self.codec
+        else:
+            _ = self.model
+
+    def train(
+        self,
+        adapter: Mapping[str, Tensor],
+        *,
+        partition: int,
+        server_round: int,
+        side: Tensor | None,
+        accepted: str,
+        memory: Path,
+    ) -> Trained:
+        """Trains on this partition and encodes what changed.
+
+        Args:
+            adapter: the global one.
+            side: the codec's side information of this round.
+            accepted: digest of this client's last payload that the server took.
+            memory: folder of this run's residuals.
+        """
+        settings = self.settings
+        torch.set_num_threads(settings.train.threads)
+        start = time.perf_counter()
+        seed = training_seed(settings.seed, server_round, partition)
+        update, loss = finetune(self.model, adapter, self.shard(partition).train, settings.train, seed)
+        trained = time.perf_counter()
+        payload = None
+        if settings.arm == "coded":
+            payload = self._encode(update, partition, side, accepted, memory)
+        return Trained(
+            adapter=None if payload is not None else {name: adapter[name] + update[name] for name in update},
+            payload=payload,
+            num_examples=settings.train.steps * settings.train.batch_size,
+            train_loss=loss,
+            seconds_train=trained - start,
+            seconds_encode=time.perf_counter() - trained,
+        )
+
+    def _encode(self, update: Adapter, partition: int, side: Tensor | None, accepted: str, memory: Path) -> bytes:
+        layout, feedback = self.codec.layout, self.settings.codec.feedback
+        carried = None
+        if feedback > 0 and (old := load_residual(memory, partition, layout)) is not None:
+            carried = old.carried(accepted, feedback)
+        budget = byte_budget(self.settings.codec, layout)
+        payload, residual = encode_update(update, carried, codec=self.codec, max_bytes=budget, side=side)
+        if feedback > 0:
+            save_residual(memory, partition, layout, residual)
+        return payload
+
+
+def training_seed(seed: int, server_round: int, partition: int) -> int:
+    """The same for the same run seed, round and partition, on every back end."""
+    return (seed * 1_000_003 + server_round) * 1_000_003 + partition
+
+
+@lru_cache(maxsize=2)
+def trainer_for(settings_json: str, overrides: tuple[tuple[str, str], ...]) -> Trainer:
+    """The trainer of these settings in this process, made at the first call.
+
+    Args:
+        settings_json: the run's settings, as the server sent them.
+        overrides: this node's own paths, from its node config: ``model-path``, ``task-path``, ``codec-artifact``.
+    """
+    settings = Settings.from_json(settings_json)
+    own = dict(overrides)
+    settings.model = dataclasses.replace(settings.model, path=own.get("model-path", settings.model.path))
+    settings.task = dataclasses.replace(settings.task, path=own.get("task-path", settings.task.path))
+    settings.codec = dataclasses.replace(settings.codec, artifact=own.get("codec-artifact", settings.codec.artifact))
+    return Trainer(settings)

@@ -1,0 +1,1 @@
+"""The settings of all programs: YAML groups for Hydra, and their schema."""

@@ -1,0 +1,152 @@
+"""The schema of every setting. One process composes and resolves them once; all others get the result as JSON.
+
+Each library brings the dataclass of its own group; this module puts them together and checks them before any work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from adapters.finetune import TrainSettings, check_training
+from adapters.model import LoraSettings, ModelSettings, check_model
+from gradcodec.build import CodecSettings, check_codec
+from strategies.build import StrategySettings, check_strategy
+from tasks.shards import TaskSettings, check_task
+
+ARMS = ("base", "centralised", "dense", "coded")
+BACKENDS = ("simulation", "superlink")
+
+
+@dataclass
+class FederationSettings:
+    """How many, how often, how long."""
+
+    rounds: int = 12
+    num_clients: int = 10
+    clients_per_round: int = 5
+    wait_seconds: float = 180.0  # for the nodes to come and to answer the roll call
+    round_seconds: float = 3600.0  # for the clients of one round to answer
+
+
+@dataclass
+class BackendSettings:
+    """Which engine runs the clients."""
+
+    name: str = "simulation"  # simulation: Flower's, on this machine; superlink: a running one, over gRPC
+    connection: str = "cg-fedllm"  # superlink: its name in Flower's config.toml
+    client_cpus: int = 1  # simulation: CPU cores a client occupies
+    client_gpus: float = 0.0  # simulation: share of a GPU a client occupies
+
+
+@dataclass
+class Settings:
+    """One federated run."""
+
+    seed: int = 0
+    arm: str = "coded"  # base | centralised | dense | coded
+    output: str = "outputs/federate"
+    run_id: str = ""  # set at the start; names the run in the clients' memory
+    record: str | None = None  # dense only: writes every client's updates to this file
+    model: ModelSettings = field(default_factory=ModelSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    task: TaskSettings = field(default_factory=TaskSettings)
+    codec: CodecSettings = field(default_factory=CodecSettings)
+    strategy: StrategySettings = field(default_factory=StrategySettings)
+    federation: FederationSettings = field(default_factory=FederationSettings)
+    backend: BackendSettings = field(default_factory=BackendSettings)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Settings:
+        """Inverse of ``to_json``. Raises ValueError: no JSON, or an unknown or ill-typed key."""
+        return _typed(cls, OmegaConf.create(json.loads(text)))
+
+
+@dataclass
+class TgapSettings:
+    """What TGAP trains, and on which part of the recording."""
+
+    artifact: str = "outputs/codec"  # where the artifact of `learned` goes; others beside it, as <artifact>-<name>
+    record: str | None = None  # an existing recording to train on; null: record one
+    codecs: list[str] = field(default_factory=lambda: ["learned", "resnet", "resnet-literal"])
+    steps: int = 300  # optimizer steps for each of the four bands of `learned`
+    resnet_steps: int = 300
+    heldout_rounds: int = 2  # the last ones
+    heldout_clients: int = 2  # those with the highest numbers
+    bits: list[float] = field(default_factory=lambda: [0.1, 0.25, 0.5, 1.0])
+
+
+@dataclass
+class TgapRun(Settings):
+    """A federated recording and the training of codecs on it."""
+
+    tgap: TgapSettings = field(default_factory=TgapSettings)
+
+
+def register_schemas() -> None:
+    """Tells Hydra the types of all keys, so that a misspelt or ill-typed one is refused at once."""
+    store = ConfigStore.instance()
+    store.store(name="federate_schema", node=Settings)
+    store.store(name="tgap_schema", node=TgapRun)
+
+
+def settings_of(config: DictConfig) -> Settings:
+    """Hydra's config -> settings, all paths absolute. Raises ValueError naming the key."""
+    return _absolute(_typed(Settings, config))
+
+
+def tgap_run_of(config: DictConfig) -> TgapRun:
+    run = _absolute(_typed(TgapRun, config))
+    run.tgap.artifact = str(Path(run.tgap.artifact).absolute())
+    return run
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises ValueError naming the first key that cannot be served, before any work."""
+    if settings.arm not in ARMS:
+        raise ValueError(f"arm={settings.arm!r} is none of {', '.join(ARMS)}")
+    if settings.backend.name not in BACKENDS:
+        raise ValueError(f"backend.name={settings.backend.name!r} is none of {', '.join(BACKENDS)}")
+    federation = settings.federation
+    for key in ("rounds", "num_clients", "clients_per_round"):
+        if getattr(federation, key) < 1:
+            raise ValueError(f"federation.{key}={getattr(federation, key)} must be at least 1")
+    if federation.clients_per_round > federation.num_clients:
+        raise ValueError(
+            f"federation.clients_per_round={federation.clients_per_round} is more than "
+            f"federation.num_clients={federation.num_clients}"
+        )
+    if settings.record is not None and settings.arm != "dense":
+        raise ValueError(f"record=... needs arm=dense, not arm={settings.arm}: payloads are no updates")
+    check_model(settings.model)
+    check_training(settings.train)
+    check_task(settings.task)
+    check_strategy(settings.strategy)
+    if settings.arm == "coded":
+        check_codec(settings.codec)
+
+
+def _typed(schema: type[Any], config: Any) -> Any:
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
+    except Exception as error:  # OmegaConf has a dozen kinds, all of them about one key
+        raise ValueError(f"settings: {error}".split("\n")[0]) from None
+
+
+def _absolute(settings: Any) -> Any:
+    settings.output = str(Path(settings.output).absolute())
+    settings.model.path = str(Path(settings.model.path).absolute())
+    for holder, key in ((settings, "record"), (settings.task, "path"), (settings.codec, "artifact")):
+        if getattr(holder, key) is not None:
+            setattr(holder, key, str(Path(getattr(holder, key)).absolute()))
+    return settings

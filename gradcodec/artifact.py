@@ -1,0 +1,110 @@
+"""Artifact: a trained codec on disk, a folder with weights, settings and a digest over both.
+
+    codec.safetensors   the tensors, frequency tables among them (never pickle)
+    codec.json          kind, settings, what it was trained on, SHA-256 of codec.safetensors
+
+Written whole or not at all. What it must not know: how tensors are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from gradcodec.errors import CodecError
+
+FORMAT = 1
+WEIGHTS, SETTINGS = "codec.safetensors", "codec.json"
+MAX_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A trained codec: its kind (``learned``, ``resnet``), tensors, and settings and provenance as JSON."""
+
+    kind: str
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over kind, settings that change the codec, and tensors, in hexadecimal."""
+        head = json.dumps([FORMAT, self.kind, self.settings.get("codec", {})], sort_keys=True)
+        return hashlib.sha256(head.encode() + save_tensors(dict(self.tensors))).hexdigest()
+
+
+def save_artifact(artifact: Artifact, folder: Path) -> None:
+    """Writes the folder, replacing an older artifact; an interruption leaves the older one or the new one, whole.
+
+    Raises:
+        CodecError: the place cannot be written to, or holds something that is no artifact.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / SETTINGS).is_file():
+        raise CodecError(f"{folder} exists and is no codec artifact: choose another folder")
+    weights = save_tensors({name: tensor.contiguous() for name, tensor in artifact.tensors.items()})
+    head = {
+        "format": FORMAT,
+        "kind": artifact.kind,
+        "digest": artifact.digest,
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        "settings": artifact.settings,
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise CodecError(f"cannot write the codec artifact to {folder}: {error.strerror}") from None
+    try:
+        (part / WEIGHTS).write_bytes(weights)
+        (part / SETTINGS).write_text(json.dumps(head, indent=2, sort_keys=True) + "\n")
+        part.chmod(0o755)
+        if folder.exists():
+            old = part.with_name(part.name + "-old")
+            os.replace(folder, old)
+            os.replace(part, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def load_artifact(folder: Path, kind: str) -> Artifact:
+    """Inverse of ``save_artifact``.
+
+    Raises:
+        CodecError: nothing there, another kind or format, or bytes that do not match the digest.
+    """
+    if not (folder / SETTINGS).is_file() or not (folder / WEIGHTS).is_file():
+        raise CodecError(f"{folder} holds no codec artifact ({SETTINGS}, {WEIGHTS}): train one with `python -m tgap`")
+    try:
+        head = json.loads((folder / SETTINGS).read_text())
+        found = (head["format"], head["kind"], head["sha256"], head["digest"], dict(head["settings"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CodecError(f"{folder / SETTINGS} is damaged: {error!r}") from None
+    if found[0] != FORMAT:
+        raise CodecError(f"{folder} has artifact format {found[0]}, this version reads {FORMAT}: train it again")
+    if found[1] != kind:
+        raise CodecError(f"{folder} holds a codec of kind {found[1]!r}; codec.name asks for {kind!r}")
+    weights = (folder / WEIGHTS).read_bytes()
+    if hashlib.sha256(weights).hexdigest() != found[2]:
+        raise CodecError(f"{folder / WEIGHTS} does not match its digest in {SETTINGS}: the artifact is damaged")
+    try:
+        artifact = Artifact(kind, load_tensors(weights), found[4])
+    except SafetensorError as error:
+        raise CodecError(f"{folder / WEIGHTS} is no safetensors file: {error}") from None
+    if artifact.digest != found[3]:
+        raise CodecError(f"{folder} does not match its digest: settings or weights were changed by hand")
+    return artifact

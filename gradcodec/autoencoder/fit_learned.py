@@ -1,0 +1,160 @@
+"""Trains the learned codec on recorded updates. Torch only: no files, no progress of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradcodec.autoencoder.codebooks import (
+    BANDS,
+    LEVELS_PER_OCTAVE,
+    MAX_LEVEL,
+    MIN_LEVEL,
+    NUM_CODEWORDS,
+    Band,
+    Codebook,
+    SynthesisNetwork,
+    price_of_a_bit,
+)
+from gradcodec.autoencoder.learned import SILENT, LearnedTables, frozen_scale_table
+from gradcodec.entropy import bits_of, integer_table
+from gradcodec.gauge import rotate
+from gradcodec.layout import Layout
+
+Progress = Callable[[int, int, float], None]
+"""Called with steps done, steps in all, and the loss."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One recorded update as blocks ``[R, C]``, with the side information of its round."""
+
+    blocks_RC: Tensor
+    side: Tensor | None
+
+
+def fit_learned(
+    samples: Sequence[Sample], layout: Layout, *, steps: int, seed: int, progress: Progress | None = None
+) -> LearnedTables:
+    """Trains the codebooks of all levels.
+
+    Args:
+        samples: what the codec is trained on.
+        layout: theirs.
+        steps: optimizer steps for each of the bands.
+        seed: of everything random.
+    """
+    assert samples and steps > 0
+    rows, exponents = _normalised_rows(samples, layout)
+    generator = torch.Generator().manual_seed(seed)
+    codebooks: dict[int, Codebook] = {}
+    for number, band in enumerate(BANDS):
+        pool_ND = _vector_pool(rows, band.length, generator)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + number)
+            network = SynthesisNetwork(band)
+
+        def report(step: int, loss: float, number: int = number) -> None:
+            if progress is not None:
+                progress(number * steps + step, len(BANDS) * steps, loss)
+
+        _train(network, pool_ND, steps, generator, report)
+        codebooks.update(_freeze(network, pool_ND))
+    return LearnedTables(codebooks, _scale_table(exponents))
+
+
+def _normalised_rows(samples: Sequence[Sample], layout: Layout) -> tuple[list[Tensor], list[Tensor]]:
+    """Every rotated row over its scale, and per sample the rounded log2-energies of its rows."""
+    rows: list[Tensor] = []
+    exponents: list[Tensor] = []
+    for sample in samples:
+        rotated_RC = sample.blocks_RC if sample.side is None else rotate(sample.blocks_RC, sample.side, layout)
+        energies: list[Tensor] = []
+        for block in layout.blocks:
+            part = rotated_RC[: block.rank, block.start : block.stop]
+            energy = (part**2).mean(1)
+            exponent = torch.log2(energy.clamp_min(1e-36)).round()
+            energies.append(exponent)
+            rows.extend(row for row, e in zip(part / 2.0 ** (exponent[:, None] / 2), energy, strict=True) if e > 1e-30)
+        exponents.append(torch.cat(energies))
+    return rows, exponents
+
+
+def _vector_pool(rows: list[Tensor], length: int, generator: torch.Generator, most: int = 1 << 17) -> Tensor:
+    vectors_ND = torch.cat([row[: len(row) // length * length].reshape(-1, length) for row in rows])
+    return vectors_ND[torch.randperm(len(vectors_ND), generator=generator)[:most]]
+
+
+def _train(
+    network: SynthesisNetwork,
+    pool_ND: Tensor,
+    steps: int,
+    generator: torch.Generator,
+    report: Callable[[int, float], None],
+) -> None:
+    """Entropy-constrained: each vector pays for its cheapest codeword, in bits, plus its error over lambda."""
+    _start_from_data(network, pool_ND, generator)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps, pct_start=0.1)
+    levels = range(network.band.first, network.band.last + 1)
+    price_L1 = torch.tensor([[price_of_a_bit(level)] for level in levels])
+    for step in range(1, steps + 1):
+        vectors_ND = pool_ND[torch.randint(len(pool_ND), (1024,), generator=generator)]
+        codewords_LKD, log2_LK = network()
+        with torch.no_grad():
+            error_LNK = torch.cdist(vectors_ND.expand(len(levels), -1, -1), codewords_LKD).square()
+            chosen_LN = (error_LNK / price_L1[:, :, None] - log2_LK[:, None, :]).argmin(2)
+        picked_LND = torch.gather(codewords_LKD, 1, chosen_LN[:, :, None].expand(-1, -1, codewords_LKD.shape[2]))
+        error_LN = (picked_LND - vectors_ND).square().sum(2)
+        loss = (error_LN / price_L1 - torch.gather(log2_LK, 1, chosen_LN)).mean() / network.band.length
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        report(step, float(loss.detach()))
+
+
+@torch.no_grad()
+def _start_from_data(network: SynthesisNetwork, pool_ND: Tensor, generator: torch.Generator) -> None:
+    """Latent codewords start as data, the silent one as zero."""
+    network.latents_KD.copy_(pool_ND[torch.randint(len(pool_ND), (NUM_CODEWORDS,), generator=generator)])
+    network.latents_KD[0] = 0.0
+
+
+@torch.no_grad()
+def _freeze(network: SynthesisNetwork, pool_ND: Tensor) -> dict[int, Codebook]:
+    """Network -> tables: codewords as trained, frequencies as the search uses them on the training vectors."""
+    codewords_LKD, log2_LK = network()
+    codebooks: dict[int, Codebook] = {}
+    for index, level in enumerate(range(network.band.first, network.band.last + 1)):
+        probabilities = np.exp2(log2_LK[index].double().numpy())
+        book = _book(codewords_LKD[index], probabilities)
+        for _ in range(3):  # the entropy model and the search settle on each other
+            chosen = book.search(pool_ND, price_of_a_bit(level))
+            counts = torch.bincount(chosen, minlength=NUM_CODEWORDS).double().numpy()
+            book = _book(codewords_LKD[index], counts + 0.25)
+        codebooks[level] = book
+    return codebooks
+
+
+def _book(codewords_KD: Tensor, probabilities: np.ndarray) -> Codebook:  # type: ignore[type-arg]
+    table = integer_table(probabilities)
+    return Codebook(codewords_KD.contiguous().clone(), table, torch.from_numpy(bits_of(table)).float())
+
+
+def _scale_table(exponents: list[Tensor]) -> np.ndarray:  # type: ignore[type-arg]
+    """Frequencies of the scale symbols over updates and water marks."""
+    counts = np.zeros(SILENT + 1)
+    for exponent in exponents:
+        symbols = (exponent.max() - exponent).clamp_max(SILENT).long()
+        for water_mark in range(-MAX_LEVEL // 2, -MIN_LEVEL, 2):
+            sent = torch.where(-LEVELS_PER_OCTAVE * symbols - water_mark < MIN_LEVEL, SILENT, symbols)
+            counts += torch.bincount(sent, minlength=SILENT + 1).numpy()
+    return frozen_scale_table(counts)
+
+
+__all__ = ["Band", "Sample", "fit_learned"]

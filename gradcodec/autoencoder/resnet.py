@@ -1,0 +1,178 @@
+"""The paper's autoencoder: the whole update as one picture, through six stride-2 stages and back.
+
+CG-FedLLM (Wu et al. 2024, arXiv 2405.13746), section 3.1 and figure 2: ``[1, 4096, 2048]`` to ``[64, 64, 32]`` at
+LLaMA-7B geometry, an fp32 latent of 1/64 of the elements, three residual blocks before and after the latent, Tanh
+output. Kept as an honest, measured ablation: see ``docs/negative-results.md``.
+
+Departures: any other geometry is padded with zeros to the next picture whose sides are multiples of 64; unless
+``literal``, every block is divided by its root mean square (sent as float32) and the output is linear.
+Shape suffixes: H height, W width of the picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradcodec.artifact import Artifact
+from gradcodec.codec import codec_id
+from gradcodec.errors import CodecError
+from gradcodec.frame import Codes
+from gradcodec.layout import Layout
+
+STAGES = 6
+CHANNELS = (8, 8, 16, 16, 32, 64)
+LATENT_CHANNELS = 64
+_SIDE = 2**STAGES
+
+
+def picture_shape(num_parameters: int) -> tuple[int, int]:
+    """Height and width, multiples of 64, about two to one: ``(4096, 2048)`` for LLaMA-7B at rank 8."""
+    width = _SIDE * math.ceil(math.sqrt(num_parameters / 2) / _SIDE)
+    return _SIDE * math.ceil(num_parameters / width / _SIDE), width
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.body(x))
+
+
+class ResnetAutoencoder(nn.Module):
+    """Picture ``[N, 1, H, W]`` -> latent ``[N, 64, H/64, W/64]`` -> picture."""
+
+    def __init__(self, literal: bool) -> None:
+        super().__init__()
+        sizes = (1, *CHANNELS)
+        down: list[nn.Module] = []
+        for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+            down += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
+        down += [_Residual(CHANNELS[-1]) for _ in range(3)]
+        down.append(nn.Conv2d(CHANNELS[-1], LATENT_CHANNELS, 1))
+        up: list[nn.Module] = [nn.Conv2d(LATENT_CHANNELS, CHANNELS[-1], 1)]
+        up += [_Residual(CHANNELS[-1]) for _ in range(3)]
+        for before, after in zip(sizes[:0:-1], sizes[-2::-1], strict=True):
+            up += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
+        up[-1] = nn.Tanh() if literal else nn.Identity()
+        self.encoder = nn.Sequential(*down)
+        self.decoder = nn.Sequential(*up)
+
+
+class ResnetCodec:
+    """``resnet``: one rate, half a bit per parameter; ignores the budget."""
+
+    num_streams = 2
+
+    def __init__(self, layout: Layout, network: ResnetAutoencoder, literal: bool, weights_digest: bytes) -> None:
+        self.layout = layout
+        self.literal = literal
+        self.id = codec_id("resnet/1", weights_digest)
+        self._network = network.eval()
+        self._height, self._width = picture_shape(layout.num_parameters)
+
+    @classmethod
+    def from_artifact(cls, artifact: Artifact, layout: Layout) -> ResnetCodec:
+        """Raises CodecError: the artifact was trained for another geometry, or its tensors are not the network's."""
+        trained_for = artifact.settings.get("codec", {}).get("layout")
+        if trained_for != layout.id.hex():
+            raise CodecError(
+                f"the resnet artifact was trained for layout {trained_for}, this model and adapter have "
+                f"{layout.id.hex()}: run `python -m tgap` with this model, rank and target modules"
+            )
+        literal = bool(artifact.settings["codec"].get("literal"))
+        network = ResnetAutoencoder(literal)
+        try:
+            network.load_state_dict(dict(artifact.tensors))
+        except RuntimeError as error:
+            raise CodecError(f"the resnet artifact does not fit the network: {error}") from None
+        return cls(layout, network, literal, bytes.fromhex(artifact.digest))
+
+    def side_information(self, global_update_RC: Tensor) -> Tensor | None:
+        return None
+
+    @torch.no_grad()
+    def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
+        scales = _scales(blocks_RC, self.layout, self.literal)
+        picture_HW = to_picture(blocks_RC, scales, self.layout)
+        latent = self._network.encoder(picture_HW[None, None])
+        return _pack_floats(scales), _pack_floats(latent)
+
+    @torch.no_grad()
+    def decode(self, codes: Codes, side: Tensor | None) -> Tensor:
+        scales = _unpack_floats(codes[0], len(self.layout.blocks))
+        height, width = self._height // _SIDE, self._width // _SIDE
+        latent = _unpack_floats(codes[1], LATENT_CHANNELS * height * width)
+        picture = self._network.decoder(latent.reshape(1, LATENT_CHANNELS, height, width))
+        return from_picture(picture[0, 0], scales, self.layout)
+
+
+def to_picture(blocks_RC: Tensor, scales: Tensor, layout: Layout) -> Tensor:
+    """Blocks ``[R, C]`` over their scales, value after value, zero-padded: ``[H, W]``."""
+    height, width = picture_shape(layout.num_parameters)
+    widths = torch.tensor([block.width for block in layout.blocks])
+    values = layout.flatten(blocks_RC / scales.repeat_interleave(widths))
+    return nn.functional.pad(values, (0, height * width - len(values))).reshape(height, width)
+
+
+def from_picture(picture_HW: Tensor, scales: Tensor, layout: Layout) -> Tensor:
+    """Inverse of ``to_picture``."""
+    widths = torch.tensor([block.width for block in layout.blocks])
+    values = picture_HW.flatten()[: layout.num_parameters]
+    return layout.unflatten(values) * scales.repeat_interleave(widths)
+
+
+def _scales(blocks_RC: Tensor, layout: Layout, literal: bool) -> Tensor:
+    """Per block what its values are divided by, ``[B]``: their root mean square, or 1 if ``literal``."""
+    if literal:
+        return torch.ones(len(layout.blocks))
+    parts = [blocks_RC[: block.rank, block.start : block.stop] for block in layout.blocks]
+    return torch.stack([part.square().mean().sqrt() for part in parts]).clamp_min(1e-20)
+
+
+def _pack_floats(tensor: Tensor) -> bytes:
+    return tensor.flatten().numpy().astype("<f4").tobytes()
+
+
+def _unpack_floats(data: bytes, count: int) -> Tensor:
+    if len(data) != 4 * count:
+        raise CodecError(f"{len(data)} bytes of float32 where {count} values are expected")
+    return torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32))
+
+
+def fit_resnet(
+    samples: Sequence[Tensor],
+    layout: Layout,
+    *,
+    literal: bool,
+    steps: int,
+    seed: int,
+    batch: int = 4,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> ResnetAutoencoder:
+    """Trains on recorded blocks ``[R, C]``: mean squared error, Adam at 2e-4 (the paper, section 3.1)."""
+    pictures = torch.stack([to_picture(b, _scales(b, layout, literal), layout) for b in samples])[:, None]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ResnetAutoencoder(literal)
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-4)
+    for step in range(1, steps + 1):
+        picked = pictures[torch.randint(len(pictures), (batch,), generator=generator)]
+        loss = nn.functional.mse_loss(network.decoder(network.encoder(picked)), picked)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if progress is not None:
+            progress(step, steps, float(loss.detach()))
+    return network

@@ -1,0 +1,72 @@
+"""Settings -> codec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradcodec.artifact import Artifact, load_artifact
+from gradcodec.autoencoder.learned import LearnedCodec
+from gradcodec.autoencoder.resnet import ResnetCodec
+from gradcodec.codec import Codec, IdentityCodec
+from gradcodec.errors import CodecError
+from gradcodec.exchange import max_payload_bytes
+from gradcodec.layout import Layout
+
+CODECS = ("identity", "learned", "resnet")
+
+
+@dataclass
+class CodecSettings:
+    """Which codec, at which rate, with how much error feedback."""
+
+    name: str = "learned"
+    bits: float | None = 0.5  # bits per parameter of the whole payload, at most; null: the codec's own rate
+    artifact: str | None = None  # folder made by `python -m tgap`; identity needs none
+    digest: str | None = None  # set by the server: the artifact that both ends must have
+    feedback: float = 1.0  # share of the residual that goes into the next target; 0: no error feedback
+
+
+def check_codec(settings: CodecSettings) -> None:
+    """Raises CodecError naming the first key that cannot be served."""
+    if settings.name not in CODECS:
+        raise CodecError(f"codec.name={settings.name!r} is none of {', '.join(CODECS)}")
+    if settings.bits is not None and not 0 < settings.bits <= 64:
+        raise CodecError(f"codec.bits={settings.bits} bits per parameter: choose more than 0, or null")
+    if not 0 <= settings.feedback <= 1:
+        raise CodecError(f"codec.feedback={settings.feedback} must lie between 0 and 1")
+    if settings.name != "identity" and settings.artifact is None:
+        raise CodecError(f"codec.name={settings.name} needs codec.artifact: train one with `python -m tgap`")
+
+
+def build_codec(settings: CodecSettings, layout: Layout) -> Codec:
+    """The codec for a layout.
+
+    Raises:
+        CodecError: unknown name, no or another artifact than ``settings.digest`` says, an artifact that does not
+            serve this layout.
+    """
+    check_codec(settings)
+    if settings.name == "identity":
+        return IdentityCodec(layout)
+    assert settings.artifact is not None
+    artifact = load_artifact(Path(settings.artifact), settings.name)
+    if settings.digest is not None and artifact.digest != settings.digest:
+        raise CodecError(
+            f"codec artifact {settings.artifact} has digest {artifact.digest[:16]}, the run uses "
+            f"{settings.digest[:16]}: copy the server's artifact to this node"
+        )
+    return codec_of(artifact, layout)
+
+
+def codec_of(artifact: Artifact, layout: Layout) -> Codec:
+    """The codec that an artifact holds. Raises CodecError: it does not serve this layout."""
+    kinds = {"learned": LearnedCodec, "resnet": ResnetCodec}
+    return kinds[artifact.kind].from_artifact(artifact, layout)
+
+
+def byte_budget(settings: CodecSettings, layout: Layout) -> int | None:
+    """Bytes that one payload may take; None where the codec has no rate to choose."""
+    if settings.bits is None or settings.name != "learned":
+        return None
+    return max_payload_bytes(settings.bits, layout.num_parameters)

@@ -1,0 +1,34 @@
+"""Gauge: the rotation of a block's rows into principal axes, and back.
+
+A LoRA pair is defined up to an invertible ``r x r`` matrix (``B Q^-1 Q A = B A``), and its gradients are strongly
+low-rank inside each factor: rotated into the principal axes of the last global update, which both ends know, most of
+a block's energy lies in its first rows. The rotation costs no uplink bytes.
+
+Shape suffixes: B blocks, R rank, C columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradcodec.layout import Layout
+
+
+def principal_axes(blocks_RC: Tensor, layout: Layout) -> Tensor:
+    """``[B, R, R]`` float32: per block an orthogonal matrix whose rows are its principal axes, strongest first."""
+    covariances = [block @ block.T for block in (blocks_RC[:, b.start : b.stop].double() for b in layout.blocks)]
+    axes_BRR = torch.linalg.eigh(torch.stack(covariances))[1].flip(-1).transpose(-1, -2)
+    return axes_BRR.float().contiguous()
+
+
+def rotate(blocks_RC: Tensor, axes_BRR: Tensor, layout: Layout) -> Tensor:
+    """Blocks in their own axes: row k of a block is its part along axis k."""
+    pieces = blocks_RC.split([b.width for b in layout.blocks], dim=1)
+    return torch.cat([axes @ piece for axes, piece in zip(axes_BRR, pieces, strict=True)], dim=1)
+
+
+def unrotate(rotated_RC: Tensor, axes_BRR: Tensor, layout: Layout) -> Tensor:
+    """Inverse of ``rotate``."""
+    pieces = rotated_RC.split([b.width for b in layout.blocks], dim=1)
+    return torch.cat([axes.T @ piece for axes, piece in zip(axes_BRR, pieces, strict=True)], dim=1)

@@ -1,0 +1,57 @@
+"""The arm ``centralised``: LoRA on the pooled data, as many steps as all clients of the federation take together."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import torch
+
+from adapters.finetune import finetune
+from adapters.model import add
+from conf.output import open_output, write_json
+from conf.schema import Settings, check_settings
+from server.evaluate import Evaluator
+from server.progress import progress_bar
+from server.results import RunResults
+from tasks.windows import heldout_loss
+
+
+def run_alone(settings: Settings) -> RunResults:
+    """Runs the arms without clients: ``base`` (evaluation only) and ``centralised`` (AdamW on the pooled D2).
+
+    Raises:
+        ValueError: a setting or file is not as the run needs it.
+    """
+    check_settings(settings)
+    output = open_output(Path(settings.output))
+    evaluator = Evaluator(settings)
+    num_parameters = sum(tensor.numel() for tensor in evaluator.initial.values())
+    results = RunResults(settings, num_parameters)
+    start = time.monotonic()
+    results.heldout_loss.append(evaluator.loss(evaluator.initial))
+    adapter = evaluator.initial
+    if settings.arm == "centralised":
+        federation = settings.federation
+        steps_a_round = federation.clients_per_round * settings.train.steps
+        pooled = torch.cat([shard.train for shard in evaluator.shards])
+        lr = settings.train.lr if settings.train.update == "delta" else settings.strategy.lr
+        training = dataclasses.replace(
+            settings.train, update="delta", lr=lr, steps=steps_a_round * federation.rounds, threads=1
+        )
+        with progress_bar() as progress:
+            bar = progress.add_task("centralised", total=training.steps, note="")
+
+            def on_step(step: int) -> None:
+                progress.update(bar, advance=1)
+                if step % steps_a_round == 0:
+                    results.heldout_loss.append(heldout_loss(evaluator.model, evaluator.heldout))
+                    progress.update(bar, note=f"loss {results.heldout_loss[-1]:.3f}")
+
+            update, _ = finetune(evaluator.model, adapter, pooled, training, settings.seed, on_step)
+            adapter = add(adapter, update)
+    results.seconds = time.monotonic() - start
+    evaluator.save(adapter, output / "adapter")
+    write_json(results.to_json(), output / "results.json")
+    return results

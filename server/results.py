@@ -1,0 +1,43 @@
+"""What a run has to show, as it goes on: losses, uplinks, seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from conf.output import provenance
+from conf.schema import Settings
+from strategies.ledger import Uplink
+
+
+@dataclass
+class RunResults:
+    """One run, as it goes on."""
+
+    settings: Settings
+    num_parameters: int = 0
+    heldout_loss: list[float] = field(default_factory=list)  # before the first round, and after each
+    uplinks: list[Uplink] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def payload_bytes_per_client_round(self) -> float:
+        sizes = [uplink.payload_bytes for uplink in self.uplinks]
+        return sum(sizes) / len(sizes) if sizes else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        per_client_round = self.payload_bytes_per_client_round
+        return {
+            "arm": self.settings.arm,
+            "seed": self.settings.seed,
+            "heldout_loss": self.heldout_loss,
+            "num_parameters": self.num_parameters,
+            "uplink_payload_bytes_per_client_round": per_client_round,
+            "bits_per_parameter": 8 * per_client_round / self.num_parameters if self.num_parameters else 0.0,
+            "uplink_payload_bytes": sum(uplink.payload_bytes for uplink in self.uplinks),
+            "seconds": self.seconds,
+            "uplinks": [dataclasses.asdict(uplink) for uplink in self.uplinks],
+            "settings": dataclasses.asdict(self.settings),
+            "made_with": provenance(),
+        }

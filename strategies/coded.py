@@ -1,0 +1,78 @@
+"""Payloads become dense parameters, then any Flower strategy does what it does.
+
+``CodedStrategy(FedAvg(), codec)`` decodes every payload into an update, adds the adapter that the round started
+from, and hands that to FedAvg: the inner strategy never learns that the wire was coded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from logging import INFO, WARNING
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from flwr.supercore import log
+from torch import Tensor
+
+from gradcodec.codec import Codec
+from gradcodec.errors import CodecError
+from gradcodec.exchange import decode_update, digest_of
+from strategies.records import ACCEPTED, ARRAYS, CONFIG, SIDE, from_record, to_record, unwrap_payload
+from strategies.wrapping import WrappingStrategy
+
+
+class CodedStrategy(WrappingStrategy):
+    """Decodes what clients encoded.
+
+    Every message tells its client which of its payloads was accepted last, so that the mass of a payload that was
+    lost or refused goes back into the client's residual. A payload that cannot be decoded is left out of the round,
+    with a warning; it never ends the run.
+    """
+
+    def __init__(self, inner: Strategy, codec: Codec) -> None:
+        super().__init__(inner)
+        self.codec = codec
+        self._accepted: dict[int, str] = {}  # node id -> digest of its last accepted payload
+        self._current: dict[str, Tensor] = {}
+        self._side: Tensor | None = None
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self._current = from_record(arrays)
+        side = ArrayRecord() if self._side is None else to_record({SIDE: self._side})
+        for message in super().configure_train(server_round, arrays, config, grid):
+            node = message.metadata.dst_node_id
+            own_config = ConfigRecord({**message.content.config_records[CONFIG], ACCEPTED: self._accepted.get(node, "")})
+            content = RecordDict({**message.content, SIDE: side, CONFIG: own_config})
+            yield Message(content, node, message.metadata.message_type)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        arrays, metrics = super().aggregate_train(server_round, list(self._decoded(replies)))
+        if arrays is not None:
+            new = from_record(arrays)
+            step = {name: new[name] - tensor for name, tensor in self._current.items()}
+            self._side = self.codec.side_information(self.codec.layout.to_blocks(step))
+        return arrays, metrics
+
+    def _decoded(self, replies: Iterable[Message]) -> Iterable[Message]:
+        """Every reply that can be decoded, its payload replaced by the adapter it stands for."""
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            try:
+                payload = unwrap_payload(reply.content)
+                update = decode_update(payload, codec=self.codec, side=self._side)
+            except CodecError as error:
+                log(WARNING, "the payload of node %s is refused: %s. Its mass stays with the client.", node, error)
+                continue
+            self._accepted[node] = digest_of(payload)
+            adapter = {name: tensor + update[name] for name, tensor in self._current.items()}
+            reply.content = RecordDict({**reply.content, ARRAYS: to_record(adapter)})
+            yield reply
+
+    def summary(self) -> None:
+        log(INFO, "\t├──> %s, id %s", type(self.codec).__name__, self.codec.id.hex())
+        super().summary()

@@ -1,0 +1,72 @@
+"""The names both apps use in Flower's records, and what goes into them, each pair of inverses side by side.
+
+A whole payload travels in ONE Array of its own serialisation type: 1 MiB in 200 Arrays cost 37 % more on the wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from gradcodec.errors import CodecError
+
+ARRAYS = "arrays"  # the global adapter to clients; payload or dense adapter back
+CONFIG = "config"
+SIDE = "side"  # the codec's side information of the round
+METRICS = "metrics"
+PAYLOAD = "payload"
+PAYLOAD_TYPE = "gradcodec/1"
+
+NUM_EXAMPLES = "num-examples"
+PARTITION = "partition-id"
+TRAIN_LOSS = "train-loss"
+SECONDS_TRAIN = "seconds-train"
+SECONDS_ENCODE = "seconds-encode"
+
+SETTINGS = "settings"  # the run's resolved settings, as JSON
+SERVER_ROUND = "server-round"
+ACCEPTED = "accepted"  # digest of the client's last payload that the server took
+REFUSAL = "refusal"  # why a node cannot take part, at the roll call
+
+
+def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """float32 tensors -> Arrays of the same names."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(tensor.numpy())) for name, tensor in tensors.items()})
+
+
+def from_record(record: ArrayRecord) -> dict[str, Tensor]:
+    """Inverse of ``to_record``."""
+    return {name: torch.from_numpy(np.array(array.numpy(), np.float32)) for name, array in record.items()}
+
+
+def wrap_payload(payload: bytes) -> ArrayRecord:
+    return ArrayRecord({PAYLOAD: Array("uint8", (len(payload),), PAYLOAD_TYPE, payload)})
+
+
+def unwrap_payload(content: RecordDict) -> bytes:
+    """Inverse of ``wrap_payload``. Raises CodecError: the reply holds something else."""
+    record = content.array_records.get(ARRAYS)
+    array = None if record is None else record.get(PAYLOAD)
+    if record is None or array is None or len(record) != 1 or array.stype != PAYLOAD_TYPE:
+        raise CodecError(f"the reply holds no single {PAYLOAD_TYPE!r} array under {ARRAYS!r}/{PAYLOAD!r}")
+    return bytes(array.data)
+
+
+def config_of(content: RecordDict) -> ConfigRecord:
+    """The message's config. Raises ValueError: it has none."""
+    record = content.config_records.get(CONFIG)
+    if record is None:
+        raise ValueError(f"the message has no ConfigRecord {CONFIG!r}")
+    return record
+
+
+def metric(record: MetricRecord, key: str) -> float:
+    """One number of a MetricRecord. Raises ValueError: it is missing or a list."""
+    value = record.get(key)
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"the reply's metric {key!r} is {value!r}: a number is expected")
+    return value

@@ -1,0 +1,127 @@
+"""Who takes part: the roster of nodes, and a strategy that samples partitions with a seed.
+
+Flower's node ids are random and its sampling is unseeded; partitions are numbered by the user. A roster maps the
+one to the other, so that the same seed picks the same clients in every run and on every back end.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping
+from logging import INFO, WARNING
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.supercore import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from strategies.records import CONFIG, METRICS, PARTITION, REFUSAL, config_of, metric
+from strategies.wrapping import WrappingStrategy
+
+
+class FederationError(ValueError):
+    """The federation cannot run as asked for; the message says which node or setting, and what to do."""
+
+
+Roster = Mapping[int, int]
+"""Partition id -> Flower node id."""
+
+
+def call_roll(
+    grid: Grid,
+    num_clients: int,
+    config: ConfigRecord,
+    wait_seconds: float,
+    on_wait: Callable[[int], None] | None = None,
+) -> dict[int, int]:
+    """Waits for the nodes, asks each for its partition and lets it check that it can serve the run's settings.
+
+    Args:
+        config: sent to every node; holds the run's settings.
+        wait_seconds: for the nodes to come, and again for their answers.
+        on_wait: called with the number of nodes now and then while some are missing.
+
+    Raises:
+        FederationError: too few nodes in time, a node that cannot serve the settings, a partition twice or missing.
+    """
+    deadline = time.monotonic() + wait_seconds
+    while len(nodes := sorted(grid.get_node_ids())) < num_clients:
+        if time.monotonic() > deadline:
+            raise FederationError(
+                f"{len(nodes)} of {num_clients} nodes came within {wait_seconds:.0f} s (federation.wait_seconds): "
+                "start more nodes, or set federation.num_clients to what there is"
+            )
+        if on_wait is not None:
+            on_wait(len(nodes))
+        time.sleep(0.5)
+    questions = [Message(RecordDict({CONFIG: config}), node, MessageType.QUERY) for node in nodes]
+    roster: dict[int, int] = {}
+    for reply in grid.send_and_receive(questions, timeout=wait_seconds):
+        partition = _answer(reply)
+        if partition in roster:
+            raise FederationError(f"two nodes hold partition {partition}: give each its own partition-id")
+        roster[partition] = reply.metadata.src_node_id
+    if missing := sorted(set(range(num_clients)) - roster.keys()):
+        raise FederationError(f"no node answers for partition {missing[0]} ({len(missing)} of {num_clients} missing)")
+    return {partition: roster[partition] for partition in range(num_clients)}
+
+
+def _answer(reply: Message) -> int:
+    if reply.has_error():
+        raise FederationError(f"node {reply.metadata.src_node_id} failed at the roll call: {reply.error.reason}")
+    refusal = config_of(reply.content).get(REFUSAL, "")
+    if refusal:
+        raise FederationError(f"node {reply.metadata.src_node_id} cannot take part: {refusal}")
+    return int(metric(reply.content.metric_records[METRICS], PARTITION))
+
+
+class SeededStrategy(WrappingStrategy):
+    """Samples partitions with a seed, and hands replies on in the order of partitions.
+
+    Float sums depend on their order, so a fixed order makes the same seed give the same bits. Wraps any strategy
+    that takes all the nodes it sees (``fraction_train=1``).
+    """
+
+    def __init__(self, inner: Strategy, roster: Roster, clients_per_round: int, seed: int) -> None:
+        if not 1 <= clients_per_round <= len(roster):
+            raise FederationError(
+                f"federation.clients_per_round={clients_per_round} of {len(roster)} clients: choose 1 to {len(roster)}"
+            )
+        super().__init__(inner)
+        self.roster = roster
+        self.clients_per_round = clients_per_round
+        self.seed = seed
+        self._partition_of = {node: partition for partition, node in roster.items()}
+
+    def sample(self, server_round: int) -> list[int]:
+        """The partitions of a round, ascending; depends on nothing but seed and round."""
+        order = random.Random(f"{self.seed}/{server_round}")
+        return sorted(order.sample(sorted(self.roster), self.clients_per_round))
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        chosen = {self.roster[partition] for partition in self.sample(server_round)}
+        messages = super().configure_train(server_round, arrays, config, grid)
+        sampled = [message for message in messages if message.metadata.dst_node_id in chosen]
+        return sorted(sampled, key=lambda message: self._partition_of[message.metadata.dst_node_id])
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        answered: dict[int, Message] = {}
+        for reply in replies:
+            partition = self._partition_of.get(reply.metadata.src_node_id)
+            if reply.has_error() or partition is None:
+                reason = reply.error.reason if reply.has_error() else "it is not on the roster"
+                log(WARNING, "node %s is left out of round %s: %s", reply.metadata.src_node_id, server_round, reason)
+            else:
+                answered[partition] = reply
+        if not answered:
+            raise FederationError(f"round {server_round}: none of {self.clients_per_round} clients answered; see above")
+        return super().aggregate_train(server_round, [answered[p] for p in sorted(answered)])
+
+    def summary(self) -> None:
+        log(INFO, "\t├──> %s of %s clients a round, seed %s", self.clients_per_round, len(self.roster), self.seed)
+        super().summary()

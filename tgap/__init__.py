@@ -1,0 +1,1 @@
+"""TGAP: temporal-ensemble gradient-aware pre-training of the codec, a program of its own."""

@@ -1,0 +1,43 @@
+"""What a person sees of TGAP: a bar with the loss and the time left, and the table of fidelities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tgap.training import Progress as OnStep
+from tgap.training import Row
+
+
+@contextmanager
+def training_bar(name: str) -> Iterator[OnStep]:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(f"training {name}", total=None)
+
+        def on_step(step: int, total: int, loss: float) -> None:
+            progress.update(bar, completed=step, total=total, description=f"training {name}, loss {loss:.4g}")
+
+        yield on_step
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Fidelity on updates that the codecs were not trained on, to standard output."""
+    table = Table(title="fidelity on held-out updates (single updates, no error feedback, every byte counted)")
+    for column in ("codec", "held out", "bits/parameter", "cosine", "SNR dB", "Gaussian bound", "updates"):
+        table.add_column(column, justify="left" if column in ("codec", "held out") else "right")
+    for row in rows:
+        table.add_row(
+            row.codec,
+            row.heldout,
+            f"{row.bits:.3f}",
+            f"{row.cosine:.3f}",
+            f"{row.snr_db:.2f}",
+            f"{row.gaussian_bound_cosine:.3f}",
+            str(row.num_updates),
+        )
+    Console().print(table)
