@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from conf.output import provenance
@@ -41,3 +43,17 @@ class RunResults:
             "settings": dataclasses.asdict(self.settings),
             "made_with": provenance(),
         }
+
+
+def load_results(path: Path, settings: Settings) -> RunResults:
+    """Inverse of ``to_json``. Raises ValueError: there is no such file here."""
+    if not path.is_file():
+        raise ValueError(f"the run is finished, but {path} is not on this host: look on the SuperLink's host")
+    content = json.loads(path.read_text())
+    return RunResults(
+        settings,
+        content["num_parameters"],
+        content["heldout_loss"],
+        [Uplink(**uplink) for uplink in content["uplinks"]],
+        content["seconds"],
+    )

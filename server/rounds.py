@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 from pathlib import Path
 
@@ -37,6 +39,8 @@ def run_federation(grid: Grid, settings: Settings) -> RunResults:
     evaluator = Evaluator(settings)
     layout = Layout.of({name: tuple(tensor.shape) for name, tensor in evaluator.initial.items()})
     results = RunResults(settings, layout.num_parameters)
+    uplinks = output / "uplinks.jsonl"
+    uplinks.unlink(missing_ok=True)
     start = time.monotonic()
     federation = settings.federation
     config = ConfigRecord({SETTINGS: settings.to_json()})
@@ -48,6 +52,8 @@ def run_federation(grid: Grid, settings: Settings) -> RunResults:
 
         def on_uplink(uplink: Uplink) -> None:
             results.uplinks.append(uplink)
+            with uplinks.open("a") as file:
+                file.write(json.dumps(dataclasses.asdict(uplink)) + "\n")
             progress.update(bar, advance=1)
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:

@@ -38,7 +38,7 @@ class Band:
         return self.last - self.first + 1
 
 
-BANDS = (Band(MIN_LEVEL, 2, 8), Band(3, 6, 4), Band(7, 13, 2), Band(14, MAX_LEVEL, 1))
+BANDS = (Band(MIN_LEVEL, 1, 8), Band(2, 6, 4), Band(7, 13, 2), Band(14, MAX_LEVEL, 1))
 
 
 def band_of(level: int) -> Band:

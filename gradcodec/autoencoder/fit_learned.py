@@ -105,9 +105,10 @@ def _train(
     for step in range(1, steps + 1):
         vectors_ND = pool_ND[torch.randint(len(pool_ND), (1024,), generator=generator)]
         codewords_LKD, log2_LK = network()
+        discount = min(1.0, 2 * step / steps)  # bits are cheap at first, else all vectors fall to the zero codeword
         with torch.no_grad():
             error_LNK = torch.cdist(vectors_ND.expand(len(levels), -1, -1), codewords_LKD).square()
-            chosen_LN = (error_LNK / price_L1[:, :, None] - log2_LK[:, None, :]).argmin(2)
+            chosen_LN = (error_LNK / price_L1[:, :, None] - discount * log2_LK[:, None, :]).argmin(2)
         picked_LND = torch.gather(codewords_LKD, 1, chosen_LN[:, :, None].expand(-1, -1, codewords_LKD.shape[2]))
         error_LN = (picked_LND - vectors_ND).square().sum(2)
         loss = (error_LN / price_L1 - torch.gather(log2_LK, 1, chosen_LN)).mean() / network.band.length

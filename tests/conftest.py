@@ -1,0 +1,113 @@
+"""What several tests share: small adapters, recorded updates, and an in-process Flower Grid over the real ClientApp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Error, Message, RecordDict, UserConfig
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+from torch import Tensor
+
+from gradcodec.autoencoder.fit_learned import Sample, fit_learned
+from gradcodec.autoencoder.learned import LearnedCodec, LearnedTables
+from gradcodec.gauge import principal_axes
+from gradcodec.layout import Layout
+
+TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # outside a Flower process Message() needs them
+
+SHAPES = {
+    "layers.0.q.lora_A.weight": (8, 64),
+    "layers.0.q.lora_B.weight": (64, 8),
+    "layers.1.v.lora_A.weight": (8, 64),
+    "layers.1.v.lora_B.weight": (48, 8),
+}
+
+
+def heavy_tailed_update(seed: int, shapes: dict[str, tuple[int, int]] = SHAPES) -> dict[str, Tensor]:
+    """Low-rank, heavy-tailed matrices, as gradients are; around 1e-3."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    update = {}
+    for name, (rows, columns) in shapes.items():
+        strong = normal(rows, 2) @ normal(2, columns) * normal(1, columns).abs()
+        update[name] = 1e-3 * (strong + 0.3 * normal(rows, columns))
+    return update
+
+
+@pytest.fixture(scope="session")
+def layout() -> Layout:
+    return Layout.of(SHAPES)
+
+
+@pytest.fixture(scope="session")
+def learned_tables(layout: Layout) -> LearnedTables:
+    """A quickly trained codec; trained once for the whole session."""
+    blocks = [layout.to_blocks(heavy_tailed_update(seed)) for seed in range(24)]
+    samples = [Sample(b, principal_axes(b, layout)) for b in blocks]
+    return fit_learned(samples, layout, steps=40, seed=0)
+
+
+@pytest.fixture(scope="session")
+def learned(layout: Layout, learned_tables: LearnedTables) -> LearnedCodec:
+    return LearnedCodec(layout, learned_tables, b"test")
+
+
+class InProcessGrid(Grid):
+    """Runs a ClientApp in this process, one context a node: a test double of Flower's Grid, not of our apps."""
+
+    def __init__(self, app: ClientApp, num_nodes: int, node_config: dict[str, Any] | None = None) -> None:
+        self.app = app
+        self.contexts = {
+            1000 + 7 * i: Context(
+                run_id=1,
+                node_id=1000 + 7 * i,
+                node_config=UserConfig({"partition-id": i, "num-partitions": num_nodes, **(node_config or {})}),
+                state=RecordDict(),
+                run_config=UserConfig(),
+            )
+            for i in range(num_nodes)
+        }
+        self.sent: list[Message] = []
+        self.replies: list[Message] = []
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.contexts)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        replies = []
+        for message in messages:
+            self.sent.append(message)
+            node = message.metadata.dst_node_id
+            try:
+                reply = self.app(message, self.contexts[node])
+            except Exception as error:
+                reply = Message(Error(code=2, reason=repr(error)), reply_to=message)
+            reply.metadata.__dict__["_src_node_id"] = node
+            replies.append(reply)
+        self.replies += replies
+        return reversed(replies)  # as on a network, the order of replies is not that of messages
+
+    def set_run(self, run: Any) -> None:
+        raise AssertionError("not used")
+
+    run = property(lambda self: None)
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise AssertionError("not used")
+
+    def get_nodes(self) -> Any:
+        raise AssertionError("not used")
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise AssertionError("not used")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        raise AssertionError("not used")
