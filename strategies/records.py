@@ -27,6 +27,8 @@ TRAIN_LOSS = "train-loss"
 SECONDS_TRAIN = "seconds-train"
 SECONDS_ENCODE = "seconds-encode"
 
+REPLY_METRICS = (NUM_EXAMPLES, PARTITION, TRAIN_LOSS, SECONDS_TRAIN, SECONDS_ENCODE)
+
 SETTINGS = "settings"  # the run's resolved settings, as JSON
 SERVER_ROUND = "server-round"
 ACCEPTED = "accepted"  # digest of the client's last payload that the server took

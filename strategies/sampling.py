@@ -6,6 +6,7 @@ one to the other, so that the same seed picks the same clients in every run and 
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +17,7 @@ from flwr.supercore import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from strategies.records import CONFIG, METRICS, PARTITION, REFUSAL, config_of, metric
+from strategies.records import ARRAYS, CONFIG, METRICS, NUM_EXAMPLES, PARTITION, REFUSAL, REPLY_METRICS, config_of, metric
 from strategies.wrapping import WrappingStrategy
 
 
@@ -112,15 +113,34 @@ class SeededStrategy(WrappingStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         answered: dict[int, Message] = {}
         for reply in replies:
-            partition = self._partition_of.get(reply.metadata.src_node_id)
-            if reply.has_error() or partition is None:
-                reason = reply.error.reason if reply.has_error() else "it is not on the roster"
-                log(WARNING, "node %s is left out of round %s: %s", reply.metadata.src_node_id, server_round, reason)
+            node = reply.metadata.src_node_id
+            if problem := self._problem(reply):
+                log(WARNING, "node %s is left out of round %s: %s", node, server_round, problem)
             else:
-                answered[partition] = reply
+                answered[self._partition_of[node]] = reply
         if not answered:
             raise FederationError(f"round {server_round}: none of {self.clients_per_round} clients answered; see above")
         return super().aggregate_train(server_round, [answered[p] for p in sorted(answered)])
+
+    def _problem(self, reply: Message) -> str:
+        """Why a reply cannot be used; empty if it can. Nothing that a client sends may end the run."""
+        if reply.has_error():
+            return reply.error.reason
+        partition = self._partition_of.get(reply.metadata.src_node_id)
+        if partition is None:
+            return "it is not on the roster"
+        arrays, metrics = reply.content.array_records.get(ARRAYS), reply.content.metric_records.get(METRICS)
+        if not arrays or metrics is None or len(reply.content) != 2:
+            return f"its reply holds no arrays, no metrics, or more: {sorted(reply.content)}"
+        try:
+            values = [metric(metrics, key) for key in REPLY_METRICS]
+        except ValueError as error:
+            return str(error)
+        if len(metrics) != len(values) or not all(map(math.isfinite, values)):
+            return f"its metrics are not the finite numbers {', '.join(REPLY_METRICS)}"
+        if metric(metrics, PARTITION) != partition or not metric(metrics, NUM_EXAMPLES) > 0:
+            return f"it answers for partition {metric(metrics, PARTITION)} with {metric(metrics, NUM_EXAMPLES)} examples"
+        return ""
 
     def summary(self) -> None:
         log(INFO, "\t├──> %s of %s clients a round, seed %s", self.clients_per_round, len(self.roster), self.seed)

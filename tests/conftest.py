@@ -90,7 +90,6 @@ class InProcessGrid(Grid):
                 reply = self.app(message, self.contexts[node])
             except Exception as error:
                 reply = Message(Error(code=2, reason=repr(error)), reply_to=message)
-            reply.metadata.__dict__["_src_node_id"] = node
             replies.append(reply)
         self.replies += replies
         return reversed(replies)  # as on a network, the order of replies is not that of messages

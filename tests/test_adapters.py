@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from adapters.finetune import TrainSettings, check_training, finetune
+from adapters.model import (
+    LoraSettings,
+    ModelSettings,
+    add,
+    check_model,
+    get_adapter,
+    load_model,
+    load_tokenizer,
+    set_adapter,
+    subtract,
+)
+from tasks.shards import TaskSettings, load_shard
+from tasks.windows import heldout_loss
+
+TRAINING = TrainSettings(update="delta", lr=0.005, steps=3, batch_size=4, micro_batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def model() -> PeftModel:
+    return load_model(ModelSettings(), LoraSettings(), seed=0)
+
+
+@pytest.fixture(scope="module")
+def windows() -> torch.Tensor:
+    return load_shard(TaskSettings(window=64), load_tokenizer(ModelSettings()), 0, 10).train[:64]
+
+
+def test_the_embedded_model_is_small_and_its_adapter_is_lora_on_attention(model: PeftModel) -> None:
+    size = (Path("assets/tiny-llama") / "model.safetensors").stat().st_size
+    assert size <= 4_000_000
+    adapter = get_adapter(model)
+    assert len(adapter) == 4 * 4 * 2
+    assert {tuple(t.shape) for t in adapter.values()} == {(8, 192), (192, 8)}
+    assert all(t.dtype == torch.float32 for t in adapter.values())
+
+
+def test_adapter_in_is_adapter_out(model: PeftModel) -> None:
+    adapter = {name: torch.randn_like(tensor) for name, tensor in get_adapter(model).items()}
+    set_adapter(model, adapter)
+    assert all(torch.equal(tensor, adapter[name]) for name, tensor in get_adapter(model).items())
+
+
+def test_the_same_seed_gives_the_same_adapter_and_leaves_the_generator_alone() -> None:
+    before = torch.get_rng_state()
+    first, second, other = (get_adapter(load_model(ModelSettings(), LoraSettings(), seed)) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_finetuning_is_reproducible_and_lowers_the_loss(model: PeftModel, windows: torch.Tensor) -> None:
+    start = get_adapter(load_model(ModelSettings(), LoraSettings(), 0))
+    longer = dataclasses.replace(TRAINING, steps=12)
+    update, _ = finetune(model, start, windows, longer, seed=5)
+    again, _ = finetune(model, start, windows, longer, seed=5)
+    assert all(torch.equal(update[name], again[name]) for name in update)
+    set_adapter(model, start)
+    before = heldout_loss(model, windows)
+    set_adapter(model, add(start, update))
+    assert heldout_loss(model, windows) < before - 0.1
+
+
+def test_gradient_mode_is_the_sum_of_clipped_steps(model: PeftModel, windows: torch.Tensor) -> None:
+    start = get_adapter(load_model(ModelSettings(), LoraSettings(), 0))
+    one = dataclasses.replace(TRAINING, update="gradient", lr=0.5, clip=1e-3, steps=1)
+    update, _ = finetune(model, start, windows, one, seed=1)
+    norm = torch.cat([t.flatten() for t in update.values()]).norm()
+    assert norm == pytest.approx(0.5 * 1e-3, rel=1e-2)  # learning rate times the clipped norm
+
+
+def test_micro_batches_give_the_same_gradients(model: PeftModel, windows: torch.Tensor) -> None:
+    start = get_adapter(load_model(ModelSettings(), LoraSettings(), 0))
+    whole = dataclasses.replace(TRAINING, update="gradient", lr=1.0)
+    small = dataclasses.replace(whole, micro_batch_size=1)
+    first, second = (finetune(model, start, windows, how, seed=3)[0] for how in (whole, small))
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-6)
+
+
+def test_schedule_and_warmup_scale_the_steps(model: PeftModel, windows: torch.Tensor) -> None:
+    start = get_adapter(load_model(ModelSettings(), LoraSettings(), 0))
+    one = dataclasses.replace(TRAINING, update="gradient", lr=1.0, clip=1e-3, steps=1)
+    plain, _ = finetune(model, start, windows, one, seed=1)
+    warm, _ = finetune(model, start, windows, dataclasses.replace(one, warmup_steps=4), seed=1)
+    name = next(name for name in plain if "lora_B" in name)
+    torch.testing.assert_close(warm[name], plain[name] / 4)
+
+
+def test_an_adapter_of_another_model_is_refused_by_name(model: PeftModel) -> None:
+    adapter = get_adapter(model)
+    name = next(iter(adapter))
+    with pytest.raises(ValueError, match=r"another lora\.rank"):
+        set_adapter(model, {**adapter, name: adapter[name][:4]})
+    with pytest.raises(ValueError, match="another base model"):
+        set_adapter(model, {n: t for n, t in adapter.items() if n != name})
+
+
+def test_add_undoes_subtract() -> None:
+    old, new = {"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([1.5, -2.0])}
+    assert torch.equal(add(old, subtract(new, old))["a"], new["a"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"update": "momentum"}, r"train\.update='momentum'"),
+        ({"schedule": "linear"}, r"train\.schedule='linear'"),
+        ({"steps": 0}, r"train\.steps=0"),
+        ({"batch_size": 5, "micro_batch_size": 2}, r"train\.batch_size=5, train\.micro_batch_size=2"),
+        ({"lr": 0.0}, r"train\.lr=0\.0"),
+    ],
+)
+def test_wrong_training_settings_are_named(change: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_training(TrainSettings(**change))  # type: ignore[arg-type]
+
+
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere' is no directory"):
+        check_model(ModelSettings(path="nowhere"))
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        check_model(ModelSettings(path=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"model\.dtype='int3'"):
+        check_model(ModelSettings(dtype="int3"))
+
+
+def test_a_saved_adapter_loads_with_peft_alone(model: PeftModel, tmp_path: Path, windows: torch.Tensor) -> None:
+    set_adapter(model, {name: 0.1 * torch.randn_like(tensor) for name, tensor in get_adapter(model).items()})
+    model.save_pretrained(str(tmp_path))
+    base = AutoModelForCausalLM.from_pretrained("assets/tiny-llama", dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path))
+    assert heldout_loss(loaded, windows) == pytest.approx(heldout_loss(model, windows), abs=1e-5)

@@ -1,0 +1,246 @@
+"""The apps' logic on an in-process Grid: the real ClientApp, strategies and round loop, without Flower's engines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import InProcessGrid
+from flwr.app import ArrayRecord, Message, RecordDict
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from client.app import app as client_app
+from conf.schema import Settings
+from gradcodec.artifact import Artifact, load_artifact, save_artifact
+from gradcodec.autoencoder.learned import LearnedTables
+from server.evaluate import Evaluator
+from server.results import RunResults
+from server.rounds import run_federation
+from strategies.records import ACCEPTED, ARRAYS, CONFIG, METRICS, wrap_payload
+from strategies.sampling import FederationError
+from tasks.windows import heldout_loss
+
+
+def settings_for(folder: Path, name: str, **changes: object) -> Settings:
+    settings = Settings(output=str(folder / name), run_id=f"{folder.name}-{name}")
+    settings.model.path = str(Path("assets/tiny-llama").absolute())
+    settings.task.window = 32
+    settings.task.heldout_windows = 4
+    settings.task.max_windows = 200
+    settings.train.update, settings.train.lr = "delta", 0.005
+    settings.train.steps, settings.train.batch_size, settings.train.micro_batch_size = 2, 4, 4
+    settings.federation.num_clients, settings.federation.clients_per_round = 3, 2
+    settings.federation.rounds, settings.federation.wait_seconds = 3, 5.0
+    for key, value in changes.items():
+        holder, _, attribute = key.rpartition("__")
+        setattr(getattr(settings, holder) if holder else settings, attribute, value)
+    return settings
+
+
+def run(settings: Settings, folder: Path, grid_type: type[InProcessGrid] = InProcessGrid) -> RunResults:
+    grid = grid_type(client_app, settings.federation.num_clients, {"memory": str(folder / "memory")})
+    return run_federation(grid, settings)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory, learned_tables: LearnedTables) -> str:
+    folder = tmp_path_factory.mktemp("artifact") / "codec"
+    save_artifact(Artifact("learned", learned_tables.to_tensors(), {"codec": {}, "trained": {}}), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> RunResults:
+    folder = tmp_path_factory.mktemp("dense")
+    return run(settings_for(folder, "dense", arm="dense", record=str(folder / "updates.safetensors")), folder)
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory, artifact: str) -> RunResults:
+    folder = tmp_path_factory.mktemp("coded")
+    return run(settings_for(folder, "coded", arm="coded", codec__artifact=artifact), folder)
+
+
+def adapter_of(results: RunResults) -> dict[str, torch.Tensor]:
+    return load_file(Path(results.settings.output) / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "update"), [("fedavg", "delta"), ("fedadam", "gradient"), ("fedtrimmedavg", "delta")]
+)
+def test_identity_through_the_coded_path_is_the_dense_run_bit_for_bit(
+    tmp_path: Path, strategy: str, update: str
+) -> None:
+    changes: dict[str, object] = {"strategy__name": strategy, "strategy__lr": 0.03, "train__update": update}
+    dense = run(settings_for(tmp_path, "dense", arm="dense", **changes), tmp_path)
+    coded = run(
+        settings_for(tmp_path, "identity", arm="coded", codec__name="identity", codec__bits=None, **changes), tmp_path
+    )
+    assert coded.heldout_loss == dense.heldout_loss
+    for name, tensor in adapter_of(dense).items():
+        assert torch.equal(adapter_of(coded)[name], tensor)
+    assert [u.payload_bytes for u in coded.uplinks] == [16 + 4 * coded.num_parameters] * 6
+
+
+def test_dense_training_learns(dense: RunResults) -> None:
+    assert len(dense.heldout_loss) == 4
+    assert dense.heldout_loss[-1] < dense.heldout_loss[0] - 0.05
+
+
+def test_coded_training_learns_within_its_budget(dense: RunResults, coded: RunResults) -> None:
+    assert coded.heldout_loss[0] == dense.heldout_loss[0]
+    assert coded.heldout_loss[-1] < coded.heldout_loss[0] - 0.02
+    assert [(u.server_round, u.partition) for u in coded.uplinks] == [
+        (u.server_round, u.partition) for u in dense.uplinks
+    ]
+    for uplink in coded.uplinks:
+        assert 8 * uplink.payload_bytes <= 0.5 * coded.num_parameters
+
+
+def test_the_same_seed_gives_the_same_payloads_and_another_does_not(
+    tmp_path: Path, coded: RunResults, artifact: str
+) -> None:
+    again = run(settings_for(tmp_path, "again", codec__artifact=artifact), tmp_path)
+    assert [u.payload_digest for u in again.uplinks] == [u.payload_digest for u in coded.uplinks]
+    assert again.heldout_loss == coded.heldout_loss
+    other = run(settings_for(tmp_path, "other", codec__artifact=artifact, seed=1), tmp_path)
+    assert not {u.payload_digest for u in other.uplinks} & {u.payload_digest for u in coded.uplinks}
+
+
+def test_results_and_adapter_are_on_disk_and_true(coded: RunResults) -> None:
+    output = Path(coded.settings.output)
+    content = json.loads((output / "results.json").read_text())
+    assert content["heldout_loss"] == coded.heldout_loss
+    assert content["uplink_payload_bytes"] == sum(u.payload_bytes for u in coded.uplinks)
+    assert content["made_with"]["flwr"] == "1.39.0"
+    assert len((output / "uplinks.jsonl").read_text().splitlines()) == 6
+    base = AutoModelForCausalLM.from_pretrained("assets/tiny-llama", dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, str(output / "adapter"))
+    evaluator = Evaluator(coded.settings)
+    assert heldout_loss(loaded, evaluator.heldout) == pytest.approx(coded.heldout_loss[-1], abs=1e-5)
+
+
+def test_the_recording_holds_every_update(dense: RunResults) -> None:
+    assert dense.settings.record is not None
+    recorded = load_file(dense.settings.record)
+    assert {key.split("/")[0] for key in recorded} == {"r1", "r2", "r3"}
+    assert len(recorded) == 6 * 32
+    assert all(tensor.abs().max() > 0 for key, tensor in recorded.items() if key.startswith("r3"))
+
+
+class LossyGrid(InProcessGrid):
+    """Loses the first reply of partition 0 on its way back."""
+
+    lost = False
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        for reply in super().send_and_receive(messages, timeout=timeout):
+            if reply.metadata.message_type == "train" and reply.metadata.src_node_id == 1000 and not self.lost:
+                self.lost = True
+                continue
+            yield reply
+
+
+def test_a_lost_payload_goes_back_into_the_residual(tmp_path: Path, artifact: str) -> None:
+    settings = settings_for(tmp_path, "lossy", codec__artifact=artifact, federation__clients_per_round=3)
+    grid = LossyGrid(client_app, 3, {"memory": str(tmp_path / "memory")})
+    results = run_federation(grid, settings)
+    told = {
+        (m.metadata.dst_node_id, int(str(m.content.config_records[CONFIG]["server-round"]))): str(
+            m.content.config_records[CONFIG][ACCEPTED]
+        )
+        for m in grid.sent
+        if m.metadata.message_type == "train"
+    }
+    arrived = {(u.server_round, u.partition): u.payload_digest for u in results.uplinks}
+    assert len(arrived) == 8
+    assert told[1000, 2] == ""  # its first payload never came: the client must send all of it again
+    assert told[1007, 2] == arrived[1, 1]
+    assert told[1000, 3] == arrived[2, 0]
+
+
+class HostileGrid(InProcessGrid):
+    """Partition 1 answers garbage, another layout's payload, NaN metrics, or nothing that it should."""
+
+    answers = iter(
+        [
+            lambda reply: reply.content.array_records.update({ARRAYS: wrap_payload(b"\xc6\x01 garbage")}),
+            lambda reply: reply.content.array_records.update({ARRAYS: ArrayRecord()}),
+            lambda reply: reply.content.metric_records.update({METRICS: type(reply.content[METRICS])({"x": 1})}),
+        ]
+    )
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        for reply in super().send_and_receive(messages, timeout=timeout):
+            if reply.metadata.message_type == "train" and reply.metadata.src_node_id == 1007:
+                next(self.answers)(reply)
+            yield reply
+
+
+def test_a_hostile_client_is_left_out_and_the_run_goes_on(tmp_path: Path, artifact: str) -> None:
+    settings = settings_for(tmp_path, "hostile", codec__artifact=artifact, federation__clients_per_round=3)
+    results = run(settings, tmp_path, HostileGrid)
+    assert len(results.heldout_loss) == 4
+    assert results.heldout_loss[-1] < results.heldout_loss[0] - 0.02
+
+
+def test_too_few_nodes_end_the_run_with_their_number(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, "few", arm="dense", federation__wait_seconds=0.0)
+    with pytest.raises(FederationError, match="2 of 3 nodes came"):
+        run_federation(InProcessGrid(client_app, 2), settings)
+
+
+def test_a_node_without_its_files_is_named_before_training(tmp_path: Path, artifact: str) -> None:
+    settings = settings_for(tmp_path, "lacking", codec__artifact=artifact)
+    for key, value, said in (
+        ("model-path", "/nowhere", "model.path='/nowhere'"),
+        ("codec-artifact", "/nowhere", "/nowhere holds no codec artifact"),
+    ):
+        grid = InProcessGrid(client_app, 3, {key: value})
+        with pytest.raises(FederationError) as error:
+            run_federation(grid, settings)
+        assert said in str(error.value)
+        assert all(message.metadata.message_type == "query" for message in grid.sent)
+
+
+def test_a_node_with_another_artifact_is_refused(tmp_path: Path, artifact: str) -> None:
+    loaded = load_artifact(Path(artifact), "learned")
+    other = Artifact("learned", {**loaded.tensors, "codewords.0": loaded.tensors["codewords.0"] + 1}, loaded.settings)
+    save_artifact(other, tmp_path / "other")
+    grid = InProcessGrid(client_app, 3, {"codec-artifact": str(tmp_path / "other")})
+    with pytest.raises(FederationError, match="copy the server's artifact"):
+        run_federation(grid, settings_for(tmp_path, "other-artifact", codec__artifact=artifact))
+
+
+def test_two_nodes_of_one_partition_are_refused(tmp_path: Path) -> None:
+    grid = InProcessGrid(client_app, 3)
+    for context in grid.contexts.values():
+        context.node_config["partition-id"] = 0
+    with pytest.raises(FederationError, match="two nodes hold partition 0"):
+        run_federation(grid, settings_for(tmp_path, "twice", arm="dense"))
+
+
+def test_a_round_without_any_answer_ends_the_run(tmp_path: Path) -> None:
+    class DeadGrid(InProcessGrid):
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+            replies = super().send_and_receive(messages, timeout=timeout)
+            return [reply for reply in replies if reply.metadata.message_type == "query"]
+
+    with pytest.raises(FederationError, match="none of 2 clients answered"):
+        run_federation(
+            DeadGrid(client_app, 3), settings_for(tmp_path, "dead", arm="dense", federation__rounds=1)
+        )
+
+
+def test_side_information_travels_and_is_the_same_for_all(tmp_path: Path, artifact: str) -> None:
+    grid = InProcessGrid(client_app, 3, {"memory": str(tmp_path / "memory")})
+    run_federation(grid, settings_for(tmp_path, "side", codec__artifact=artifact))
+    trains = [m for m in grid.sent if m.metadata.message_type == "train"]
+    sides = [RecordDict(dict(m.content.items())).array_records["side"] for m in trains]
+    assert [len(side) for side in sides] == [0, 0, 1, 1, 1, 1]
+    assert sides[2]["side"].data == sides[3]["side"].data != sides[4]["side"].data
