@@ -103,7 +103,7 @@ class Trainer:
         if settings.arm == "coded":
             payload = self._encode(update, partition, side, accepted, memory)
         return Trained(
-            adapter=None if payload is not None else {name: adapter[name] + update[name] for name in update},
+            adapter=None if payload is not None else {name: tensor + update[name] for name, tensor in adapter.items()},
             payload=payload,
             num_examples=settings.train.steps * settings.train.batch_size,
             train_loss=loss,

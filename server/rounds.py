@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
 
 from conf.output import open_output, write_json
 from conf.schema import Settings, check_settings
@@ -20,6 +21,7 @@ from server.progress import bytes_text, progress_bar
 from server.results import RunResults
 from strategies.build import build_inner
 from strategies.coded import CodedStrategy
+from strategies.dense import DenseStrategy
 from strategies.ledger import LedgerStrategy, Uplink
 from strategies.recording import RecordingStrategy
 from strategies.records import SETTINGS, from_record, to_record
@@ -66,8 +68,11 @@ def run_federation(grid: Grid, settings: Settings) -> RunResults:
         roster = call_roll(grid, federation.num_clients, config, federation.wait_seconds, waiting)
         inner = build_inner(settings.strategy)
         recording = RecordingStrategy(inner) if settings.record is not None else None
-        decoding = CodedStrategy(inner, build_codec(settings.codec, layout)) if settings.arm == "coded" else inner
-        ledger = LedgerStrategy(recording or decoding, on_uplink)
+        if settings.arm == "coded":
+            receiving: Strategy = CodedStrategy(inner, build_codec(settings.codec, layout))
+        else:
+            receiving = DenseStrategy(recording or inner)
+        ledger = LedgerStrategy(receiving, on_uplink)
         strategy = SeededStrategy(ledger, roster, federation.clients_per_round, settings.seed)
         final = strategy.start(
             grid,

@@ -16,7 +16,7 @@ class StrategySettings:
     """How the server turns the clients' updates into the next adapter."""
 
     name: str = "fedavg"  # fedavg | fedavgm | fedadam | fedmedian | fedtrimmedavg
-    lr: float = 1.0  # of the server: fedavgm, fedadam
+    lr: float = 1.0  # of the server: fedavg, fedavgm, fedadam
     momentum: float = 0.9  # fedavgm; beta_1 of fedadam
     beta_2: float = 0.99  # fedadam
     tau: float = 1e-4  # fedadam: added to the root of the second moment
@@ -48,7 +48,8 @@ def build_inner(settings: StrategySettings) -> Strategy:
     if settings.name == "fedadam":
         moments = {"beta_1": settings.momentum, "beta_2": settings.beta_2, "tau": settings.tau}
         return FedAdam(eta=settings.lr, **moments, **common)  # type: ignore[arg-type]
-    if settings.name == "fedavgm":
-        return FedAvgM(server_learning_rate=settings.lr, server_momentum=settings.momentum, **common)  # type: ignore[arg-type]
+    if settings.name == "fedavgm" or (settings.name == "fedavg" and settings.lr != 1.0):
+        momentum = settings.momentum if settings.name == "fedavgm" else 0.0
+        return FedAvgM(server_learning_rate=settings.lr, server_momentum=momentum, **common)  # type: ignore[arg-type]
     kinds = {"fedavg": FedAvg, "fedmedian": FedMedian, "fedtrimmedavg": FedTrimmedAvg}
     return kinds[settings.name](**common)  # type: ignore[arg-type]

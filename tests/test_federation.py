@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import InProcessGrid
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -187,6 +188,36 @@ def test_a_hostile_client_is_left_out_and_the_run_goes_on(tmp_path: Path, artifa
     results = run(settings, tmp_path, HostileGrid)
     assert len(results.heldout_loss) == 4
     assert results.heldout_loss[-1] < results.heldout_loss[0] - 0.02
+
+
+class HostileDenseGrid(InProcessGrid):
+    """Partition 1 answers with an adapter of other tensors, of another shape, and of NaN."""
+
+    answers = iter(
+        [
+            {"other": np.zeros(3, np.float32)},
+            None,
+            float("nan"),
+        ]
+    )
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        for reply in super().send_and_receive(messages, timeout=timeout):
+            if reply.metadata.message_type == "train" and reply.metadata.src_node_id == 1007:
+                kind = next(self.answers)
+                own = reply.content.array_records[ARRAYS]
+                arrays = kind if isinstance(kind, dict) else {
+                    name: np.full(array.shape if kind else array.shape[::-1], kind or 0.0, np.float32)
+                    for name, array in own.items()
+                }
+                reply.content[ARRAYS] = ArrayRecord({name: Array(value) for name, value in arrays.items()})
+            yield reply
+
+
+def test_a_hostile_dense_client_is_left_out_and_the_run_goes_on(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, "hostile-dense", arm="dense", federation__clients_per_round=3)
+    results = run(settings, tmp_path, HostileDenseGrid)
+    assert results.heldout_loss[-1] < results.heldout_loss[0] - 0.05
 
 
 def test_too_few_nodes_end_the_run_with_their_number(tmp_path: Path) -> None:
