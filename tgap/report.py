@@ -28,8 +28,8 @@ def training_bar(name: str) -> Iterator[OnStep]:
 def print_table(rows: Sequence[Row]) -> None:
     """Fidelity on updates that the codecs were not trained on, to standard output."""
     table = Table(title="fidelity on held-out updates (single updates, no error feedback, every byte counted)")
-    for column in ("codec", "held out", "bits/parameter", "cosine", "SNR dB", "Gaussian bound", "updates"):
-        table.add_column(column, justify="left" if column in ("codec", "held out") else "right")
+    for column in ("codec", "held out", "bits/param", "cosine", "SNR dB", "Gaussian", "updates"):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("codec", "held out") else "right")
     for row in rows:
         table.add_row(
             row.codec,
