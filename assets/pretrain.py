@@ -19,8 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tasks.stdlib import prose
 from adapters.finetune import next_token_loss
+from tasks.stdlib import prose
 from tasks.windows import heldout_loss, windows_of
 
 WINDOW = 128

@@ -114,14 +114,14 @@ def print_tables(results: dict[str, Any]) -> None:
     arms = results["arms"]
     rounds = len(arms["dense"]["heldout_loss"])
     shown = sorted({*range(0, rounds, max(1, (rounds - 1) // 4)), rounds - 1})
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 100)
     seeds = ", ".join(map(str, results["seeds"]))
-    losses = Table(title=f"held-out loss by round, nats per token (seeds {seeds})")
-    costs = Table(title="what it costs and what it keeps")
+    losses = Table(title=f"held-out loss by round, nats per token (seed {seeds})")
+    costs = Table(title="what each arm keeps of the dense improvement, and what a client sends")
     losses.add_column("arm")
     for number in shown:
         losses.add_column(str(number), justify="right")
-    for column in ("arm", "loss", "improvement kept", "uplink bytes/client/round", "bits/param", "fp32 ratio", "s"):
+    for column in ("arm", "loss", "kept", "bytes/client/round", "bits/param", "of fp32", "seconds"):
         costs.add_column(column, justify="left" if column == "arm" else "right")
     base, dense = arms["base"]["heldout_loss"][-1], arms["dense"]["heldout_loss"][-1]
     for name, arm in arms.items():

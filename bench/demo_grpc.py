@@ -108,9 +108,7 @@ def deployment(folder: Path) -> Iterator[tuple[Path, list[CountingRelay]]]:
     subprocess.run([*server, "keys", "--folder", str(folder), "--nodes", str(NUM_NODES)], check=True)
     with contextlib.ExitStack() as stack:
         start = ["--fleet-address", f"127.0.0.1:{fleet_port}", "--control-port", str(control_port)]
-        link = stack.enter_context(
-            running([*server, "start", "--folder", str(folder), *start], folder / "server.log")
-        )
+        link = stack.enter_context(running([*server, "start", "--folder", str(folder), *start], folder / "server.log"))
         wait_for("SuperLink up", folder / "server.log", link)
         relays = [stack.enter_context(CountingRelay("127.0.0.1", fleet_port)) for _ in range(NUM_NODES)]
         for i, relay in enumerate(relays):
@@ -164,7 +162,9 @@ def print_tables(results: dict[str, Any]) -> None:
     pairs = zip(results["wire_bytes_up_per_client"], results["wire_bytes_down_per_client"], strict=True)
     for node, (up, down) in enumerate(pairs):
         payload = results["payload_bytes_per_client_round"]
-        table.add_row(str(node), f"{payload:,.0f}", f"{up / results['rounds']:,.0f}", f"{down / results['rounds']:,.0f}")
+        table.add_row(
+            str(node), f"{payload:,.0f}", f"{up / results['rounds']:,.0f}", f"{down / results['rounds']:,.0f}"
+        )
     console.print(table)
     same = "the same payloads, to the bit" if results["payloads_equal"] else "DIFFERENT payloads"
     losses = results["heldout_loss"]

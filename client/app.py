@@ -43,8 +43,8 @@ def answer_roll_call(message: Message, context: Context) -> Message:
         _trainer(message, context).check(partition)
     except ValueError as error:
         refusal = str(error)
-    answer = {METRICS: MetricRecord({PARTITION: partition}), CONFIG: ConfigRecord({REFUSAL: refusal})}
-    return Message(RecordDict(answer), reply_to=message)
+    answer = RecordDict({METRICS: MetricRecord({PARTITION: partition}), CONFIG: ConfigRecord({REFUSAL: refusal})})
+    return Message(answer, reply_to=message)
 
 
 @app.train()

@@ -70,10 +70,7 @@ class Trainer:
     def check(self, partition: int) -> None:
         """Loads everything that training needs. Raises ValueError: something is missing or does not fit."""
         self.shard(partition)
-        if self.settings.arm == "coded":
-            _ = self.codec
-        else:
-            _ = self.model
+        _ = self.codec if self.settings.arm == "coded" else self.model
 
     def train(
         self,

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +20,7 @@ from gradcodec.build import CodecSettings, check_codec
 from strategies.build import StrategySettings, check_strategy
 from tasks.shards import TaskSettings, check_task
 
+Run = TypeVar("Run", bound="Settings")
 ARMS = ("base", "centralised", "dense", "coded")
 BACKENDS = ("simulation", "superlink")
 
@@ -136,14 +137,16 @@ def check_settings(settings: Settings) -> None:
         check_codec(settings.codec)
 
 
-def _typed(schema: type[Any], config: Any) -> Any:
+def _typed(schema: type[Run], config: Any) -> Run:
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
     except Exception as error:  # OmegaConf has a dozen kinds, all of them about one key
         raise ValueError(f"settings: {error}".split("\n")[0]) from None
+    assert isinstance(typed, schema)
+    return typed
 
 
-def _absolute(settings: Any) -> Any:
+def _absolute(settings: Run) -> Run:
     settings.output = str(Path(settings.output).absolute())
     settings.model.path = str(Path(settings.model.path).absolute())
     for holder, key in ((settings, "record"), (settings.task, "path"), (settings.codec, "artifact")):

@@ -61,8 +61,9 @@ def build_codec(settings: CodecSettings, layout: Layout) -> Codec:
 
 def codec_of(artifact: Artifact, layout: Layout) -> Codec:
     """The codec that an artifact holds. Raises CodecError: it does not serve this layout."""
-    kinds = {"learned": LearnedCodec, "resnet": ResnetCodec}
-    return kinds[artifact.kind].from_artifact(artifact, layout)
+    if artifact.kind == "learned":
+        return LearnedCodec.from_artifact(artifact, layout)
+    return ResnetCodec.from_artifact(artifact, layout)
 
 
 def byte_budget(settings: CodecSettings, layout: Layout) -> int | None:

@@ -27,7 +27,8 @@ def integer_table(probabilities: NDArray[np.float64]) -> Table:
     shares = probabilities / probabilities.sum() * (TOTAL - len(probabilities))
     table = 1 + np.floor(shares).astype(np.int64)
     table[int(np.argmax(table))] += TOTAL - int(table.sum())
-    return table.astype(np.uint16)
+    frozen: Table = table.astype(np.uint16)
+    return frozen
 
 
 def bits_of(table: Table) -> NDArray[np.float64]:
@@ -42,7 +43,7 @@ def encode_symbols(parts: Iterable[tuple[Symbols, Table]]) -> bytes:
     for symbols, table in parts:
         if len(symbols):
             encoder.encode(np.ascontiguousarray(symbols, dtype=np.int32), _model(table))
-    words = encoder.get_compressed().astype("<u4").tobytes()
+    words: bytes = encoder.get_compressed().astype("<u4").tobytes()
     return words.rstrip(b"\0")  # the reader puts the zeros back
 
 

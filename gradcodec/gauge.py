@@ -18,7 +18,7 @@ from gradcodec.layout import Layout
 def principal_axes(blocks_RC: Tensor, layout: Layout) -> Tensor:
     """``[B, R, R]`` float32: per block an orthogonal matrix whose rows are its principal axes, strongest first."""
     covariances = [block @ block.T for block in (blocks_RC[:, b.start : b.stop].double() for b in layout.blocks)]
-    axes_BRR = torch.linalg.eigh(torch.stack(covariances))[1].flip(-1).transpose(-1, -2)
+    axes_BRR: Tensor = torch.linalg.eigh(torch.stack(covariances))[1].flip(-1).transpose(-1, -2)
     return axes_BRR.float().contiguous()
 
 

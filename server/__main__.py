@@ -1,8 +1,8 @@
 """The server's host: make keys, start the SuperLink, let nodes in.
 
-    python -m server keys     --folder deploy --hosts server.example.org,10.0.0.5 --nodes 4
-    python -m server start    --folder deploy [--fleet-address 0.0.0.0:9092] [--control-port 8000]
-    python -m server register --folder deploy deploy/node-0.pub ...
+python -m server keys     --folder deploy --hosts server.example.org,10.0.0.5 --nodes 4
+python -m server start    --folder deploy [--fleet-address 0.0.0.0:9092] [--control-port 8000]
+python -m server register --folder deploy deploy/node-0.pub ...
 """
 
 from __future__ import annotations

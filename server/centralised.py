@@ -38,9 +38,7 @@ def run_alone(settings: Settings) -> RunResults:
         steps_a_round = federation.clients_per_round * settings.train.steps
         pooled = torch.cat([shard.train for shard in evaluator.shards])
         lr = settings.train.lr if settings.train.update == "delta" else settings.strategy.lr
-        training = dataclasses.replace(
-            settings.train, update="delta", lr=lr, steps=steps_a_round * federation.rounds
-        )
+        training = dataclasses.replace(settings.train, update="delta", lr=lr, steps=steps_a_round * federation.rounds)
         torch.set_num_threads(os.cpu_count() or 1)  # alone on the machine
         with progress_bar() as progress:
             bar = progress.add_task("centralised", total=training.steps, note="")

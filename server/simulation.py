@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from flwr.app import Context
 from flwr.clientapp import ClientApp
@@ -30,7 +31,7 @@ def run_in_simulation(settings: Settings) -> RunResults:
 
     client_app = load_app("client.app:app", ImportError)  # by name: the server does not import the client's program
     assert isinstance(client_app, ClientApp)
-    resources = {"num_cpus": settings.backend.client_cpus, "num_gpus": settings.backend.client_gpus}
+    resources: dict[str, Any] = {"num_cpus": settings.backend.client_cpus, "num_gpus": settings.backend.client_gpus}
     run_simulation(
         server_app,
         client_app,

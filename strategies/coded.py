@@ -44,7 +44,9 @@ class CodedStrategy(WrappingStrategy):
         side = ArrayRecord() if self._side is None else to_record({SIDE: self._side})
         for message in super().configure_train(server_round, arrays, config, grid):
             node = message.metadata.dst_node_id
-            own_config = ConfigRecord({**message.content.config_records[CONFIG], ACCEPTED: self._accepted.get(node, "")})
+            own_config = ConfigRecord(
+                {**message.content.config_records[CONFIG], ACCEPTED: self._accepted.get(node, "")}
+            )
             content = RecordDict({**message.content, SIDE: side, CONFIG: own_config})
             yield Message(content, node, message.metadata.message_type)
 

@@ -13,11 +13,21 @@ from collections.abc import Callable, Iterable, Mapping
 from logging import INFO, WARNING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.supercore import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from flwr.supercore import log
 
-from strategies.records import ARRAYS, CONFIG, METRICS, NUM_EXAMPLES, PARTITION, REFUSAL, REPLY_METRICS, config_of, metric
+from strategies.records import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    NUM_EXAMPLES,
+    PARTITION,
+    REFUSAL,
+    REPLY_METRICS,
+    config_of,
+    metric,
+)
 from strategies.wrapping import WrappingStrategy
 
 
@@ -73,7 +83,7 @@ def _answer(reply: Message) -> int:
         raise FederationError(f"node {reply.metadata.src_node_id} failed at the roll call: {reply.error.reason}")
     refusal = config_of(reply.content).get(REFUSAL, "")
     if refusal:
-        raise FederationError(f"node {reply.metadata.src_node_id} cannot take part: {refusal}")
+        raise FederationError(f"node {reply.metadata.src_node_id} cannot take part: {refusal!s}")
     return int(metric(reply.content.metric_records[METRICS], PARTITION))
 
 
@@ -125,7 +135,7 @@ class SeededStrategy(WrappingStrategy):
     def _problem(self, reply: Message) -> str:
         """Why a reply cannot be used; empty if it can. Nothing that a client sends may end the run."""
         if reply.has_error():
-            return reply.error.reason
+            return reply.error.reason or "no reason given"
         partition = self._partition_of.get(reply.metadata.src_node_id)
         if partition is None:
             return "it is not on the roster"
@@ -139,7 +149,9 @@ class SeededStrategy(WrappingStrategy):
         if len(metrics) != len(values) or not all(map(math.isfinite, values)):
             return f"its metrics are not the finite numbers {', '.join(REPLY_METRICS)}"
         if metric(metrics, PARTITION) != partition or not metric(metrics, NUM_EXAMPLES) > 0:
-            return f"it answers for partition {metric(metrics, PARTITION)} with {metric(metrics, NUM_EXAMPLES)} examples"
+            return (
+                f"it answers for partition {metric(metrics, PARTITION)} with {metric(metrics, NUM_EXAMPLES)} examples"
+            )
         return ""
 
     def summary(self) -> None:

@@ -60,7 +60,7 @@ def _package_texts(client: int, num_clients: int) -> list[str]:
     found = list(packages().items())
     if not found:
         raise ValueError("this Python has no source code of its standard library: use task.name=jsonl or text")
-    name, files = found[client % len(found)]
+    _, files = found[client % len(found)]
     sharers = range(client % len(found), num_clients, len(found))
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     lines = text.splitlines(keepends=True)
@@ -120,8 +120,12 @@ def _share(
 ) -> list[dict[str, str]]:
     if len(rows) < num_clients:
         raise ValueError(f"task.path={path!r} holds {len(rows)} records for {num_clients} clients: fewer clients?")
-    table = Dataset.from_list([{"row": i, **({partition_by: row.get(partition_by, "")} if partition_by else {})}
-                               for i, row in enumerate(rows)])
+    table = Dataset.from_list(
+        [
+            {"row": i, **({partition_by: row.get(partition_by, "")} if partition_by else {})}
+            for i, row in enumerate(rows)
+        ]
+    )
     if partition_by is None:
         partitioner = IidPartitioner(num_partitions=num_clients)
     else:

@@ -205,12 +205,12 @@ def test_error_feedback_delivers_all_mass(learned: LearnedCodec, layout: Layout)
     update = heavy_tailed_update(9)
     side = principal_axes(layout.to_blocks(update), layout)
     budget = max_payload_bytes(0.25, layout.num_parameters)
-    carried, delivered, accepted = None, torch.zeros(layout.rank, layout.num_columns), ""
+    carried = torch.zeros(layout.rank, layout.num_columns)
+    delivered = torch.zeros_like(carried)
     for _ in range(30):
         payload, residual = encode_update(update, carried, codec=learned, max_bytes=budget, side=side)
         delivered += layout.to_blocks(decode_update(payload, codec=learned, side=side))
-        accepted = digest_of(payload)
-        carried = residual.carried(accepted, decay=1.0)
+        carried = residual.carried(digest_of(payload), decay=1.0)
     meant = 30 * layout.to_blocks(update)
     torch.testing.assert_close(delivered + carried, meant, rtol=1e-4, atol=1e-6)
     assert fidelity(meant, delivered).cosine > 0.95  # a single payload reaches 0.7

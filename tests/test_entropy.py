@@ -43,5 +43,3 @@ def test_golden_bytes_of_the_entropy_coder() -> None:
     table = integer_table(np.array([0.7, 0.2, 0.06, 0.04]))
     symbols = np.array([0, 0, 1, 3, 0, 2, 0, 0, 1, 0, 3, 3, 0, 0, 0, 1], np.int32)
     assert encode_symbols([(symbols, table), (symbols[::-1], table)]).hex() == "22488a7078312819"
-
-

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import InProcessGrid
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -168,11 +168,11 @@ def test_a_lost_payload_goes_back_into_the_residual(tmp_path: Path, artifact: st
 class HostileGrid(InProcessGrid):
     """Partition 1 answers garbage, another layout's payload, NaN metrics, or nothing that it should."""
 
-    answers = iter(
+    answers: Iterator[Callable[[Message], object]] = iter(
         [
             lambda reply: reply.content.array_records.update({ARRAYS: wrap_payload(b"\xc6\x01 garbage")}),
             lambda reply: reply.content.array_records.update({ARRAYS: ArrayRecord()}),
-            lambda reply: reply.content.metric_records.update({METRICS: type(reply.content[METRICS])({"x": 1})}),
+            lambda reply: reply.content.metric_records.update({METRICS: MetricRecord({"x": 1})}),
         ]
     )
 
@@ -206,10 +206,14 @@ class HostileDenseGrid(InProcessGrid):
             if reply.metadata.message_type == "train" and reply.metadata.src_node_id == 1007:
                 kind = next(self.answers)
                 own = reply.content.array_records[ARRAYS]
-                arrays = kind if isinstance(kind, dict) else {
-                    name: np.full(array.shape if kind else array.shape[::-1], kind or 0.0, np.float32)
-                    for name, array in own.items()
-                }
+                arrays = (
+                    kind
+                    if isinstance(kind, dict)
+                    else {
+                        name: np.full(array.shape if kind else array.shape[::-1], kind or 0.0, np.float32)
+                        for name, array in own.items()
+                    }
+                )
                 reply.content[ARRAYS] = ArrayRecord({name: Array(value) for name, value in arrays.items()})
             yield reply
 
@@ -263,9 +267,7 @@ def test_a_round_without_any_answer_ends_the_run(tmp_path: Path) -> None:
             return [reply for reply in replies if reply.metadata.message_type == "query"]
 
     with pytest.raises(FederationError, match="none of 2 clients answered"):
-        run_federation(
-            DeadGrid(client_app, 3), settings_for(tmp_path, "dead", arm="dense", federation__rounds=1)
-        )
+        run_federation(DeadGrid(client_app, 3), settings_for(tmp_path, "dead", arm="dense", federation__rounds=1))
 
 
 def test_side_information_travels_and_is_the_same_for_all(tmp_path: Path, artifact: str) -> None:

@@ -101,13 +101,13 @@ def test_a_folder_of_texts_is_dealt_out(tmp_path: Path) -> None:
 def test_a_broken_file_is_named_with_its_line(tmp_path: Path, content: str, said: str) -> None:
     path = tmp_path / "broken.jsonl"
     path.write_text(content)
-    with pytest.raises(ValueError, match="broken.jsonl") as error:
+    with pytest.raises(ValueError, match=r"broken\.jsonl") as error:
         texts("jsonl", path, 0, 1)
     assert said in str(error.value)
 
 
 def test_a_missing_file_folder_or_column_is_named(tmp_path: Path, jsonl: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere.jsonl' is no file"):
+    with pytest.raises(ValueError, match=r"nowhere\.jsonl' is no file"):
         texts("jsonl", tmp_path / "nowhere.jsonl", 0, 1)
     with pytest.raises(ValueError, match="nowhere' is no folder"):
         texts("text", tmp_path / "nowhere", 0, 1)

@@ -11,8 +11,6 @@ data that fine-tuning does not see (the paper, section 3.1).
 
 from __future__ import annotations
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A recording of updates: rounds, clients, blocks; and its split into what a codec trains on and what it is tried on."""
+"""A recording of updates: rounds, clients, blocks; split into what a codec trains on and what it is tried on."""
 
 from __future__ import annotations
 

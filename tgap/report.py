@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -40,4 +41,4 @@ def print_table(rows: Sequence[Row]) -> None:
             f"{row.gaussian_bound_cosine:.3f}",
             str(row.num_updates),
         )
-    Console().print(table)
+    Console(width=100 if not sys.stdout.isatty() else None).print(table)

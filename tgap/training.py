@@ -11,13 +11,11 @@ from torch import Tensor
 
 from gradcodec.artifact import Artifact
 from gradcodec.autoencoder.fit_learned import Sample, fit_learned
-from gradcodec.autoencoder.learned import LearnedCodec
-from gradcodec.autoencoder.resnet import ResnetCodec, fit_resnet
+from gradcodec.autoencoder.resnet import fit_resnet
 from gradcodec.codec import Codec
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
 from gradcodec.fidelity import fidelity, gaussian_bound_cosine
 from gradcodec.gauge import principal_axes
-from gradcodec.layout import Layout
 from tgap.recording import Recording, Update
 
 Progress = Callable[[int, int, float], None]

@@ -51,7 +51,7 @@ def price_of_a_bit(level: int) -> float:
 
     The slope of the Gaussian rate-distortion function where its distortion is the one allowed.
     """
-    return 2 * math.log(2) * 2.0 ** (-level / LEVELS_PER_OCTAVE)
+    return 2 * math.log(2) * math.pow(2, -level / LEVELS_PER_OCTAVE)
 
 
 @dataclass(frozen=True)

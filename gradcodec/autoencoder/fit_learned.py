@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gradcodec.autoencoder.codebooks import (
@@ -21,7 +22,7 @@ from gradcodec.autoencoder.codebooks import (
     price_of_a_bit,
 )
 from gradcodec.autoencoder.learned import SILENT, LearnedTables, frozen_scale_table
-from gradcodec.entropy import bits_of, integer_table
+from gradcodec.entropy import Table, bits_of, integer_table
 from gradcodec.gauge import rotate
 from gradcodec.layout import Layout
 
@@ -142,12 +143,12 @@ def _freeze(network: SynthesisNetwork, pool_ND: Tensor) -> dict[int, Codebook]:
     return codebooks
 
 
-def _book(codewords_KD: Tensor, probabilities: np.ndarray) -> Codebook:  # type: ignore[type-arg]
+def _book(codewords_KD: Tensor, probabilities: NDArray[np.float64]) -> Codebook:
     table = integer_table(probabilities)
     return Codebook(codewords_KD.contiguous().clone(), table, torch.from_numpy(bits_of(table)).float())
 
 
-def _scale_table(exponents: list[Tensor]) -> np.ndarray:  # type: ignore[type-arg]
+def _scale_table(exponents: list[Tensor]) -> Table:
     """Frequencies of the scale symbols over updates and water marks."""
     counts = np.zeros(SILENT + 1)
     for exponent in exponents:

@@ -13,11 +13,12 @@ ResNet over a picture of all factors carries no client information (``docs/negat
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gradcodec.artifact import Artifact
@@ -168,7 +169,7 @@ class LearnedCodec:
                 rotated_RC[row.rank, row.start : row.stop] = vectors_ND.flatten()[: row.stop - row.start] * scale
         return unrotate(rotated_RC, axes_BRR, self.layout)
 
-    def _fill(self, attempt, max_bytes: int) -> bytes:  # type: ignore[no-untyped-def]
+    def _fill(self, attempt: Callable[[int, float], bytes], max_bytes: int) -> bytes:
         """The best codes that fit: the lowest water mark, then the lowest price of a bit at that mark."""
         low, high = -MAX_LEVEL, -MIN_LEVEL + LEVELS_PER_OCTAVE  # `high` leaves every row silent: it always fits
         best = self._silence()
@@ -228,7 +229,9 @@ class LearnedCodec:
         if side is None:
             return torch.eye(self.layout.rank).expand(shape)
         if tuple(side.shape) != shape or not bool(torch.isfinite(side).all()):
-            raise CodecError(f"side information of shape {tuple(side.shape)}: finite axes of shape {shape} are expected")
+            raise CodecError(
+                f"side information of shape {tuple(side.shape)}: finite axes of shape {shape} are expected"
+            )
         return side
 
 
@@ -237,5 +240,5 @@ def _scale(exponent: int) -> float:
     return float(2.0 ** (exponent / 2))
 
 
-def frozen_scale_table(counts: np.ndarray) -> Table:  # type: ignore[type-arg]
+def frozen_scale_table(counts: NDArray[np.float64]) -> Table:
     return integer_table(counts.astype(np.float64) + 0.5)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class ResnetAutoencoder(nn.Module):
         super().__init__()
         sizes = (1, *CHANNELS)
         down: list[nn.Module] = []
-        for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+        for before, after in pairwise(sizes):
             down += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
         down += [_Residual(CHANNELS[-1]) for _ in range(3)]
         down.append(nn.Conv2d(CHANNELS[-1], LATENT_CHANNELS, 1))
