@@ -21,9 +21,9 @@ from gradcodec.autoencoder.codebooks import (
     SynthesisNetwork,
     price_of_a_bit,
 )
-from gradcodec.autoencoder.learned import SILENT, LearnedTables, frozen_scale_table
+from gradcodec.autoencoder.learned import SILENT, LearnedTables, frozen_scale_table, piece_scale
+from gradcodec.autoencoder.transform import Transform, fit_bases
 from gradcodec.entropy import Table, bits_of, integer_table
-from gradcodec.gauge import rotate
 from gradcodec.layout import Layout
 
 Progress = Callable[[int, int, float], None]
@@ -49,8 +49,10 @@ def fit_learned(
         steps: optimizer steps for each of the bands.
         seed: of everything random.
     """
-    assert samples and steps > 0
-    rows, exponents = _normalised_rows(samples, layout)
+    assert samples
+    assert steps > 0
+    bases = fit_bases([sample.blocks_RC for sample in samples], layout)
+    rows, exponents = _normalised_pieces(samples, Transform(layout, bases))
     generator = torch.Generator().manual_seed(seed)
     codebooks: dict[int, Codebook] = {}
     for number, band in enumerate(BANDS):
@@ -65,24 +67,22 @@ def fit_learned(
 
         _train(network, pool_ND, steps, generator, report)
         codebooks.update(_freeze(network, pool_ND))
-    return LearnedTables(codebooks, _scale_table(exponents))
+    return LearnedTables(codebooks, _scale_table(exponents), bases)
 
 
-def _normalised_rows(samples: Sequence[Sample], layout: Layout) -> tuple[list[Tensor], list[Tensor]]:
-    """Every rotated row over its scale, and per sample the rounded log2-energies of its rows."""
-    rows: list[Tensor] = []
+def _normalised_pieces(samples: Sequence[Sample], transform: Transform) -> tuple[list[Tensor], list[Tensor]]:
+    """Every piece over its scale, and per sample the exponents of its rows."""
+    pieces: list[Tensor] = []
     exponents: list[Tensor] = []
     for sample in samples:
-        rotated_RC = sample.blocks_RC if sample.side is None else rotate(sample.blocks_RC, sample.side, layout)
-        energies: list[Tensor] = []
-        for block in layout.blocks:
-            part = rotated_RC[: block.rank, block.start : block.stop]
-            energy = (part**2).mean(1)
-            exponent = torch.log2(energy.clamp_min(1e-36)).round()
-            energies.append(exponent)
-            rows.extend(row for row, e in zip(part / 2.0 ** (exponent[:, None] / 2), energy, strict=True) if e > 1e-30)
-        exponents.append(torch.cat(energies))
-    return rows, exponents
+        coefficients_RC = transform.analyse(sample.blocks_RC, sample.side)
+        exponent = transform.row_exponents(coefficients_RC)
+        exponents.append(torch.tensor(exponent))
+        for piece in transform.pieces:
+            values = coefficients_RC[piece.rank, piece.start : piece.stop] / piece_scale(exponent[piece.row], piece)
+            if bool(values.any()):
+                pieces.append(values)
+    return pieces, exponents
 
 
 def _vector_pool(rows: list[Tensor], length: int, generator: torch.Generator, most: int = 1 << 17) -> Tensor:

@@ -1,9 +1,9 @@
 """The learned codec: rotation, scales, vectors found by search, everything entropy-coded.
 
-    blocks -> rotate into shared principal axes (gauge.py)
+    blocks -> rotate along rank and width (transform.py)
            -> one scale a row, in steps of 3 dB
-           -> reverse water-filling: a row's level = its energy over the allowed distortion (the water mark);
-              rows below the lowest level are silent
+           -> reverse water-filling: a piece's level = its energy over the allowed distortion (the water mark);
+              pieces below the lowest level are silent
            -> codewords by search (codebooks.py) -> range coder (entropy.py)
 
 One artifact serves every budget and every geometry: only the water mark changes. Departures from the paper: its
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,18 +30,22 @@ from gradcodec.autoencoder.codebooks import (
     band_of,
     price_of_a_bit,
 )
+from gradcodec.autoencoder.transform import MAX_OFFSET, Piece, Transform, WidthBasis
 from gradcodec.codec import codec_id
 from gradcodec.entropy import SymbolReader, Symbols, Table, bits_of, encode_symbols, integer_table
 from gradcodec.errors import BudgetError, CodecError
 from gradcodec.frame import Codes
-from gradcodec.gauge import principal_axes, rotate, unrotate
+from gradcodec.gauge import principal_axes
 from gradcodec.layout import Layout
 
 SILENT = 31
 """Scale symbol of a row that is not sent; 0 to 30 are steps of 3 dB below the strongest row."""
 _HEADER = struct.Struct("<hh")  # exponent of the strongest row's energy, water mark in levels
 _MAX_EXPONENT = 120
-_FINEST_PRICE, _COARSEST_PRICE = 0.25, 16.0
+_COARSEST_PRICE = 16.0
+_LOWEST_MARK = -MAX_LEVEL
+_HIGHEST_MARK = -MIN_LEVEL + MAX_OFFSET + 1
+_BASIS, _OFFSETS = "basis.", "offsets."
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class LearnedTables:
 
     codebooks: Mapping[int, Codebook]
     scale_table: Table
+    bases: Mapping[str, WidthBasis] = field(default_factory=dict)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LearnedTables:
@@ -61,7 +66,7 @@ class LearnedTables:
             if codewords_KD.shape[1] != band_of(level).length:
                 raise CodecError(f"artifact tensor 'codewords.{level}' has vectors of {codewords_KD.shape[1]} values")
             codebooks[level] = Codebook(codewords_KD, table, torch.from_numpy(bits_of(table)).float())
-        return cls(codebooks, _table(tensors, "frequencies.scale", SILENT + 1))
+        return cls(codebooks, _table(tensors, "frequencies.scale", SILENT + 1), _bases(tensors))
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Inverse of ``from_tensors``."""
@@ -69,7 +74,24 @@ class LearnedTables:
         for level, book in self.codebooks.items():
             tensors[f"codewords.{level}"] = book.codewords_KD.contiguous()
             tensors[f"frequencies.{level}"] = torch.from_numpy(book.table.astype(np.int32))
+        for name, basis in self.bases.items():
+            tensors[_BASIS + name] = basis.basis_WW.half()
+            tensors[_OFFSETS + name] = torch.tensor(basis.offsets, dtype=torch.int32)
         return tensors
+
+
+def _bases(tensors: Mapping[str, Tensor]) -> dict[str, WidthBasis]:
+    bases: dict[str, WidthBasis] = {}
+    for key in tensors:
+        if key.startswith(_BASIS):
+            name = key.removeprefix(_BASIS)
+            basis_WW, offsets = _checked(tensors, key, 2).float(), _checked(tensors, _OFFSETS + name, 1).tolist()
+            if basis_WW.shape[0] != basis_WW.shape[1] or not 0 < len(offsets) <= len(basis_WW):
+                raise CodecError(f"artifact tensor {key!r} of shape {tuple(basis_WW.shape)} is no basis of segments")
+            if max(map(abs, offsets)) > MAX_OFFSET or not bool(torch.isfinite(basis_WW).all()):
+                raise CodecError(f"artifact tensor {_OFFSETS + name!r} or its basis is out of range")
+            bases[name] = WidthBasis(basis_WW, tuple(offsets))
+    return bases
 
 
 def _checked(tensors: Mapping[str, Tensor], key: str, num_dimensions: int) -> Tensor:
@@ -87,31 +109,6 @@ def _table(tensors: Mapping[str, Tensor], key: str, size: int) -> Table:
     return frequencies.astype(np.uint16)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One rotated row of one block: row ``rank``, columns ``start:stop`` of the blocks matrix."""
-
-    rank: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What both ends derive from header and scale symbols: each coded level's rows, lowest level first."""
-
-    rows_of_level: dict[int, list[int]]
-
-    @classmethod
-    def of(cls, scales: Symbols, water_mark: int) -> _Plan:
-        rows: dict[int, list[int]] = {}
-        for index, symbol in enumerate(scales.tolist()):
-            level = -LEVELS_PER_OCTAVE * symbol - water_mark
-            if symbol != SILENT and level >= MIN_LEVEL:
-                rows.setdefault(min(level, MAX_LEVEL), []).append(index)
-        return cls(dict(sorted(rows.items())))
-
-
 class LearnedCodec:
     """``learned``: see the module. Serves budgets down to the scales' cost, a few bits a row."""
 
@@ -121,7 +118,7 @@ class LearnedCodec:
         self.layout = layout
         self.tables = tables
         self.id = codec_id("learned/1", weights_digest)
-        self._rows = [Row(rank, b.start, b.stop) for b in layout.blocks for rank in range(b.rank)]
+        self._transform = Transform(layout, tables.bases)
 
     @classmethod
     def from_artifact(cls, artifact: Artifact, layout: Layout) -> LearnedCodec:
@@ -133,45 +130,45 @@ class LearnedCodec:
         return principal_axes(global_update_RC, self.layout)
 
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
-        rotated_RC = rotate(blocks_RC, self._axes(side), self.layout)
-        exponents = self._exponents(rotated_RC)
+        coefficients_RC = self._transform.analyse(blocks_RC, side)
+        exponents = self._transform.row_exponents(coefficients_RC)
         top = max(exponents, default=-_MAX_EXPONENT)
         symbols = [min(top - exponent, SILENT) for exponent in exponents]
         if max_bytes is not None and max_bytes < len(silence := self._silence()):
             raise BudgetError(f"{max_bytes} bytes for the codes; the learned codec needs at least {len(silence)}")
 
         def attempt(water_mark: int, price: float) -> bytes:
-            return self._write(rotated_RC, np.array(symbols, np.int32), top, water_mark, price)
+            return self._write(coefficients_RC, np.array(symbols, np.int32), top, water_mark, price)
 
         if top <= -_MAX_EXPONENT:
             return (self._silence(),)
         if max_bytes is None:
-            return (attempt(-MAX_LEVEL, 1.0),)
+            return (attempt(_LOWEST_MARK, 1.0),)
         return (self._fill(attempt, max_bytes),)
 
     def decode(self, codes: Codes, side: Tensor | None) -> Tensor:
-        axes_BRR = self._axes(side)
         if len(codes[0]) < _HEADER.size:
             raise CodecError(f"{len(codes[0])} bytes of codes: the header alone takes {_HEADER.size}")
         top, water_mark = _HEADER.unpack_from(codes[0])
-        if abs(top) > _MAX_EXPONENT or not -MAX_LEVEL <= water_mark <= -MIN_LEVEL + LEVELS_PER_OCTAVE:
+        if abs(top) > _MAX_EXPONENT or not _LOWEST_MARK <= water_mark <= _HIGHEST_MARK:
             raise CodecError(f"scale exponent {top} or water mark {water_mark} out of range")
         reader = SymbolReader(codes[0][_HEADER.size :])
-        scales = reader.read(len(self._rows), self.tables.scale_table)
-        rotated_RC = torch.zeros(self.layout.rank, self.layout.num_columns)
-        for level, indices in _Plan.of(scales, water_mark).rows_of_level.items():
+        scales = reader.read(len(self._transform.rows), self.tables.scale_table)
+        coefficients_RC = torch.zeros(self.layout.rank, self.layout.num_columns)
+        for level, pieces in self._pieces_of_levels(scales, water_mark).items():
             book = self.tables.codebooks[level]
-            counts = [self._num_vectors(index, level) for index in indices]
+            counts = [_num_vectors(piece, level) for piece in pieces]
             chosen = torch.from_numpy(reader.read(sum(counts), book.table).astype(np.int64))
-            for index, vectors_ND in zip(indices, book.codewords_KD[chosen].split(counts), strict=True):
-                row = self._rows[index]
-                scale = _scale(top - int(scales[index]))
-                rotated_RC[row.rank, row.start : row.stop] = vectors_ND.flatten()[: row.stop - row.start] * scale
-        return unrotate(rotated_RC, axes_BRR, self.layout)
+            for piece, vectors_ND in zip(pieces, book.codewords_KD[chosen].split(counts), strict=True):
+                values = vectors_ND.flatten()[: piece.stop - piece.start] * piece_scale(
+                    top - int(scales[piece.row]), piece
+                )
+                coefficients_RC[piece.rank, piece.start : piece.stop] = values
+        return self._transform.synthesise(coefficients_RC, side)
 
     def _fill(self, attempt: Callable[[int, float], bytes], max_bytes: int) -> bytes:
         """The best codes that fit: the lowest water mark, then the lowest price of a bit at that mark."""
-        low, high = -MAX_LEVEL, -MIN_LEVEL + LEVELS_PER_OCTAVE  # `high` leaves every row silent: it always fits
+        low, high = _LOWEST_MARK, _HIGHEST_MARK  # the highest leaves every row silent: it always fits
         best = self._silence()
         while low < high:
             middle = (low + high) // 2
@@ -180,7 +177,7 @@ class LearnedCodec:
                 high, best = middle, codes
             else:
                 low = middle + 1
-        mark = max(high - 1, -MAX_LEVEL)
+        mark = max(high - 1, _LOWEST_MARK)
         cheap, dear = 1.0, _COARSEST_PRICE
         for _ in range(6):
             price = (cheap * dear) ** 0.5
@@ -192,52 +189,47 @@ class LearnedCodec:
                 cheap = price
         return best
 
-    def _write(self, rotated_RC: Tensor, scales: Symbols, top: int, water_mark: int, price: float) -> bytes:
-        scales = np.where(-LEVELS_PER_OCTAVE * scales - water_mark < MIN_LEVEL, SILENT, scales).astype(np.int32)
+    def _write(self, coefficients_RC: Tensor, scales: Symbols, top: int, water_mark: int, price: float) -> bytes:
+        highest = -LEVELS_PER_OCTAVE * scales + np.array(self._transform.largest_offset) - water_mark
+        scales = np.where(highest < MIN_LEVEL, SILENT, scales).astype(np.int32)
         parts: list[tuple[Symbols, Table]] = [(scales, self.tables.scale_table)]
-        for level, indices in _Plan.of(scales, water_mark).rows_of_level.items():
+        for level, pieces in self._pieces_of_levels(scales, water_mark).items():
             book = self.tables.codebooks[level]
-            vectors_ND = torch.cat([self._vectors(rotated_RC, i, level, _scale(top - int(scales[i]))) for i in indices])
-            chosen = book.search(vectors_ND, price * price_of_a_bit(level))
+            vectors = [_vectors(coefficients_RC, p, level, piece_scale(top - int(scales[p.row]), p)) for p in pieces]
+            chosen = book.search(torch.cat(vectors), price * price_of_a_bit(level))
             parts.append((chosen.numpy().astype(np.int32), book.table))
         return _HEADER.pack(top, water_mark) + encode_symbols(parts)
 
+    def _pieces_of_levels(self, scales: Symbols, water_mark: int) -> dict[int, list[Piece]]:
+        """Both ends derive from scale symbols and water mark which piece has which level; lowest level first."""
+        found: dict[int, list[Piece]] = {}
+        symbols = scales.tolist()
+        for piece in self._transform.pieces:
+            level = -LEVELS_PER_OCTAVE * symbols[piece.row] + piece.offset - water_mark
+            if symbols[piece.row] != SILENT and level >= MIN_LEVEL:
+                found.setdefault(min(level, MAX_LEVEL), []).append(piece)
+        return dict(sorted(found.items()))
+
     def _silence(self) -> bytes:
         """The codes of all-zero blocks."""
-        scales = np.full(len(self._rows), SILENT, np.int32)
+        scales = np.full(len(self._transform.rows), SILENT, np.int32)
         return _HEADER.pack(0, 0) + encode_symbols([(scales, self.tables.scale_table)])
 
-    def _exponents(self, rotated_RC: Tensor) -> list[int]:
-        """Per row the rounded base-2 logarithm of its mean square."""
-        energies = [float((rotated_RC[r.rank, r.start : r.stop] ** 2).mean()) for r in self._rows]
-        floor, ceiling = 2.0**-_MAX_EXPONENT, 2.0**_MAX_EXPONENT
-        return [round(float(np.log2(min(max(energy, floor), ceiling)))) for energy in energies]
 
-    def _vectors(self, rotated_RC: Tensor, index: int, level: int, scale: float) -> Tensor:
-        row = self._rows[index]
-        length = band_of(level).length
-        values = rotated_RC[row.rank, row.start : row.stop] / scale
-        padding = self._num_vectors(index, level) * length - len(values)
-        return torch.nn.functional.pad(values, (0, padding)).reshape(-1, length)
-
-    def _num_vectors(self, index: int, level: int) -> int:
-        row = self._rows[index]
-        return -(-(row.stop - row.start) // band_of(level).length)
-
-    def _axes(self, side: Tensor | None) -> Tensor:
-        shape = (len(self.layout.blocks), self.layout.rank, self.layout.rank)
-        if side is None:
-            return torch.eye(self.layout.rank).expand(shape)
-        if tuple(side.shape) != shape or not bool(torch.isfinite(side).all()):
-            raise CodecError(
-                f"side information of shape {tuple(side.shape)}: finite axes of shape {shape} are expected"
-            )
-        return side
+def _vectors(coefficients_RC: Tensor, piece: Piece, level: int, scale: float) -> Tensor:
+    length = band_of(level).length
+    values = coefficients_RC[piece.rank, piece.start : piece.stop] / scale
+    padding = _num_vectors(piece, level) * length - len(values)
+    return torch.nn.functional.pad(values, (0, padding)).reshape(-1, length)
 
 
-def _scale(exponent: int) -> float:
-    """Root of the energy ``2 ** exponent``."""
-    return float(2.0 ** (exponent / 2))
+def _num_vectors(piece: Piece, level: int) -> int:
+    return -(-(piece.stop - piece.start) // band_of(level).length)
+
+
+def piece_scale(exponent: int, piece: Piece) -> float:
+    """Root of the energy of a piece whose row has energy ``2 ** exponent``."""
+    return float(2.0 ** (exponent / 2 + piece.offset / (2 * LEVELS_PER_OCTAVE)))
 
 
 def frozen_scale_table(counts: NDArray[np.float64]) -> Table:
