@@ -27,7 +27,7 @@ def run_module(module: str, *arguments: str) -> str:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_tgap_records_in_simulation_trains_and_federates_with_its_artifact(tmp_path: Path) -> None:
     few = [*SMALL, "federation.num_clients=4", "federation.clients_per_round=3"]
     tgap = ["tgap.steps=20", "tgap.resnet_steps=2", "tgap.heldout_rounds=1", "tgap.heldout_clients=1"]
@@ -53,7 +53,7 @@ def test_tgap_records_in_simulation_trains_and_federates_with_its_artifact(tmp_p
 
 
 @pytest.mark.grpc
-@pytest.mark.timeout(290)
+@pytest.mark.timeout(600)
 def test_grpc_and_simulation_send_the_same_payloads(tmp_path: Path) -> None:
     run_module("bench.demo_grpc", "--rounds", "2", "--output", str(tmp_path), *SMALL[1:])
     results = json.loads((tmp_path / "results.json").read_text())
@@ -64,3 +64,15 @@ def test_grpc_and_simulation_send_the_same_payloads(tmp_path: Path) -> None:
         assert up > 2 * results["payload_bytes_per_client_round"]
     for log in (tmp_path / "deploy").glob("*.log"):
         assert "Traceback" not in log.read_text(errors="replace"), log
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_sweep_runs_every_combination_and_keeps_the_results_apart(tmp_path: Path) -> None:
+    few = [*SMALL[1:], "federation.rounds=1", "federation.num_clients=2", "federation.clients_per_round=2"]
+    run_module("server.federate", "-m", "codec=learned,identity", f"hydra.sweep.dir={tmp_path}", *few)
+    found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/results.json")}
+    assert len(found) == 2
+    bits = sorted(run["bits_per_parameter"] for run in found.values())
+    assert bits[0] <= 0.5
+    assert bits[1] == pytest.approx(32, abs=0.1)
