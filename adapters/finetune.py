@@ -52,6 +52,11 @@ def check_training(settings: TrainSettings) -> None:
             raise ValueError(f"train.{key}={getattr(settings, key)} must be greater than 0")
 
 
+def num_examples(settings: TrainSettings) -> int:
+    """Windows that one client trains on in one round: its weight in the mean."""
+    return settings.steps * settings.batch_size
+
+
 def finetune(
     model: PeftModel,
     adapter: Mapping[str, Tensor],

@@ -40,6 +40,8 @@ def main() -> None:
         runs = [run_seed(seed, output / f"seed-{seed}", args.overrides) for seed in range(args.seeds)]
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
     results = summary(runs) | {"seconds": time.monotonic() - start, "made_with": provenance()}
     write_json(results, output / "results.json")
     write_report(results, output / "report.html")

@@ -59,13 +59,12 @@ def compare(output: Path, common: list[str]) -> dict[str, Any]:
     """Runs the federation over gRPC and in simulation. Returns losses, payloads and bytes on the wire."""
     console = Console(stderr=True)
     console.rule("deployment: SuperLink and two nodes over gRPC, TLS, node keys")
-    with deployment(output / "deploy") as (home, relays):
-        time.sleep(5)  # idle nodes poll: what that costs is measured apart
-        idle, start = [relay.bytes_up for relay in relays], time.monotonic()
+    with deployment(output / "demo-deploy") as (home, relays):
+        before, start = [(relay.bytes_up, relay.bytes_down) for relay in relays], time.monotonic()
         deployed = federate(output / "grpc", [*common, "backend=superlink"], {"FLWR_HOME": str(home)})
         seconds = time.monotonic() - start
-        up = [relay.bytes_up - before for relay, before in zip(relays, idle, strict=True)]
-        down = [relay.bytes_down for relay in relays]
+        up = [relay.bytes_up - old for relay, (old, _) in zip(relays, before, strict=True)]
+        down = [relay.bytes_down - old for relay, (_, old) in zip(relays, before, strict=True)]
     console.rule("the same federation in simulation")
     simulated = federate(output / "simulation", [*common, "backend=simulation"], {})
     digests = {name: payload_digests(run) for name, run in (("grpc", deployed), ("simulation", simulated))}

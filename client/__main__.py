@@ -24,7 +24,9 @@ def main() -> None:
     parser.add_argument("--partitions", required=True, type=int, help="how many there are")
     parser.add_argument("--port", type=int, default=9094, help="a free local port, another for each node of a host")
     parser.add_argument("--model-path", type=Path, help="this node's copy of the base model")
-    parser.add_argument("--task-path", type=Path, help="this node's data")
+    parser.add_argument(
+        "--task-path", type=Path, help="this node's own data, all of it its own; default: its share of the task"
+    )
     parser.add_argument("--codec-artifact", type=Path, help="this node's copy of the codec artifact")
     parser.add_argument("--memory", type=Path, help="where residuals are kept (default ~/.cache/cg-fedllm/memory)")
     args = parser.parse_args()

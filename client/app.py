@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -12,6 +14,7 @@ from strategies.records import (
     ACCEPTED,
     ARRAYS,
     CONFIG,
+    MEMORY_VARIABLE,
     METRICS,
     NUM_EXAMPLES,
     PARTITION,
@@ -60,7 +63,7 @@ def train(message: Message, context: Context) -> Message:
         server_round=int(str(config[SERVER_ROUND])),
         side=from_record(side)[SIDE] if side else None,
         accepted=str(config.get(ACCEPTED, "")),
-        memory=_memory_root(context) / trainer.settings.run_id,
+        memory=_memory_root(context) / _folder_name(trainer.settings.run_id),
     )
     if done.payload is not None:
         arrays = wrap_payload(done.payload)
@@ -84,6 +87,14 @@ def _trainer(message: Message, context: Context) -> Trainer:
     return trainer_for(str(config_of(message.content)[SETTINGS]), own_paths)
 
 
+def _folder_name(run_id: str) -> str:
+    """Raises ValueError: the server names a run so that its folder would lie elsewhere."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", run_id) is None:
+        raise ValueError(f"run_id {run_id!r} is no name for a folder")
+    return run_id
+
+
 def _memory_root(context: Context) -> Path:
-    """Where residuals are kept: the node config's ``memory``, else the user's cache."""
-    return Path(str(context.node_config.get("memory", Path.home() / ".cache" / "cg-fedllm" / "memory")))
+    """Where residuals are kept: the node config's ``memory``, else what a simulation set, else the user's cache."""
+    default = os.environ.get(MEMORY_VARIABLE, Path.home() / ".cache" / "cg-fedllm" / "memory")
+    return Path(str(context.node_config.get("memory", default)))

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from adapters.finetune import finetune
+from adapters.finetune import finetune, num_examples
 from adapters.model import Adapter, get_adapter, load_model, load_tokenizer
 from client.memory import load_residual, save_residual
 from conf.schema import Settings, check_settings
@@ -43,9 +43,11 @@ class Trained:
 class Trainer:
     """One per process and settings; serves any partition."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, own_data: bool = False) -> None:
+        """With ``own_data`` the task's file or folder is this client's alone and is not dealt out."""
         check_settings(settings)
         self.settings = settings
+        self.own_data = own_data
         self._shards: dict[int, Shard] = {}
 
     @cached_property
@@ -63,14 +65,18 @@ class Trainer:
 
     def shard(self, partition: int) -> Shard:
         if partition not in self._shards:
-            num_clients = self.settings.federation.num_clients
-            self._shards[partition] = load_shard(self.settings.task, self.tokenizer, partition, num_clients)
+            client, sharers = (0, 1) if self.own_data else (partition, self.settings.federation.num_clients)
+            self._shards[partition] = load_shard(self.settings.task, self.tokenizer, client, sharers)
         return self._shards[partition]
 
     def check(self, partition: int) -> None:
         """Loads everything that training needs. Raises ValueError: something is missing or does not fit."""
         self.shard(partition)
-        _ = self.codec if self.settings.arm == "coded" else self.model
+        _ = self.model
+        if self.settings.arm == "coded":
+            layout = self.codec.layout
+            nothing = {name: torch.zeros(shape) for name, shape in layout.shapes.items()}
+            encode_update(nothing, None, codec=self.codec, max_bytes=byte_budget(self.settings.codec, layout))
 
     def train(
         self,
@@ -102,7 +108,7 @@ class Trainer:
         return Trained(
             adapter=None if payload is not None else {name: tensor + update[name] for name, tensor in adapter.items()},
             payload=payload,
-            num_examples=settings.train.steps * settings.train.batch_size,
+            num_examples=num_examples(settings.train),
             train_loss=loss,
             seconds_train=trained - start,
             seconds_encode=time.perf_counter() - trained,
@@ -138,4 +144,4 @@ def trainer_for(settings_json: str, overrides: tuple[tuple[str, str], ...]) -> T
     settings.model = dataclasses.replace(settings.model, path=own.get("model-path", settings.model.path))
     settings.task = dataclasses.replace(settings.task, path=own.get("task-path", settings.task.path))
     settings.codec = dataclasses.replace(settings.codec, artifact=own.get("codec-artifact", settings.codec.artifact))
-    return Trainer(settings)
+    return Trainer(settings, own_data="task-path" in own)

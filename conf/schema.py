@@ -69,7 +69,10 @@ class Settings:
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
-        """Inverse of ``to_json``. Raises ValueError: no JSON, or an unknown or ill-typed key."""
+        """Inverse of ``to_json``. Raises ValueError: no JSON, an unknown or ill-typed key, or an interpolation, by
+        which a peer could read this machine's environment."""
+        if "${" in text:
+            raise ValueError("settings from a peer hold an interpolation (${...}): they must be resolved")
         return _typed(cls, OmegaConf.create(json.loads(text)))
 
 

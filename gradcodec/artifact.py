@@ -27,7 +27,6 @@ from gradcodec.errors import CodecError
 
 FORMAT = 1
 WEIGHTS, SETTINGS = "codec.safetensors", "codec.json"
-MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,8 @@ def save_artifact(artifact: Artifact, folder: Path) -> None:
     Raises:
         CodecError: the place cannot be written to, or holds something that is no artifact.
     """
+    if folder.exists() and not folder.is_dir():
+        raise CodecError(f"{folder} is a file: the codec artifact needs a folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / SETTINGS).is_file():
         raise CodecError(f"{folder} exists and is no codec artifact: choose another folder")
     weights = save_tensors({name: tensor.contiguous() for name, tensor in artifact.tensors.items()})
@@ -73,7 +74,11 @@ def save_artifact(artifact: Artifact, folder: Path) -> None:
         if folder.exists():
             old = part.with_name(part.name + "-old")
             os.replace(folder, old)
-            os.replace(part, folder)
+            try:
+                os.replace(part, folder)
+            except BaseException:
+                os.replace(old, folder)
+                raise
             shutil.rmtree(old)
         else:
             os.replace(part, folder)

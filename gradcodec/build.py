@@ -32,7 +32,7 @@ def check_codec(settings: CodecSettings) -> None:
     if settings.name not in CODECS:
         raise CodecError(f"codec.name={settings.name!r} is none of {', '.join(CODECS)}")
     if settings.bits is not None and not 0 < settings.bits <= 64:
-        raise CodecError(f"codec.bits={settings.bits} bits per parameter: choose more than 0, or null")
+        raise CodecError(f"codec.bits={settings.bits} bits per parameter: choose more than 0 and at most 64, or null")
     if not 0 <= settings.feedback <= 1:
         raise CodecError(f"codec.feedback={settings.feedback} must lie between 0 and 1")
     if settings.name != "identity" and settings.artifact is None:

@@ -29,8 +29,7 @@ def main() -> None:
     keys.add_argument("--hosts", default="localhost,127.0.0.1", help="names and addresses of this host, with commas")
     keys.add_argument("--nodes", type=int, default=2, help="how many node keys (default 2)")
     start.add_argument("--fleet-address", default="0.0.0.0:9092", help="gRPC for the nodes (default 0.0.0.0:9092)")
-    for command in (start, register):
-        command.add_argument("--control-port", type=int, default=8000, help="on loopback only (default 8000)")
+    start.add_argument("--control-port", type=int, default=8000, help="on loopback only (default 8000)")
     register.add_argument("public_keys", nargs="+", type=Path, metavar="NODE.pub")
     args = parser.parse_args()
     try:
@@ -48,8 +47,8 @@ def _keys(args: argparse.Namespace) -> None:
 
 def _start(args: argparse.Namespace) -> None:
     place = ServerPlace(args.folder.absolute(), args.fleet_address, args.control_port)
-    process = start_superlink(place)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    process = start_superlink(place)
     try:
         for public_key in sorted(args.folder.glob("node-*.pub")):
             register_node(place, public_key)
@@ -69,7 +68,7 @@ def _start(args: argparse.Namespace) -> None:
 
 
 def _register(args: argparse.Namespace) -> None:
-    place = ServerPlace(args.folder.absolute(), control_port=args.control_port)
+    place = ServerPlace(args.folder.absolute())
     for public_key in args.public_keys:
         if not public_key.is_file():
             raise ValueError(f"{public_key} is no file")

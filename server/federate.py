@@ -33,6 +33,8 @@ def main(config: DictConfig) -> float:
         results = run(settings)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
     losses = results.heldout_loss
     print(
         f"{settings.arm}: held-out loss {losses[0]:.4f} -> {losses[-1]:.4f}, "

@@ -19,6 +19,8 @@ from cryptography.x509.oid import NameOID
 CA_CERTIFICATE, CA_KEY = "ca.crt", "ca.key"
 SERVER_CERTIFICATE, SERVER_KEY = "server.pem", "server.key"
 DAYS = 365
+LOOPBACK = ("localhost", "127.0.0.1")
+"""Always in the certificate: the control port, on loopback only, uses the same one."""
 
 
 def make_keys(folder: Path, hosts: Sequence[str], num_nodes: int) -> list[Path]:
@@ -30,6 +32,7 @@ def make_keys(folder: Path, hosts: Sequence[str], num_nodes: int) -> list[Path]:
     Raises:
         ValueError: there is a server certificate already, for other hosts.
     """
+    hosts = [*dict.fromkeys([*filter(None, map(str.strip, hosts)), *LOOPBACK])]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / CA_CERTIFICATE).exists():
         _make_authority(folder)

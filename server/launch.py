@@ -43,7 +43,9 @@ def start_superlink(place: ServerPlace) -> subprocess.Popen[bytes]:
     for name in (CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY):
         if not (place.folder / name).is_file():
             raise ValueError(f"{place.folder / name} is missing: make keys with `python -m server keys`")
-    fleet_host, fleet_port = place.fleet_address.rsplit(":", 1)
+    fleet_host, _, fleet_port = place.fleet_address.rpartition(":")
+    if not fleet_host or not fleet_port.isdigit():
+        raise ValueError(f"--fleet-address {place.fleet_address!r}: HOST:PORT is expected, as 0.0.0.0:9092")
     for host, port in ((fleet_host, int(fleet_port)), ("127.0.0.1", place.control_port)):
         if _answers(host, port):
             raise ValueError(f"port {port} on {host} is taken: choose another one")
@@ -63,13 +65,16 @@ def start_superlink(place: ServerPlace) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             command, cwd=place.folder, env=place.environment(), stdout=output, stderr=subprocess.STDOUT
         )
-    deadline = time.monotonic() + 60
-    while not (_answers(fleet_host, int(fleet_port)) and _answers("127.0.0.1", place.control_port)):
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            last = log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise ValueError(f"the SuperLink did not start; {log} ends with: {' '.join(last)}")
-        time.sleep(0.2)
+    try:
+        deadline = time.monotonic() + 60
+        while not (_answers(fleet_host, int(fleet_port)) and _answers("127.0.0.1", place.control_port)):
+            if process.poll() is not None or time.monotonic() > deadline:
+                last = log.read_text(errors="replace").strip().splitlines()[-1:]
+                raise ValueError(f"the SuperLink did not start; {log} ends with: {' '.join(last)}")
+            time.sleep(0.2)
+    except BaseException:  # also Ctrl-C and SIGTERM: nothing is left running
+        stop(process)
+        raise
     return process
 
 

@@ -26,8 +26,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logger = logging.getLogger("flwr")
     logger.setLevel(logging.WARNING)
-    logger.addFilter(_no_deprecation)
+    logger.addFilter(_worth_saying)
 
 
-def _no_deprecation(record: logging.LogRecord) -> bool:
-    return "DEPRECATED" not in record.getMessage()
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in ("DEPRECATED", "Federated evaluation will be skipped"))

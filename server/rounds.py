@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from adapters.finetune import num_examples
 from conf.output import open_output, write_json
 from conf.schema import Settings, check_settings
 from gradcodec.artifact import load_artifact
@@ -36,13 +37,17 @@ def run_federation(grid: Grid, settings: Settings) -> RunResults:
     """
     check_settings(settings)
     output = open_output(Path(settings.output))
-    if settings.arm == "coded" and settings.codec.artifact is not None:
+    if settings.arm == "coded" and settings.codec.name != "identity":
+        assert settings.codec.artifact is not None
         settings.codec.digest = load_artifact(Path(settings.codec.artifact), settings.codec.name).digest
     evaluator = Evaluator(settings)
     layout = Layout.of({name: tuple(tensor.shape) for name, tensor in evaluator.initial.items()})
     results = RunResults(settings, layout.num_parameters)
+    if settings.record is not None:
+        open_output(Path(settings.record).parent)
     uplinks = output / "uplinks.jsonl"
-    uplinks.unlink(missing_ok=True)
+    for old in (uplinks, output / "results.json"):  # of an earlier run in the same folder
+        old.unlink(missing_ok=True)
     start = time.monotonic()
     federation = settings.federation
     config = ConfigRecord({SETTINGS: settings.to_json()})
@@ -73,7 +78,9 @@ def run_federation(grid: Grid, settings: Settings) -> RunResults:
         else:
             receiving = DenseStrategy(recording or inner)
         ledger = LedgerStrategy(receiving, on_uplink)
-        strategy = SeededStrategy(ledger, roster, federation.clients_per_round, settings.seed)
+        strategy = SeededStrategy(
+            ledger, roster, federation.clients_per_round, settings.seed, num_examples(settings.train)
+        )
         final = strategy.start(
             grid,
             to_record(evaluator.initial),

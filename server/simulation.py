@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
@@ -14,6 +15,7 @@ from flwr.supercore.object_ref import load_app
 from conf.schema import Settings
 from server.results import RunResults
 from server.rounds import run_federation
+from strategies.records import MEMORY_VARIABLE
 
 
 def run_in_simulation(settings: Settings) -> RunResults:
@@ -22,6 +24,7 @@ def run_in_simulation(settings: Settings) -> RunResults:
     Raises:
         ValueError: as ``run_federation`` does.
     """
+    os.environ[MEMORY_VARIABLE] = str(Path(settings.output) / "memory")
     finished: list[RunResults] = []
     server_app = ServerApp()
 

@@ -47,7 +47,8 @@ def run_on_superlink(settings: Settings) -> RunResults:
     if status != "finished:completed":
         log = _log_tail(connection, str(run_id))
         raise ValueError(f"run {run_id} ended with {status}; its log ends with:\n{log}")
-    return load_results(Path(settings.output) / "results.json", settings)
+    results = Path(settings.output) / "results.json"
+    return load_results(results, settings)
 
 
 def _status(connection: str, run_id: str) -> str:

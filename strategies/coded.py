@@ -18,7 +18,7 @@ from torch import Tensor
 from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_update, digest_of
-from strategies.records import ACCEPTED, ARRAYS, CONFIG, SIDE, from_record, to_record, unwrap_payload
+from strategies.records import ACCEPTED, ARRAYS, CONFIG, SIDE, check_values, from_record, to_record, unwrap_payload
 from strategies.wrapping import WrappingStrategy
 
 
@@ -67,11 +67,12 @@ class CodedStrategy(WrappingStrategy):
             try:
                 payload = unwrap_payload(reply.content)
                 update = decode_update(payload, codec=self.codec, side=self._side)
+                adapter = {name: tensor + update[name] for name, tensor in self._current.items()}
+                check_values(adapter)
             except CodecError as error:
                 log(WARNING, "the payload of node %s is refused: %s. Its mass stays with the client.", node, error)
                 continue
             self._accepted[node] = digest_of(payload)
-            adapter = {name: tensor + update[name] for name, tensor in self._current.items()}
             reply.content = RecordDict({**reply.content, ARRAYS: to_record(adapter)})
             yield reply
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from logging import WARNING
 
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore import log
 from torch import Tensor
 
-from strategies.records import ARRAYS, from_record
+from strategies.records import ARRAYS, check_values, from_record, to_record
 from strategies.wrapping import WrappingStrategy
 
 
@@ -29,22 +28,31 @@ class DenseStrategy(WrappingStrategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        return super().aggregate_train(server_round, [reply for reply in replies if self._fits(reply)])
+        return super().aggregate_train(server_round, list(self._checked(replies)))
 
-    def _fits(self, reply: Message) -> bool:
-        problem = self._problem(reply.content.array_records[ARRAYS])
-        if problem:
-            log(WARNING, "the adapter of node %s is refused: %s", reply.metadata.src_node_id, problem)
-        return not problem
+    def _checked(self, replies: Iterable[Message]) -> Iterable[Message]:
+        """Every reply that fits, its tensors in the order of the global adapter: strategies zip them by position."""
+        for reply in replies:
+            try:
+                adapter = self._adapter_of(reply.content.array_records[ARRAYS])
+            except ValueError as error:
+                log(WARNING, "the adapter of node %s is refused: %s", reply.metadata.src_node_id, error)
+                continue
+            reply.content = RecordDict({**reply.content, ARRAYS: to_record(adapter)})
+            yield reply
 
-    def _problem(self, arrays: ArrayRecord) -> str:
+    def _adapter_of(self, arrays: ArrayRecord) -> dict[str, Tensor]:
+        """Raises ValueError: it is not an adapter like the global one."""
         if arrays.keys() != self._current.keys():
-            return "it has other tensors than the global one"
+            raise ValueError("it has other tensors than the global one")
+        if any(array.dtype != "float32" for array in arrays.values()):
+            raise ValueError("its tensors are not all float32")
         try:
             adapter = from_record(arrays)
         except Exception as error:  # whatever NumPy makes of bytes that a stranger sent
-            return f"its arrays cannot be read: {error}"
+            raise ValueError(f"its arrays cannot be read: {error}") from None
         for name, tensor in adapter.items():
-            if tensor.shape != self._current[name].shape or not bool(torch.isfinite(tensor).all()):
-                return f"tensor {name!r} has another shape, or holds NaN or infinity"
-        return ""
+            if tensor.shape != self._current[name].shape:
+                raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}")
+        check_values(adapter)
+        return {name: adapter[name] for name in self._current}

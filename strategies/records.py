@@ -31,6 +31,7 @@ REPLY_METRICS = (NUM_EXAMPLES, PARTITION, TRAIN_LOSS, SECONDS_TRAIN, SECONDS_ENC
 
 SETTINGS = "settings"  # the run's resolved settings, as JSON
 SERVER_ROUND = "server-round"
+MEMORY_VARIABLE = "CG_FEDLLM_MEMORY"  # environment: where the clients of a simulation keep residuals
 ACCEPTED = "accepted"  # digest of the client's last payload that the server took
 REFUSAL = "refusal"  # why a node cannot take part, at the roll call
 
@@ -43,6 +44,17 @@ def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 def from_record(record: ArrayRecord) -> dict[str, Tensor]:
     """Inverse of ``to_record``."""
     return {name: torch.from_numpy(np.array(array.numpy(), np.float32)) for name, array in record.items()}
+
+
+MAX_VALUE = 1e6
+"""No weight of an adapter is ever near this; larger ones are an attack or a diverged client."""
+
+
+def check_values(adapter: Mapping[str, Tensor]) -> None:
+    """Raises CodecError: a value is NaN, infinite or beyond ``MAX_VALUE``, so that sums would overflow."""
+    for name, tensor in adapter.items():
+        if not bool((tensor.abs() <= MAX_VALUE).all()):
+            raise CodecError(f"tensor {name!r} holds NaN, infinity or a value beyond {MAX_VALUE:g}")
 
 
 def wrap_payload(payload: bytes) -> ArrayRecord:

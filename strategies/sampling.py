@@ -68,23 +68,37 @@ def call_roll(
         time.sleep(0.5)
     questions = [Message(RecordDict({CONFIG: config}), node, MessageType.QUERY) for node in nodes]
     roster: dict[int, int] = {}
+    refusals: list[str] = []
     for reply in grid.send_and_receive(questions, timeout=wait_seconds):
-        partition = _answer(reply)
+        node = reply.metadata.src_node_id
+        try:
+            partition = _answer(reply)
+        except FederationError as error:
+            refusals.append(f"node {node} {error}")
+            continue
         if partition in roster:
             raise FederationError(f"two nodes hold partition {partition}: give each its own partition-id")
-        roster[partition] = reply.metadata.src_node_id
+        roster[partition] = node
     if missing := sorted(set(range(num_clients)) - roster.keys()):
-        raise FederationError(f"no node answers for partition {missing[0]} ({len(missing)} of {num_clients} missing)")
+        reasons = "".join(f"; {refusal}" for refusal in refusals)
+        raise FederationError(
+            f"no node serves partition {missing[0]} ({len(missing)} of {num_clients} missing){reasons}"
+        )
     return {partition: roster[partition] for partition in range(num_clients)}
 
 
 def _answer(reply: Message) -> int:
+    """The partition that a node serves. Raises FederationError: it does not, and why."""
     if reply.has_error():
-        raise FederationError(f"node {reply.metadata.src_node_id} failed at the roll call: {reply.error.reason}")
-    refusal = config_of(reply.content).get(REFUSAL, "")
-    if refusal:
-        raise FederationError(f"node {reply.metadata.src_node_id} cannot take part: {refusal!s}")
-    return int(metric(reply.content.metric_records[METRICS], PARTITION))
+        raise FederationError(f"failed: {reply.error.reason}")
+    try:
+        if refusal := config_of(reply.content).get(REFUSAL, ""):
+            raise FederationError(f"cannot take part: {refusal!s}")
+        return int(metric(reply.content.metric_records.get(METRICS, MetricRecord()), PARTITION))
+    except FederationError:
+        raise
+    except (ValueError, OverflowError) as error:
+        raise FederationError(f"gives no answer that can be read: {error}") from None
 
 
 class SeededStrategy(WrappingStrategy):
@@ -94,7 +108,7 @@ class SeededStrategy(WrappingStrategy):
     that takes all the nodes it sees (``fraction_train=1``).
     """
 
-    def __init__(self, inner: Strategy, roster: Roster, clients_per_round: int, seed: int) -> None:
+    def __init__(self, inner: Strategy, roster: Roster, clients_per_round: int, seed: int, max_examples: int) -> None:
         if not 1 <= clients_per_round <= len(roster):
             raise FederationError(
                 f"federation.clients_per_round={clients_per_round} of {len(roster)} clients: choose 1 to {len(roster)}"
@@ -103,6 +117,7 @@ class SeededStrategy(WrappingStrategy):
         self.roster = roster
         self.clients_per_round = clients_per_round
         self.seed = seed
+        self.max_examples = max_examples  # a client's weight in the mean is its own word: this bounds it
         self._partition_of = {node: partition for partition, node in roster.items()}
 
     def sample(self, server_round: int) -> list[int]:
@@ -148,7 +163,7 @@ class SeededStrategy(WrappingStrategy):
             return str(error)
         if len(metrics) != len(values) or not all(map(math.isfinite, values)):
             return f"its metrics are not the finite numbers {', '.join(REPLY_METRICS)}"
-        if metric(metrics, PARTITION) != partition or not metric(metrics, NUM_EXAMPLES) > 0:
+        if metric(metrics, PARTITION) != partition or not 0 < metric(metrics, NUM_EXAMPLES) <= self.max_examples:
             return (
                 f"it answers for partition {metric(metrics, PARTITION)} with {metric(metrics, NUM_EXAMPLES)} examples"
             )

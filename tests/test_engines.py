@@ -62,7 +62,7 @@ def test_grpc_and_simulation_send_the_same_payloads(tmp_path: Path) -> None:
     assert results["heldout_loss"]["grpc"] == results["heldout_loss"]["simulation"]
     for up in results["wire_bytes_up_per_client"]:
         assert up > 2 * results["payload_bytes_per_client_round"]
-    for log in (tmp_path / "deploy").glob("*.log"):
+    for log in (tmp_path / "demo-deploy").glob("*.log"):
         assert "Traceback" not in log.read_text(errors="replace"), log
 
 

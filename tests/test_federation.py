@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from client.app import app as client_app
+from client.trainer import trainer_for
 from conf.schema import Settings
 from gradcodec.artifact import Artifact, load_artifact, save_artifact
 from gradcodec.autoencoder.learned import LearnedTables
@@ -134,6 +135,24 @@ def test_the_recording_holds_every_update(dense: RunResults) -> None:
     assert all(tensor.abs().max() > 0 for key, tensor in recorded.items() if key.startswith("r3"))
 
 
+def test_a_nodes_own_file_is_all_its_own(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"{i} " * 300}) for i in range(4)]
+    for name in ("server", "node"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    settings = settings_for(tmp_path, "own", arm="dense", task__name="jsonl", task__path=str(tmp_path / "server.jsonl"))
+    settings.run_id = "own"
+    dealt = trainer_for(settings.to_json(), ())
+    own = trainer_for(settings.to_json(), (("task-path", str(tmp_path / "node.jsonl")),))
+    assert len(own.shard(1).train) > 2 * len(dealt.shard(1).train)
+
+
+def test_a_server_cannot_choose_where_a_client_writes(tmp_path: Path, artifact: str) -> None:
+    settings = settings_for(tmp_path, "escape", codec__artifact=artifact, run_id="../../escaped")
+    with pytest.raises(FederationError, match="none of 2 clients answered"):
+        run(settings, tmp_path)
+    assert not list(tmp_path.parent.glob("escaped*"))
+
+
 class LossyGrid(InProcessGrid):
     """Loses the first reply of partition 0 on its way back."""
 
@@ -191,11 +210,12 @@ def test_a_hostile_client_is_left_out_and_the_run_goes_on(tmp_path: Path, artifa
 
 
 class HostileDenseGrid(InProcessGrid):
-    """Partition 1 answers with an adapter of other tensors, of another shape, and of NaN."""
+    """Partition 1 answers with an adapter of other tensors, of complex numbers, of another shape, and of NaN."""
 
     answers = iter(
         [
             {"other": np.zeros(3, np.float32)},
+            1j,
             None,
             float("nan"),
         ]
@@ -205,12 +225,13 @@ class HostileDenseGrid(InProcessGrid):
         for reply in super().send_and_receive(messages, timeout=timeout):
             if reply.metadata.message_type == "train" and reply.metadata.src_node_id == 1007:
                 kind = next(self.answers)
+                dtype = np.complex64 if kind == 1j else np.float32
                 own = reply.content.array_records[ARRAYS]
                 arrays = (
                     kind
                     if isinstance(kind, dict)
                     else {
-                        name: np.full(array.shape if kind else array.shape[::-1], kind or 0.0, np.float32)
+                        name: np.full(array.shape if kind else array.shape[::-1], kind or 0.0, dtype)
                         for name, array in own.items()
                     }
                 )
@@ -220,6 +241,7 @@ class HostileDenseGrid(InProcessGrid):
 
 def test_a_hostile_dense_client_is_left_out_and_the_run_goes_on(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, "hostile-dense", arm="dense", federation__clients_per_round=3)
+    settings.federation.rounds = 4
     results = run(settings, tmp_path, HostileDenseGrid)
     assert results.heldout_loss[-1] < results.heldout_loss[0] - 0.05
 

@@ -23,7 +23,7 @@ def test_the_server_certificate_is_signed_by_the_ca_and_holds_for_its_hosts(tmp_
     )
     server.verify_directly_issued_by(authority)
     names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert [str(name.value) for name in names] == ["server.example.org", "127.0.0.1"]
+    assert [str(name.value) for name in names] == ["server.example.org", "127.0.0.1", "localhost"]
 
 
 def test_node_keys_are_openssh_p384_and_private(tmp_path: Path) -> None:
@@ -57,6 +57,7 @@ def test_a_superlink_without_keys_or_with_a_taken_port_says_so(tmp_path: Path) -
     ("arguments", "said"),
     [
         (["server", "start", "--folder", "/nowhere"], "error: /nowhere/ca.crt is missing"),
+        (["server", "start", "--folder", "KEYS", "--fleet-address", "9092"], "HOST:PORT is expected"),
         (["server", "register", "/nowhere/node.pub"], "error: /nowhere/node.pub is no file"),
         (
             ["client", "--server", "x:1", "--ca", "/nowhere", "--key", "k", "--partition", "0", "--partitions", "1"],
@@ -66,7 +67,8 @@ def test_a_superlink_without_keys_or_with_a_taken_port_says_so(tmp_path: Path) -
     ],
 )
 def test_the_programs_fail_in_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
-    command = [sys.executable, "-m", *arguments]
+    make_keys(tmp_path / "keys", ["server.example.org"], 0)
+    command = [sys.executable, "-m", *(str(tmp_path / "keys") if a == "KEYS" else a for a in arguments)]
     if arguments[0] == "server.federate":
         command += [f"output={tmp_path / 'out'}", f"hydra.run.dir={tmp_path / 'hydra'}"]
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "FLWR_HOME": str(tmp_path / "flwr")}

@@ -76,7 +76,7 @@ def test_hydra_names_unknown_groups_keys_and_types(override: str, said: str) -> 
 
 
 def test_settings_from_a_stranger_are_checked_for_keys_and_types() -> None:
-    for text in ('{"sede": 1}', '{"seed": "x"}', '{"model": 3}', "[]", "{"):
+    for text in ('{"output": "${oc.env:HOME}"}', '{"sede": 1}', '{"seed": "x"}', '{"model": 3}', "[]", "{"):
         with pytest.raises(ValueError):  # noqa: PT011
             Settings.from_json(text)
 

@@ -36,6 +36,8 @@ def main(config: DictConfig) -> None:
         run(tgap_run_of(config))
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; no artifact was half-written")
 
 
 def run(settings: TgapRun) -> list[Row]:
@@ -43,7 +45,11 @@ def run(settings: TgapRun) -> list[Row]:
     tgap = settings.tgap
     if unknown := sorted(set(tgap.codecs) - set(CODECS)):
         raise ValueError(f"tgap.codecs holds {unknown[0]!r}, which is none of {', '.join(CODECS)}")
+    for key in ("steps", "resnet_steps"):
+        if getattr(tgap, key) < 1:
+            raise ValueError(f"tgap.{key}={getattr(tgap, key)} must be at least 1")
     check_settings(settings)
+    open_output(Path(tgap.artifact).parent)
     output = open_output(Path(settings.output))
     path = Path(tgap.record) if tgap.record is not None else record(settings)
     recording = load_recording(path)

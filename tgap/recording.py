@@ -42,10 +42,12 @@ class Recording:
         Raises:
             ValueError: nothing would be left to train on.
         """
+        if heldout_rounds < 0 or heldout_clients < 0:
+            raise ValueError("tgap.heldout_rounds and tgap.heldout_clients must be at least 0")
         rounds = sorted({update.round for update in self.updates})
         clients = sorted({update.client for update in self.updates})
-        late = set(rounds[len(rounds) - heldout_rounds :])
-        others = set(clients[len(clients) - heldout_clients :])
+        late = set(rounds[max(0, len(rounds) - heldout_rounds) :])
+        others = set(clients[max(0, len(clients) - heldout_clients) :])
         parts: dict[tuple[bool, bool], list[Update]] = {}
         for update in self.updates:
             parts.setdefault((update.round in late, update.client in others), []).append(update)
@@ -77,6 +79,8 @@ def load_recording(path: Path) -> Recording:
         if match is None:
             raise ValueError(f"recording {path} has key {key!r}: r<round>/c<client>/<tensor name> is expected")
         updates.setdefault((int(match[1]), int(match[2])), {})[match[3]] = tensor
+    if not updates:
+        raise ValueError(f"recording {path} is empty")
     layout = Layout.of(_shapes(next(iter(updates.values()))))
     return Recording(
         layout, tuple(Update(r, c, layout.to_blocks(update)) for (r, c), update in sorted(updates.items()))
