@@ -1,0 +1,18 @@
+# The SuperLink and the server app, on CPU. Build from the repository's root:
+#   docker build -f docker/server.Dockerfile -t cg-fedllm-server .
+# Keys are mounted, never copied in:
+#   docker run -v $PWD/deploy:/deploy -p 9092:9092 cg-fedllm-server start --folder /deploy
+FROM python:3.11-slim
+RUN useradd --create-home --uid 10001 fed
+WORKDIR /app
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY adapters adapters
+COPY gradcodec gradcodec
+COPY tasks tasks
+RUN pip install --no-cache-dir --constraint constraints.txt .
+COPY . .
+RUN mkdir /deploy && chown fed /deploy
+USER fed
+EXPOSE 9092
+ENTRYPOINT ["python", "-m", "server"]
+CMD ["start", "--folder", "/deploy"]
