@@ -100,7 +100,7 @@ def _train(
     """Entropy-constrained: each vector pays for its cheapest codeword, in bits, plus its error over lambda."""
     _start_from_data(network, pool_ND, generator)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps + 1, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=max(steps, 11), pct_start=0.1)
     levels = range(network.band.first, network.band.last + 1)
     price_L1 = torch.tensor([[price_of_a_bit(level)] for level in levels])
     for step in range(1, steps + 1):
