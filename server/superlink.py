@@ -47,8 +47,7 @@ def run_on_superlink(settings: Settings) -> RunResults:
     if status != "finished:completed":
         log = _log_tail(connection, str(run_id))
         raise ValueError(f"run {run_id} ended with {status}; its log ends with:\n{log}")
-    results = Path(settings.output) / "results.json"
-    return load_results(results, settings)
+    return load_results(Path(settings.output) / "results.json", settings)
 
 
 def _status(connection: str, run_id: str) -> str:

@@ -19,10 +19,10 @@ from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_update, digest_of
 from strategies.records import ACCEPTED, ARRAYS, CONFIG, SIDE, check_values, from_record, to_record, unwrap_payload
-from strategies.wrapping import WrappingStrategy
+from strategies.wrapping import AdapterStrategy
 
 
-class CodedStrategy(WrappingStrategy):
+class CodedStrategy(AdapterStrategy):
     """Decodes what clients encoded.
 
     Every message tells its client which of its payloads was accepted last, so that the mass of a payload that was
@@ -34,13 +34,11 @@ class CodedStrategy(WrappingStrategy):
         super().__init__(inner)
         self.codec = codec
         self._accepted: dict[int, str] = {}  # node id -> digest of its last accepted payload
-        self._current: dict[str, Tensor] = {}
         self._side: Tensor | None = None
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        self._current = from_record(arrays)
         side = ArrayRecord() if self._side is None else to_record({SIDE: self._side})
         for message in super().configure_train(server_round, arrays, config, grid):
             node = message.metadata.dst_node_id
@@ -56,7 +54,7 @@ class CodedStrategy(WrappingStrategy):
         arrays, metrics = super().aggregate_train(server_round, list(self._decoded(replies)))
         if arrays is not None:
             new = from_record(arrays)
-            step = {name: new[name] - tensor for name, tensor in self._current.items()}
+            step = {name: new[name] - tensor for name, tensor in self.current.items()}
             self._side = self.codec.side_information(self.codec.layout.to_blocks(step))
         return arrays, metrics
 
@@ -67,7 +65,7 @@ class CodedStrategy(WrappingStrategy):
             try:
                 payload = unwrap_payload(reply.content)
                 update = decode_update(payload, codec=self.codec, side=self._side)
-                adapter = {name: tensor + update[name] for name, tensor in self._current.items()}
+                adapter = {name: tensor + update[name] for name, tensor in self.current.items()}
                 check_values(adapter)
             except CodecError as error:
                 log(WARNING, "the payload of node %s is refused: %s. Its mass stays with the client.", node, error)

@@ -5,25 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from logging import WARNING
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.supercore import log
 from torch import Tensor
 
 from strategies.records import ARRAYS, check_values, from_record, to_record
-from strategies.wrapping import WrappingStrategy
+from strategies.wrapping import AdapterStrategy
 
 
-class DenseStrategy(WrappingStrategy):
+class DenseStrategy(AdapterStrategy):
     """Leaves out, with a warning, every reply that is not an adapter like the one that was sent."""
-
-    _current: dict[str, Tensor]
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        self._current = from_record(arrays)
-        return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -43,7 +34,7 @@ class DenseStrategy(WrappingStrategy):
 
     def _adapter_of(self, arrays: ArrayRecord) -> dict[str, Tensor]:
         """Raises ValueError: it is not an adapter like the global one."""
-        if arrays.keys() != self._current.keys():
+        if arrays.keys() != self.current.keys():
             raise ValueError("it has other tensors than the global one")
         if any(array.dtype != "float32" for array in arrays.values()):
             raise ValueError("its tensors are not all float32")
@@ -52,7 +43,7 @@ class DenseStrategy(WrappingStrategy):
         except Exception as error:  # whatever NumPy makes of bytes that a stranger sent
             raise ValueError(f"its arrays cannot be read: {error}") from None
         for name, tensor in adapter.items():
-            if tensor.shape != self._current[name].shape:
+            if tensor.shape != self.current[name].shape:
                 raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}")
         check_values(adapter)
-        return {name: adapter[name] for name in self._current}
+        return {name: adapter[name] for name in self.current}

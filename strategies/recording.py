@@ -9,29 +9,21 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.serverapp import Grid
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
 from safetensors.torch import save_file
 from torch import Tensor
 
 from strategies.records import ARRAYS, METRICS, PARTITION, from_record, metric
-from strategies.wrapping import WrappingStrategy
+from strategies.wrapping import AdapterStrategy
 
 
-class RecordingStrategy(WrappingStrategy):
+class RecordingStrategy(AdapterStrategy):
     """Keeps the dense updates of every round in memory until ``save``; for dense replies only."""
 
     def __init__(self, inner: Strategy) -> None:
         super().__init__(inner)
         self.updates: dict[str, Tensor] = {}
-        self._current: dict[str, Tensor] = {}
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        self._current = from_record(arrays)
-        return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -41,7 +33,7 @@ class RecordingStrategy(WrappingStrategy):
     def _recorded(self, server_round: int, reply: Message) -> Message:
         client = int(metric(reply.content.metric_records[METRICS], PARTITION))
         for name, tensor in from_record(reply.content.array_records[ARRAYS]).items():
-            self.updates[f"r{server_round}/c{client}/{name}"] = tensor - self._current[name]
+            self.updates[f"r{server_round}/c{client}/{name}"] = tensor - self.current[name]
         return reply
 
     def save(self, path: Path) -> None:

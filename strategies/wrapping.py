@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from strategies.records import from_record
 
 
 class WrappingStrategy(Strategy):
@@ -33,3 +36,17 @@ class WrappingStrategy(Strategy):
 
     def summary(self) -> None:
         self.inner.summary()
+
+
+class AdapterStrategy(WrappingStrategy):
+    """Keeps the adapter that the round started from in ``current``: what a reply is checked against or added to."""
+
+    def __init__(self, inner: Strategy) -> None:
+        super().__init__(inner)
+        self.current: dict[str, Tensor] = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self.current = from_record(arrays)
+        return super().configure_train(server_round, arrays, config, grid)

@@ -16,7 +16,6 @@ from gradcodec.autoencoder.codebooks import (
     MAX_LEVEL,
     MIN_LEVEL,
     NUM_CODEWORDS,
-    Band,
     Codebook,
     SynthesisNetwork,
     price_of_a_bit,
@@ -157,6 +156,3 @@ def _scale_table(exponents: list[Tensor]) -> Table:
             sent = torch.where(-LEVELS_PER_OCTAVE * symbols - water_mark < MIN_LEVEL, SILENT, symbols)
             counts += torch.bincount(sent, minlength=SILENT + 1).numpy()
     return frozen_scale_table(counts)
-
-
-__all__ = ["Band", "Sample", "fit_learned"]
