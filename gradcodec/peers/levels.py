@@ -1,0 +1,328 @@
+"""Entropy model of the scalar quantiser (``rotated.py``): which integers are how likely where, from integers alone.
+
+A *level* is the magnitude of a quantised value. A *class* is a frequency table: class t gives level 0 the odds
+``1.3 ** (t - 32)``; the last one is silence. A value's class is its row's, which is sent, plus two offsets by what its
+column had in the rows before: its own column's, and the same column's in all blocks of that kind. Both ends count
+those levels alike, so that the column's scale costs nothing.
+
+Knows integers; must not know steps or values. Shape suffixes: R rank, B blocks, C columns, T classes, M levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradcodec.entropy import SymbolReader, Symbols, Table, bits_of, encode_symbols, integer_table
+from gradcodec.errors import CodecError
+from gradcodec.layout import Layout
+
+NUM_CLASSES = 64
+SILENT = NUM_CLASSES - 1
+ESCAPE = 63
+"""This level and higher ones are written as ESCAPE and the rest apart."""
+MAX_LEVEL = ESCAPE + (1 << 15) - 2
+_NUM_CONTEXTS = 9
+_THRESHOLDS = np.array([32, 45, 64, 91, 181, 256, 362, 512])
+"""Of a column's activity over its block's mean, in 1/128: half-octaves, a wider one about 1."""
+_MAX_OFFSET = 20
+_NUM_GROUPS = 16
+_GROUP = NUM_CLASSES // _NUM_GROUPS
+_MAX_SHIFT = 24
+_SHAPES = 16
+
+Levels = NDArray[np.int32]
+Classes = NDArray[np.uint8]
+Doubles = NDArray[np.float64]
+
+
+def _grid() -> Doubles:
+    """Probabilities whose odds are ``1.3 ** -32`` to ``1.3 ** 31``, by multiplication alone: equal everywhere."""
+    odds = np.ones(NUM_CLASSES)
+    for place in range(33, NUM_CLASSES):
+        odds[place] = odds[place - 1] * 1.3
+    for place in range(31, -1, -1):
+        odds[place] = odds[place + 1] / 1.3
+    return odds / (1 + odds)
+
+
+def _exact_table(probabilities: Doubles) -> Table:
+    """A table for both ends to compute: of integers, whose sum does not depend on the order of adding."""
+    return integer_table(np.rint(probabilities * (1 << 30)))
+
+
+def _two_sided(radius: int, ratio: float) -> Table:
+    """Table of the integers ``-radius..radius``: each step away from 0 is ``ratio`` times as likely."""
+    powers = np.cumprod(np.concatenate([[1.0], np.full(radius, ratio)]))
+    return _exact_table(np.concatenate([powers[:0:-1], powers]))
+
+
+_PROBABILITIES = _grid()
+_OFFSET_TABLE = _two_sided(_MAX_OFFSET, 0.7)
+_SHIFT_TABLE = _two_sided(_MAX_SHIFT, 0.35)
+_ROW_TABLES = [_two_sided(SILENT, (shape + 1) / (_SHAPES + 1)) for shape in range(_SHAPES)]
+_AFTER_SILENCE = integer_table(np.array([1.0] * SILENT + [1500.0]))
+_ESCAPE_WIDTHS = integer_table(np.cumprod(np.full(15, 0.5)))
+_COIN = integer_table(np.ones(2))
+
+
+def _default_tails() -> NDArray[np.int64]:
+    """``[groups, 2]``: places on the grid of the odds that a level above 0 is 1, and one above 1 the next."""
+    middle = np.arange(_NUM_GROUPS) * _GROUP + _GROUP // 2
+    return np.stack([np.clip(middle - 3, 4, 42), np.clip(middle - 5, 4, 38)], axis=1)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a payload says of its levels: how classes fall off, by how much contexts move them, rows' classes.
+
+    ``tails`` are ``[groups, 2]`` places on the grid, ``offsets`` ``[2, contexts]``, ``rows_RB`` the classes, and
+    ``shape`` which of 16 tables the steps between rows' classes have.
+    """
+
+    tails: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    rows_RB: Classes
+
+    @cached_property
+    def tables(self) -> list[Table]:
+        """A table for each class: level 0, level 1, then geometric, all with probabilities of the grid."""
+        tables = []
+        for place in range(NUM_CLASSES):
+            one, stop = _PROBABILITIES[self.tails[place // _GROUP]]
+            falling = np.cumprod(np.concatenate([[1 - one], np.full(ESCAPE - 2, 1 - stop)]))
+            above = np.concatenate([[one], falling * stop])
+            above[-1] += falling[-1] * (1 - stop)
+            zero = _PROBABILITIES[place]
+            tables.append(_exact_table(np.concatenate([[zero], (1 - zero) * above])))
+        return tables
+
+    @cached_property
+    def bits_TM(self) -> NDArray[np.float32]:
+        """What every level costs in every class; the sign and an escape's rest included."""
+        bits = np.stack([bits_of(table) for table in self.tables])
+        bits[:, 1:] += 1
+        bits[SILENT] = [0.0] + [1e6] * ESCAPE
+        return bits.astype(np.float32)
+
+
+class Columns:
+    """Which column of the blocks matrix belongs to which block, and which columns are of one kind."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.num_rows = layout.rank
+        self.starts = np.array([block.start for block in layout.blocks])
+        self.widths = np.array([block.width for block in layout.blocks])
+        self.owner_C = np.repeat(np.arange(len(self.widths)), self.widths)
+        kinds: dict[tuple[bool, int], int] = {}
+        kind_B = [kinds.setdefault((b.transposed, b.width), len(kinds)) for b in layout.blocks]
+        self.before_B = [max((i for i in range(b) if kind_B[i] == kind_B[b]), default=None) for b in range(len(kind_B))]
+        pool_starts = np.cumsum([0] + [width for _, width in kinds])[:-1]
+        within = np.arange(layout.num_columns) - np.repeat(self.starts, self.widths)
+        self.pool_C = np.repeat(pool_starts[kind_B], self.widths) + within
+        self._pool_widths = np.array([width for _, width in kinds])
+        self._pool_starts = pool_starts
+        self._pool_owner = np.repeat(np.arange(len(kinds)), self._pool_widths)
+
+    def contexts(self, activity_C: Levels) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Sum of a column's levels so far -> its two contexts, each ``[C]`` in 0..8."""
+        sums_B = np.add.reduceat(activity_C, self.starts, dtype=np.int64)
+        own = _context(activity_C, self.widths[self.owner_C], sums_B[self.owner_C])
+        pooled = np.bincount(self.pool_C, weights=activity_C).astype(np.int64)
+        sums = np.add.reduceat(pooled, self._pool_starts)
+        shared = _context(pooled, self._pool_widths[self._pool_owner], sums[self._pool_owner])
+        return own, shared[self.pool_C]
+
+
+def _context(activity: Levels | NDArray[np.int64], widths: NDArray[np.int64], sums: NDArray[np.int64]) -> Symbols:
+    """Activity over the mean, half a count added to both: the estimate of a scale from few counts."""
+    ratio = (2 * activity.astype(np.int64) + 1) * widths * 128 // (2 * sums + widths)
+    found: Symbols = np.searchsorted(_THRESHOLDS, ratio, side="right")
+    return found
+
+
+def classes_of(model: Model, columns: Columns, rank: int, activity_C: Levels) -> Classes:
+    """Class of every value of one row of all blocks, ``[C]``; both ends compute it from the rows before."""
+    row_C: Classes = model.rows_RB[rank][columns.owner_C]
+    if rank == 0 or not model.offsets.any():
+        return row_C
+    moved = row_C.astype(np.int64)
+    for offsets, contexts in zip(model.offsets, columns.contexts(activity_C), strict=True):
+        moved = np.clip(moved + offsets[contexts], 0, SILENT - 1)
+    return np.where(row_C == SILENT, row_C, moved.astype(np.uint8))
+
+
+def fit(levels_RC: Levels, columns: Columns) -> tuple[Model, Classes, float]:
+    """The model that makes these levels cheap, their classes ``[R, C]``, and about how many bits all take."""
+    capped_RC = np.minimum(levels_RC, ESCAPE)
+    model = Model(_default_tails(), np.zeros((2, _NUM_CONTEXTS), np.int64), np.empty((0, 0), np.uint8))
+    rows_RB = _fit_rows(capped_RC, columns, model)
+    row_RC = rows_RB[:, columns.owner_C].astype(np.int64)
+    activity_RC = np.cumsum(capped_RC, axis=0, dtype=np.int32) - capped_RC
+    found = [columns.contexts(activity_C) for activity_C in activity_RC]
+    contexts = [np.stack([pair[i] for pair in found]) for i in range(2)]
+    offsets = np.zeros((2, _NUM_CONTEXTS), np.int64)
+    live = row_RC != SILENT
+    live[0] = False
+    classes = row_RC[live]
+    levels = capped_RC[live]
+    for side in range(2):
+        kept = contexts[side][live]
+        offsets[side] = _fit_offsets(classes, kept, levels, model.bits_TM)
+        classes = np.clip(classes + offsets[side][kept], 0, SILENT - 1)
+    classes_RC = row_RC.copy()
+    classes_RC[live] = classes
+    classes_RC = classes_RC.astype(np.uint8)
+    counts_TM = _counts(classes_RC, capped_RC, NUM_CLASSES)
+    tails = _fit_tails(counts_TM)
+    model = Model(tails, offsets, rows_RB)
+    escapes = levels_RC[levels_RC >= ESCAPE] - ESCAPE + 1
+    bits = float((counts_TM * model.bits_TM)[:SILENT].sum()) + float((2 * np.log2(escapes) + 1).sum())
+    head = sum(float(bits_of(table)[symbols].sum()) for symbols, table in _model_parts(model, columns)[1])
+    return model, classes_RC, bits + head
+
+
+def _counts(classes: NDArray[np.generic], levels: Levels, num_classes: int) -> Doubles:
+    """How often each level occurs in each class, ``[classes, M]``."""
+    joint = classes.astype(np.int32).reshape(-1) * (ESCAPE + 1) + levels.reshape(-1)
+    return np.bincount(joint, minlength=num_classes * (ESCAPE + 1)).reshape(-1, ESCAPE + 1).astype(np.float64)
+
+
+def _fit_rows(capped_RC: Levels, columns: Columns, model: Model) -> Classes:
+    """Per row the class under which it is cheapest, ``[R, B]``; a step away from the row before has its price."""
+    num_blocks = len(columns.starts)
+    rows_RB = np.empty((len(capped_RC), num_blocks), np.uint8)
+    places = np.arange(NUM_CLASSES)
+    for rank, levels_C in enumerate(capped_RC):
+        costs_BT = _counts(columns.owner_C, levels_C, num_blocks) @ model.bits_TM.T.astype(np.float64)
+        if rank:
+            costs_BT += 0.4 * np.minimum(np.abs(places[None] - rows_RB[rank - 1].astype(np.int64)[:, None]), 12)
+        rows_RB[rank] = np.argmin(costs_BT, axis=1)
+    return rows_RB
+
+
+def _fit_offsets(
+    classes: NDArray[np.int64], contexts: NDArray[np.int64], levels: Levels, bits_TM: NDArray[np.float32]
+) -> NDArray[np.int64]:
+    """Per context by how much its values' classes move, the price of saying so included."""
+    counts = _counts(contexts * NUM_CLASSES + classes, levels, _NUM_CONTEXTS * NUM_CLASSES)
+    counts_KTM = counts.reshape(_NUM_CONTEXTS, NUM_CLASSES, -1)
+    steps = np.arange(-_MAX_OFFSET, _MAX_OFFSET + 1)
+    moved_ST = np.clip(np.arange(NUM_CLASSES) + steps[:, None], 0, SILENT - 1)
+    costs_KTT = np.einsum("ktm,um->ktu", counts_KTM, bits_TM.astype(np.float64), optimize=True)
+    costs_KS = np.stack([costs_KTT[:, np.arange(NUM_CLASSES), moved].sum(axis=1) for moved in moved_ST], axis=1)
+    return np.asarray(steps[np.argmin(costs_KS + bits_of(_OFFSET_TABLE), axis=1)])
+
+
+def _fit_tails(counts_TM: Doubles) -> NDArray[np.int64]:
+    """Per group of classes the two places on the grid that suit its levels, the price of a shift included."""
+    counts_GM = np.add.reduceat(counts_TM, np.arange(0, NUM_CLASSES, _GROUP), axis=0)
+    ones, above = counts_GM[:, 1], counts_GM[:, 2:].sum(axis=1)
+    steps = (counts_GM[:, 2:] * np.arange(ESCAPE - 1)).sum(axis=1)
+    default, places = _default_tails(), np.arange(NUM_CLASSES)
+    yes, no = -np.log2(_PROBABILITIES), -np.log2(1 - _PROBABILITIES)
+    tails = np.empty_like(default)
+    for which, (hits, misses) in enumerate([(ones, above), (above, steps)]):
+        shifts = places[None] - default[:, which, None]
+        price = bits_of(_SHIFT_TABLE)[np.clip(shifts, -_MAX_SHIFT, _MAX_SHIFT) + _MAX_SHIFT]
+        costs = hits[:, None] * yes + misses[:, None] * no + np.where(np.abs(shifts) > _MAX_SHIFT, np.inf, price)
+        tails[:, which] = np.argmin(costs, axis=1)
+    return tails
+
+
+def pack_levels(signed_RC: Levels, model: Model, classes_RC: Classes, columns: Columns) -> bytes:
+    """Signed levels ``[R, C]`` -> bytes: the model, then levels row by row and class by class, escapes, signs."""
+    levels_RC = np.abs(signed_RC)
+    capped_RC = np.minimum(levels_RC, ESCAPE)
+    head, parts = _model_parts(model, columns)
+    for levels_C, classes_C in zip(capped_RC, classes_RC, strict=True):
+        order, bounds = _by_class(classes_C)
+        ordered = levels_C[order]
+        parts += [(ordered[a:b], model.tables[t]) for t, a, b in bounds]
+    escapes = (levels_RC[levels_RC >= ESCAPE] - ESCAPE + 1).astype(np.int32)
+    widths = np.frexp(escapes.astype(np.float64))[1].astype(np.int32) - 1
+    parts.append((widths, _ESCAPE_WIDTHS))
+    parts += [(escapes[widths == w] - np.int32(1 << w), integer_table(np.ones(1 << w))) for w in range(1, 15)]
+    parts.append(((signed_RC[levels_RC > 0] < 0).astype(np.int32), _COIN))
+    return head + encode_symbols(parts)
+
+
+def unpack_levels(data: bytes, columns: Columns) -> tuple[Levels, Classes]:
+    """Inverse of ``pack_levels``: signed levels and classes, ``[R, C]``; raises CodecError and nothing else."""
+    reader, model = _read_model(data, columns)
+    shape = (columns.num_rows, len(columns.owner_C))
+    levels_RC, classes_RC = np.zeros(shape, np.int32), np.zeros(shape, np.uint8)
+    activity_C = np.zeros(shape[1], np.int32)
+    for rank in range(columns.num_rows):
+        classes_RC[rank] = classes_of(model, columns, rank, activity_C)
+        order, bounds = _by_class(classes_RC[rank])
+        for t, a, b in bounds:
+            levels_RC[rank, order[a:b]] = reader.read(b - a, model.tables[t])
+        activity_C += levels_RC[rank]
+    places = np.nonzero(levels_RC == ESCAPE)
+    widths = reader.read(len(places[0]), _ESCAPE_WIDTHS)
+    escapes = np.ones(len(widths), np.int32)
+    for w in range(1, 15):
+        chosen = widths == w
+        escapes[chosen] = (1 << w) + reader.read(int(chosen.sum()), integer_table(np.ones(1 << w)))
+    levels_RC[places] += escapes - 1
+    nonzero = np.nonzero(levels_RC)
+    levels_RC[nonzero] *= 1 - 2 * reader.read(len(nonzero[0]), _COIN)
+    return levels_RC, classes_RC
+
+
+def _by_class(classes_C: Classes) -> tuple[NDArray[np.int64], list[tuple[int, int, int]]]:
+    """Columns ordered by class, and each class with its stretch of them; silent ones left out."""
+    order = np.argsort(classes_C, kind="stable")
+    ends = np.cumsum(np.bincount(classes_C, minlength=NUM_CLASSES)).tolist()
+    bounds = [(t, a, b) for t, (a, b) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if a < b]
+    return order, [bound for bound in bounds if bound[0] != SILENT]
+
+
+def _model_parts(model: Model, columns: Columns) -> tuple[bytes, list[tuple[Symbols, Table]]]:
+    shifts = (model.tails - _default_tails() + _MAX_SHIFT).astype(np.int32).reshape(-1)
+    offsets = (model.offsets + _MAX_OFFSET).astype(np.int32).reshape(-1)
+    parts = [(shifts, _SHIFT_TABLE), (offsets, _OFFSET_TABLE)]
+    rows_RB = model.rows_RB.astype(np.int32)
+    first = rows_RB[0] - np.array([_START if b is None else rows_RB[0, b] for b in columns.before_B], np.int32)
+    after, before = rows_RB[1:].reshape(-1), rows_RB[:-1].reshape(-1)
+    live = before != SILENT
+    steps = after[live] - before[live] + SILENT
+    costs = [float(bits_of(table)[steps].sum()) for table in _ROW_TABLES]
+    costs_first = [float(bits_of(table)[first + SILENT].sum()) for table in _ROW_TABLES]
+    shape, shape_first = int(np.argmin(costs)), int(np.argmin(costs_first))
+    parts += [(first + SILENT, _ROW_TABLES[shape_first])]
+    for rank in range(1, columns.num_rows):
+        live = rows_RB[rank - 1] != SILENT
+        parts.append((rows_RB[rank, live] - rows_RB[rank - 1, live] + SILENT, _ROW_TABLES[shape]))
+        parts.append((rows_RB[rank, ~live], _AFTER_SILENCE))
+    return bytes([shape * _SHAPES + shape_first]), parts
+
+
+_START = 44
+"""What the first row of the first block of a kind is measured from."""
+
+
+def _read_model(data: bytes, columns: Columns) -> tuple[SymbolReader, Model]:
+    """Inverse of ``_model_parts``."""
+    if not data:
+        raise CodecError("the codes end before the levels")
+    shape, shape_first = divmod(data[0], _SHAPES)
+    reader = SymbolReader(data[1:])
+    tails = reader.read(2 * _NUM_GROUPS, _SHIFT_TABLE).reshape(-1, 2) - _MAX_SHIFT + _default_tails()
+    offsets = reader.read(2 * _NUM_CONTEXTS, _OFFSET_TABLE).reshape(2, -1).astype(np.int64) - _MAX_OFFSET
+    rows_RB = np.zeros((columns.num_rows, len(columns.starts)), np.int64)
+    for block, step in enumerate(reader.read(len(columns.starts), _ROW_TABLES[shape_first]) - SILENT):
+        before = columns.before_B[block]
+        rows_RB[0, block] = step + (_START if before is None else rows_RB[0, before])
+    for rank in range(1, columns.num_rows):
+        live = rows_RB[rank - 1] != SILENT
+        steps = reader.read(int(live.sum()), _ROW_TABLES[shape]) - SILENT
+        rows_RB[rank, live] = rows_RB[rank - 1, live] + steps
+        rows_RB[rank, ~live] = reader.read(int((~live).sum()), _AFTER_SILENCE)
+    if tails.min() < 0 or tails.max() >= NUM_CLASSES or rows_RB.min() < 0 or rows_RB.max() > SILENT:
+        raise CodecError("a row's class or a tail is out of range")
+    return reader, Model(tails, offsets, rows_RB.astype(np.uint8))
