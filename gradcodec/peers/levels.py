@@ -33,6 +33,9 @@ _NUM_GROUPS = 16
 _GROUP = NUM_CLASSES // _NUM_GROUPS
 _MAX_SHIFT = 24
 _SHAPES = 16
+_START = 44
+"""What the first row of the first block of a kind is measured from."""
+_PLACES = np.arange(NUM_CLASSES)
 
 Levels = NDArray[np.int32]
 Classes = NDArray[np.uint8]
@@ -70,16 +73,18 @@ _COIN = integer_table(np.ones(2))
 
 
 def _default_tails() -> NDArray[np.int64]:
-    """``[groups, 2]``: places on the grid of the odds that a level above 0 is 1, and one above 1 the next."""
-    middle = np.arange(_NUM_GROUPS) * _GROUP + _GROUP // 2
-    return np.stack([np.clip(middle - 3, 4, 42), np.clip(middle - 5, 4, 38)], axis=1)
+    """``[2, T]``: places on the grid of the odds that a level above 0 is 1, and that one above 1 is the last.
+
+    Those of a Laplacian behind a dead zone, less steep where little is sent: what is left of heavy tails.
+    """
+    return np.stack([np.minimum(_PLACES + 3, 46), np.minimum(_PLACES + 2, 42)])
 
 
 @dataclass(frozen=True)
 class Model:
     """What a payload says of its levels: how classes fall off, by how much contexts move them, rows' classes.
 
-    ``tails`` are ``[groups, 2]`` places on the grid, ``offsets`` ``[2, contexts]``, ``rows_RB`` the classes, and
+    ``tails`` ``[2, groups]`` shift places on the grid for four classes together, ``offsets`` ``[2, contexts]``, ``rows_RB`` the classes, and
     ``shape`` which of 16 tables the steps between rows' classes have.
     """
 
@@ -91,8 +96,9 @@ class Model:
     def tables(self) -> list[Table]:
         """A table for each class: level 0, level 1, then geometric, all with probabilities of the grid."""
         tables = []
+        tails = np.clip(_default_tails() + self.tails.repeat(_GROUP, axis=1), 0, NUM_CLASSES - 1)
         for place in range(NUM_CLASSES):
-            one, stop = _PROBABILITIES[self.tails[place // _GROUP]]
+            one, stop = _PROBABILITIES[tails[:, place]]
             falling = np.cumprod(np.concatenate([[1 - one], np.full(ESCAPE - 2, 1 - stop)]))
             above = np.concatenate([[one], falling * stop])
             above[-1] += falling[-1] * (1 - stop)
@@ -155,10 +161,13 @@ def classes_of(model: Model, columns: Columns, rank: int, activity_C: Levels) ->
     return np.where(row_C == SILENT, row_C, moved.astype(np.uint8))
 
 
-def fit(levels_RC: Levels, columns: Columns) -> tuple[Model, Classes, float]:
-    """The model that makes these levels cheap, their classes ``[R, C]``, and about how many bits all take."""
+def fit(levels_RC: Levels, columns: Columns, start: Model | None = None) -> tuple[Model, Classes, float]:
+    """The model that makes these levels cheap, their classes ``[R, C]``, and about how many bits all take.
+
+    ``start`` is one of nearly the same levels, by whose tails the rows are judged.
+    """
     capped_RC = np.minimum(levels_RC, ESCAPE)
-    model = Model(_default_tails(), np.zeros((2, _NUM_CONTEXTS), np.int64), np.empty((0, 0), np.uint8))
+    model = start or Model(np.zeros((2, _NUM_GROUPS), np.int64), np.empty(0, np.int64), np.empty((0, 0), np.uint8))
     rows_RB = _fit_rows(capped_RC, columns, model)
     row_RC = rows_RB[:, columns.owner_C].astype(np.int64)
     activity_RC = np.cumsum(capped_RC, axis=0, dtype=np.int32) - capped_RC
@@ -192,15 +201,30 @@ def _counts(classes: NDArray[np.generic], levels: Levels, num_classes: int) -> D
 
 
 def _fit_rows(capped_RC: Levels, columns: Columns, model: Model) -> Classes:
-    """Per row the class under which it is cheapest, ``[R, B]``; a step away from the row before has its price."""
+    """Per row its class, ``[R, B]``: the path through a block's rows that is cheapest with its steps' prices
+    (Viterbi), found once with sharply falling prices and again with those of the steps found."""
     num_blocks = len(columns.starts)
-    rows_RB = np.empty((len(capped_RC), num_blocks), np.uint8)
-    places = np.arange(NUM_CLASSES)
-    for rank, levels_C in enumerate(capped_RC):
-        costs_BT = _counts(columns.owner_C, levels_C, num_blocks) @ model.bits_TM.T.astype(np.float64)
-        if rank:
-            costs_BT += 0.4 * np.minimum(np.abs(places[None] - rows_RB[rank - 1].astype(np.int64)[:, None]), 12)
-        rows_RB[rank] = np.argmin(costs_BT, axis=1)
+    bits_MT = model.bits_TM.T.astype(np.float64)
+    costs_RBT = np.stack([_counts(columns.owner_C, levels_C, num_blocks) @ bits_MT for levels_C in capped_RC])
+    before = np.array([-1 if b is None else b for b in columns.before_B])
+    rows_RB = np.empty(costs_RBT.shape[:2], np.uint8)
+    shape, shape_first, first_B = _SHAPES // 2, _SHAPES // 2, np.argmin(costs_RBT[0], axis=1)
+    for _ in range(2):
+        from_B = np.where(before < 0, _START, first_B[before])
+        total_BT = costs_RBT[0] + bits_of(_ROW_TABLES[shape_first])[_PLACES - from_B[:, None] + SILENT]
+        prices_TT = bits_of(_ROW_TABLES[shape])[_PLACES - _PLACES[:, None] + SILENT]
+        prices_TT[SILENT] = bits_of(_AFTER_SILENCE)
+        pasts = []
+        for costs_BT in costs_RBT[1:]:
+            through_BTT = total_BT[:, :, None] + prices_TT
+            pasts.append(np.argmin(through_BTT, axis=1))
+            total_BT = through_BTT.min(axis=1) + costs_BT
+        found_B = np.argmin(total_BT, axis=1)
+        for rank in range(len(rows_RB) - 1, -1, -1):
+            rows_RB[rank] = found_B
+            found_B = pasts[rank - 1][np.arange(num_blocks), found_B] if rank else found_B
+        first_B = found_B
+        shape, shape_first = _row_shapes(rows_RB, columns)
     return rows_RB
 
 
@@ -211,25 +235,23 @@ def _fit_offsets(
     counts = _counts(contexts * NUM_CLASSES + classes, levels, _NUM_CONTEXTS * NUM_CLASSES)
     counts_KTM = counts.reshape(_NUM_CONTEXTS, NUM_CLASSES, -1)
     steps = np.arange(-_MAX_OFFSET, _MAX_OFFSET + 1)
-    moved_ST = np.clip(np.arange(NUM_CLASSES) + steps[:, None], 0, SILENT - 1)
+    moved_ST = np.clip(_PLACES + steps[:, None], 0, SILENT - 1)
     costs_KTT = np.einsum("ktm,um->ktu", counts_KTM, bits_TM.astype(np.float64), optimize=True)
-    costs_KS = np.stack([costs_KTT[:, np.arange(NUM_CLASSES), moved].sum(axis=1) for moved in moved_ST], axis=1)
+    costs_KS = np.stack([costs_KTT[:, _PLACES, moved].sum(axis=1) for moved in moved_ST], axis=1)
     return np.asarray(steps[np.argmin(costs_KS + bits_of(_OFFSET_TABLE), axis=1)])
 
 
 def _fit_tails(counts_TM: Doubles) -> NDArray[np.int64]:
-    """Per group of classes the two places on the grid that suit its levels, the price of a shift included."""
-    counts_GM = np.add.reduceat(counts_TM, np.arange(0, NUM_CLASSES, _GROUP), axis=0)
-    ones, above = counts_GM[:, 1], counts_GM[:, 2:].sum(axis=1)
-    steps = (counts_GM[:, 2:] * np.arange(ESCAPE - 1)).sum(axis=1)
-    default, places = _default_tails(), np.arange(NUM_CLASSES)
-    yes, no = -np.log2(_PROBABILITIES), -np.log2(1 - _PROBABILITIES)
-    tails = np.empty_like(default)
+    """Per group of classes the two shifts that suit its levels best, the price of saying so included."""
+    ones, above = counts_TM[:, 1], counts_TM[:, 2:].sum(axis=1)
+    steps = (counts_TM[:, 2:] * np.arange(ESCAPE - 1)).sum(axis=1)
+    shifts = np.arange(-_MAX_SHIFT, _MAX_SHIFT + 1)
+    tails = np.empty((2, _NUM_GROUPS), np.int64)
     for which, (hits, misses) in enumerate([(ones, above), (above, steps)]):
-        shifts = places[None] - default[:, which, None]
-        price = bits_of(_SHIFT_TABLE)[np.clip(shifts, -_MAX_SHIFT, _MAX_SHIFT) + _MAX_SHIFT]
-        costs = hits[:, None] * yes + misses[:, None] * no + np.where(np.abs(shifts) > _MAX_SHIFT, np.inf, price)
-        tails[:, which] = np.argmin(costs, axis=1)
+        odds = _PROBABILITIES[np.clip(_default_tails()[which, :, None] + shifts, 0, NUM_CLASSES - 1)]
+        costs_TS = -hits[:, None] * np.log2(odds) - misses[:, None] * np.log2(1 - odds)
+        costs_GS = np.add.reduceat(costs_TS, np.arange(0, NUM_CLASSES, _GROUP), axis=0)
+        tails[which] = shifts[np.argmin(costs_GS + bits_of(_SHIFT_TABLE), axis=1)]
     return tails
 
 
@@ -283,17 +305,12 @@ def _by_class(classes_C: Classes) -> tuple[NDArray[np.int64], list[tuple[int, in
 
 
 def _model_parts(model: Model, columns: Columns) -> tuple[bytes, list[tuple[Symbols, Table]]]:
-    shifts = (model.tails - _default_tails() + _MAX_SHIFT).astype(np.int32).reshape(-1)
+    shifts = (model.tails + _MAX_SHIFT).astype(np.int32).reshape(-1)
     offsets = (model.offsets + _MAX_OFFSET).astype(np.int32).reshape(-1)
     parts = [(shifts, _SHIFT_TABLE), (offsets, _OFFSET_TABLE)]
     rows_RB = model.rows_RB.astype(np.int32)
-    first = rows_RB[0] - np.array([_START if b is None else rows_RB[0, b] for b in columns.before_B], np.int32)
-    after, before = rows_RB[1:].reshape(-1), rows_RB[:-1].reshape(-1)
-    live = before != SILENT
-    steps = after[live] - before[live] + SILENT
-    costs = [float(bits_of(table)[steps].sum()) for table in _ROW_TABLES]
-    costs_first = [float(bits_of(table)[first + SILENT].sum()) for table in _ROW_TABLES]
-    shape, shape_first = int(np.argmin(costs)), int(np.argmin(costs_first))
+    shape, shape_first = _row_shapes(model.rows_RB, columns)
+    first = _first_steps(model.rows_RB, columns)
     parts += [(first + SILENT, _ROW_TABLES[shape_first])]
     for rank in range(1, columns.num_rows):
         live = rows_RB[rank - 1] != SILENT
@@ -302,8 +319,19 @@ def _model_parts(model: Model, columns: Columns) -> tuple[bytes, list[tuple[Symb
     return bytes([shape * _SHAPES + shape_first]), parts
 
 
-_START = 44
-"""What the first row of the first block of a kind is measured from."""
+def _first_steps(rows_RB: Classes, columns: Columns) -> Symbols:
+    """Per block how far its first row's class is from that of the block before of its kind."""
+    before = np.array([_START if b is None else rows_RB[0, b] for b in columns.before_B], np.int32)
+    return rows_RB[0].astype(np.int32) - before
+
+
+def _row_shapes(rows_RB: Classes, columns: Columns) -> tuple[int, int]:
+    """The cheapest tables for the steps from row to row, and from block to block."""
+    after, before = rows_RB[1:].astype(np.int32), rows_RB[:-1].astype(np.int32)
+    steps = (after - before)[before != SILENT] + SILENT
+    first = _first_steps(rows_RB, columns) + SILENT
+    costs = [[float(bits_of(table)[found].sum()) for table in _ROW_TABLES] for found in (steps, first)]
+    return int(np.argmin(costs[0])), int(np.argmin(costs[1]))
 
 
 def _read_model(data: bytes, columns: Columns) -> tuple[SymbolReader, Model]:
@@ -312,7 +340,7 @@ def _read_model(data: bytes, columns: Columns) -> tuple[SymbolReader, Model]:
         raise CodecError("the codes end before the levels")
     shape, shape_first = divmod(data[0], _SHAPES)
     reader = SymbolReader(data[1:])
-    tails = reader.read(2 * _NUM_GROUPS, _SHIFT_TABLE).reshape(-1, 2) - _MAX_SHIFT + _default_tails()
+    tails = reader.read(2 * _NUM_GROUPS, _SHIFT_TABLE).reshape(2, -1).astype(np.int64) - _MAX_SHIFT
     offsets = reader.read(2 * _NUM_CONTEXTS, _OFFSET_TABLE).reshape(2, -1).astype(np.int64) - _MAX_OFFSET
     rows_RB = np.zeros((columns.num_rows, len(columns.starts)), np.int64)
     for block, step in enumerate(reader.read(len(columns.starts), _ROW_TABLES[shape_first]) - SILENT):
@@ -323,6 +351,6 @@ def _read_model(data: bytes, columns: Columns) -> tuple[SymbolReader, Model]:
         steps = reader.read(int(live.sum()), _ROW_TABLES[shape]) - SILENT
         rows_RB[rank, live] = rows_RB[rank - 1, live] + steps
         rows_RB[rank, ~live] = reader.read(int((~live).sum()), _AFTER_SILENCE)
-    if tails.min() < 0 or tails.max() >= NUM_CLASSES or rows_RB.min() < 0 or rows_RB.max() > SILENT:
-        raise CodecError("a row's class or a tail is out of range")
+    if rows_RB.min() < 0 or rows_RB.max() > SILENT:
+        raise CodecError("a row's class is out of range")
     return reader, Model(tails, offsets, rows_RB.astype(np.uint8))

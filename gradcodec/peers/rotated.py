@@ -38,8 +38,8 @@ from gradcodec.layout import Layout
 from gradcodec.peers.levels import MAX_LEVEL, Classes, Columns, Levels, Model, fit, pack_levels, unpack_levels
 from gradcodec.peers.packing import OWN_BITS, Floats, finite
 
-PRICE_OF_A_BIT = 0.14
-"""In squared steps. Uniform thresholds at a high rate trade at ln(2) / 6 = 0.116; lower rates ask a little more."""
+PRICE_OF_A_BIT = 0.115
+"""In squared steps: ln(2) / 6, at which uniform thresholds trade at a high rate; lower rates mind it little."""
 _DEAD_ZONE = 0.62
 _HEADER = struct.Struct("<h4b")
 _STEPS_PER_OCTAVE = 256
@@ -163,7 +163,7 @@ def _draft(coefficients_RC: Floats, columns: Columns, step: int) -> _Draft:
     levels_RC = np.floor(np.minimum(scaled_RC + np.float32(1 - _DEAD_ZONE), MAX_LEVEL)).astype(np.int32)
     model, classes_RC, _ = fit(levels_RC, columns)
     levels_RC = _round_at_prices(scaled_RC, model, classes_RC)
-    model, classes_RC, bits = fit(levels_RC, columns)
+    model, classes_RC, bits = fit(levels_RC, columns, model)
     signed_RC = np.where(coefficients_RC < 0, -levels_RC, levels_RC)
     return _Draft(step, signed_RC, classes_RC, model, bits + 8 * _HEADER.size)
 
