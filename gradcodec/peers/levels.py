@@ -118,8 +118,8 @@ class Model:
 class Columns:
     """Which column of the blocks matrix belongs to which block, and which columns are of one kind."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.num_rows = layout.rank
+    def __init__(self, layout: Layout, num_rows: int) -> None:
+        self.num_rows = num_rows
         self.starts = np.array([block.start for block in layout.blocks])
         self.widths = np.array([block.width for block in layout.blocks])
         self.owner_C = np.repeat(np.arange(len(self.widths)), self.widths)
@@ -161,8 +161,8 @@ def classes_of(model: Model, columns: Columns, rank: int, activity_C: Levels) ->
     return np.where(row_C == SILENT, row_C, moved.astype(np.uint8))
 
 
-def fit(levels_RC: Levels, columns: Columns, start: Model | None = None) -> tuple[Model, Classes, float]:
-    """The model that makes these levels cheap, their classes ``[R, C]``, and about how many bits all take.
+def fit(levels_RC: Levels, columns: Columns, start: Model | None = None) -> tuple[Model, Classes, float, float]:
+    """The model that makes these levels cheap, their classes ``[R, C]``, and bits of model and levels.
 
     ``start`` is one of nearly the same levels, by whose tails the rows are judged.
     """
@@ -191,7 +191,7 @@ def fit(levels_RC: Levels, columns: Columns, start: Model | None = None) -> tupl
     escapes = levels_RC[levels_RC >= ESCAPE] - ESCAPE + 1
     bits = float((counts_TM * model.bits_TM)[:SILENT].sum()) + float((2 * np.log2(escapes) + 1).sum())
     head = sum(float(bits_of(table)[symbols].sum()) for symbols, table in _model_parts(model, columns)[1])
-    return model, classes_RC, bits + head
+    return model, classes_RC, head, bits
 
 
 def _counts(classes: NDArray[np.generic], levels: Levels, num_classes: int) -> Doubles:

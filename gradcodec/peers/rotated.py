@@ -46,18 +46,26 @@ _STEPS_PER_OCTAVE = 256
 _SHIFTS = 128
 _SPARSE, _MIDDLING = 46, 34
 _PILOT_VALUES = 1 << 19
-_CLOSE = 0.995
+_PILOT_WIDTH = 64
+_NEAR = 16
+_NEWTON_STEPS = 5
+_CLOSE = 0.99
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """One step tried: signed levels, their model, and about how many bits they take."""
+    """One step tried: signed levels, their model, and about how many bits the model and the levels take."""
 
     step: int
     signed_RC: Levels
     classes_RC: Classes
     model: Model
+    head_bits: float
     bits: float
+
+    def num_bytes(self, times: float = 1.0) -> float:
+        """About what the codes take if there are ``times`` as many values of the same kinds in as many rows."""
+        return _HEADER.size + 1 + (self.head_bits + times * self.bits) / 8
 
 
 class RotatedCodec:
@@ -69,7 +77,7 @@ class RotatedCodec:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._transform = Transform(layout, {})
-        self._columns = Columns(layout)
+        self._columns = Columns(layout, layout.rank)
 
     def side_information(self, global_update_RC: Tensor) -> Tensor | None:
         """Principal axes of the last global update, ``[B, R, R]`` float32."""
@@ -79,12 +87,7 @@ class RotatedCodec:
         if max_bytes is None:
             max_bytes = max_payload_bytes(OWN_BITS, self.layout.num_parameters)
         coefficients_RC: Floats = self._transform.analyse(blocks_RC, side).cpu().numpy()
-        silence = _write(_draft(np.zeros_like(coefficients_RC), self._columns, 0), coefficients_RC, self._columns)
-        if len(silence) > max_bytes:
-            raise BudgetError(f"{max_bytes} bytes for the codes; rotated needs at least {len(silence)}")
-        if not coefficients_RC.any():
-            return (silence,)
-        return (self._fill(coefficients_RC, max_bytes, silence),)
+        return (self._fill(coefficients_RC, max_bytes),)
 
     def decode(self, codes: Codes, side: Tensor | None) -> Tensor:
         if len(codes[0]) < _HEADER.size:
@@ -97,75 +100,101 @@ class RotatedCodec:
         finite(blocks_RC.numpy())
         return self.layout.unflatten(self.layout.flatten(blocks_RC))
 
-    def _fill(self, coefficients_RC: Floats, max_bytes: int, silence: bytes) -> bytes:
+    def _fill(self, coefficients_RC: Floats, max_bytes: int) -> bytes:
         """The codes of the finest step that fits; a large update's is sought on a sample of its columns first."""
-        peak = _step_of(float(np.abs(coefficients_RC).max()))
-        search = _Search(peak - 16 * _STEPS_PER_OCTAVE, peak + _STEPS_PER_OCTAVE)
-        share = coefficients_RC.size // _PILOT_VALUES
-        if share > 1:
-            blocks = self.layout.blocks[:: share + 1 - share % 2]  # A and B by turns
-            columns = Columns(Layout.of({block.name: block.shape for block in blocks}))
-            pilot_RC = np.concatenate([coefficients_RC[:, b.start : b.stop] for b in blocks], axis=1)
-            target = max_bytes * pilot_RC.size / coefficients_RC.size
-            while (step := search.next()) is not None:
-                search.tell(step, _draft(pilot_RC, columns, step).bits / 8 / target)
-            search = search.around()
-        best = silence
+        best = b""
+        search = self._search(coefficients_RC, max_bytes)
         while (step := search.next()) is not None:
             draft = _draft(coefficients_RC, self._columns, step)
-            filled = draft.bits / 8 / max_bytes
+            filled = draft.num_bytes() / max_bytes
             if _CLOSE * len(best) / max_bytes < filled < 1 / _CLOSE:
                 codes = _write(draft, coefficients_RC, self._columns)
                 filled = len(codes) / max_bytes
                 best = codes if len(best) < len(codes) <= max_bytes else best
             search.tell(step, filled)
-        return best
+        if best:
+            return best
+        zeros_RC = np.zeros_like(coefficients_RC)
+        silence = _write(_draft(zeros_RC, self._columns, 0), zeros_RC, self._columns)
+        if len(silence) > max_bytes:
+            raise BudgetError(f"{max_bytes} bytes for the codes; rotated needs at least {len(silence)}")
+        return silence
+
+    def _search(self, coefficients_RC: Floats, max_bytes: int) -> _Search:
+        peak = float(np.abs(coefficients_RC).max())
+        if peak == 0:
+            return _Search(0, 0)
+        finest, coarsest = _step_of(peak) - 16 * _STEPS_PER_OCTAVE, _step_of(peak) + _STEPS_PER_OCTAVE
+        share = min(coefficients_RC.size // _PILOT_VALUES, min(b.width for b in self.layout.blocks) // _PILOT_WIDTH)
+        if share <= 1:
+            return _Search(finest, coarsest)
+        kept = np.concatenate([np.arange(b.start, b.stop, share) for b in self.layout.blocks])
+        shapes = [(1, -(-b.width // share)) for b in self.layout.blocks]
+        named = zip(self.layout.blocks, shapes, strict=True)
+        columns = Columns(Layout.of({b.name: shape[::-1] if b.transposed else shape for b, shape in named}), len(coefficients_RC))
+        pilot_RC = np.ascontiguousarray(coefficients_RC[:, kept])
+
+        def filled(step: int) -> float:
+            return _draft(pilot_RC, columns, step).num_bytes(coefficients_RC.size / pilot_RC.size) / max_bytes
+
+        search = _Search(finest, coarsest)
+        while (step := search.next()) is not None:
+            search.tell(step, filled(step))
+        found = search.high
+        slope = math.log(max(filled(found - _NEAR), 1e-9) / max(filled(found + _NEAR), 1e-9)) / (2 * _NEAR)
+        return _Search(finest, coarsest, found, max(slope, 1e-4))
 
 
 class _Search:
-    """The finest step whose codes fill at most all of the budget; smaller steps fill more, nearly always.
+    """The finest step whose codes fill at most all of the budget; finer steps fill more, nearly always.
 
-    ``low`` is a step that is too fine, ``high`` one that fits.
+    ``low`` is too fine, ``high`` fits. With a ``first`` guess and the ``slope`` of the logarithm of what steps fill,
+    Newton's steps from there; else bisection, and straight lines once two ends are known.
     """
 
-    def __init__(self, low: int, high: int) -> None:
-        self._low, self._high = low, high
-        self._at_low: float | None = None
-        self._at_high: float | None = None
+    def __init__(self, low: int, high: int, first: int | None = None, slope: float | None = None) -> None:
+        self.low, self.high = low, high
+        self._guess = first
+        self._slope = slope
+        self._fills: dict[int, float] = {}
         self._done = False
 
     def next(self) -> int | None:
-        """The step to try: between the two, where a line through the logarithms of what they fill meets 1."""
-        gap = self._high - self._low
+        """The step to try; None: found."""
+        gap = self.high - self.low
         if self._done or gap <= 1:
             return None
-        if self._at_low is None or self._at_high is None or gap > _STEPS_PER_OCTAVE:
-            return (self._low + self._high) // 2
-        above, below = math.log(self._at_low), -math.log(self._at_high)
-        place = self._low + round(gap * above / max(above + below, 1e-9))
-        return min(max(place, self._low + 1), self._high - 1)
+        if self._guess is not None:
+            place = self._guess
+        elif gap > _STEPS_PER_OCTAVE or not {self.low, self.high} <= self._fills.keys():
+            place = (self.low + self.high) // 2
+        else:
+            above, below = math.log(self._fills[self.low]), -math.log(self._fills[self.high])
+            place = self.low + round(gap * above / max(above + below, 1e-9))
+        return min(max(place, self.low + 1), self.high - 1)
 
     def tell(self, step: int, filled: float) -> None:
+        """What a step fills, as a share of the budget."""
+        self._fills[step] = max(filled, 1e-6)
         if filled > 1:
-            self._low, self._at_low = step, filled
+            self.low = step
         else:
-            self._high, self._at_high = step, max(filled, 1e-3)
+            self.high = step
         self._done = _CLOSE <= filled <= 1
-
-    def around(self) -> _Search:
-        """A search of a tenth of an octave about what was found."""
-        return _Search(self._high - _STEPS_PER_OCTAVE // 8, self._high + _STEPS_PER_OCTAVE // 8)
+        if self._slope is not None:
+            target = math.log(self._fills[step]) - math.log(1 + _CLOSE) + math.log(2)
+            self._guess = step + math.ceil(target / self._slope) if len(self._fills) < _NEWTON_STEPS else None
 
 
 def _draft(coefficients_RC: Floats, columns: Columns, step: int) -> _Draft:
     """Levels for a step: rounded with a dead zone, then again at the prices that those levels had."""
     scaled_RC = np.abs(coefficients_RC) / np.float32(_width_of(step))
     levels_RC = np.floor(np.minimum(scaled_RC + np.float32(1 - _DEAD_ZONE), MAX_LEVEL)).astype(np.int32)
-    model, classes_RC, _ = fit(levels_RC, columns)
+    model, classes_RC, *_ = fit(levels_RC, columns)
     levels_RC = _round_at_prices(scaled_RC, model, classes_RC)
-    model, classes_RC, bits = fit(levels_RC, columns, model)
+    model, classes_RC, head_bits, bits = fit(levels_RC, columns, model)
     signed_RC = np.where(coefficients_RC < 0, -levels_RC, levels_RC)
-    return _Draft(step, signed_RC, classes_RC, model, bits + 8 * _HEADER.size)
+    return _Draft(step, signed_RC, classes_RC, model, head_bits, bits)
 
 
 def _round_at_prices(scaled_RC: Floats, model: Model, classes_RC: Classes) -> Levels:
