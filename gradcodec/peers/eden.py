@@ -18,6 +18,7 @@ rotated in two overlapping pieces; a rate between two whole widths gives some co
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from dataclasses import dataclass
@@ -117,20 +118,23 @@ def _restore(data: bytes, width: int, count: int, scale: float) -> Floats:
 
 
 def rotate_randomly(values: Tensor, seed: int) -> Tensor:
-    """Random signs, a Hadamard transform of the first ``2 ** k`` values, then of the last ``2 ** k``; twice."""
+    """Random signs, a Hadamard transform of the first ``2 ** k`` values, then of the last ``2 ** k``; twice.
+
+    The result is reordered so that its first so many coordinates come from everywhere.
+    """
     values = values.clone()
-    for head, signs in _passes(len(values), seed):
-        part = values[head]
-        values[head] = hadamard(part * signs)
-    return values
+    for piece, signs in _passes(len(values), seed):
+        values[piece] = hadamard(values[piece] * signs)
+    return values[_order(len(values), seed)]
 
 
 def unrotate_randomly(values: Tensor, seed: int) -> Tensor:
     """Inverse of ``rotate_randomly``."""
-    values = values.clone()
-    for head, signs in reversed(_passes(len(values), seed)):
-        values[head] = hadamard(values[head]) * signs
-    return values
+    turned = torch.empty_like(values)
+    turned[_order(len(values), seed)] = values
+    for piece, signs in reversed(_passes(len(turned), seed)):
+        turned[piece] = hadamard(turned[piece]) * signs
+    return turned
 
 
 def _passes(count: int, seed: int) -> list[tuple[slice, Tensor]]:
@@ -141,6 +145,12 @@ def _passes(count: int, seed: int) -> list[tuple[slice, Tensor]]:
     return [(piece, torch.from_numpy(1 - 2 * row.astype(np.float32))) for piece, row in zip(pieces, bits, strict=True)]
 
 
+def _order(count: int, seed: int) -> Tensor:
+    """Strides of about the golden section of the length, from a random start: a cheap permutation."""
+    stride = next(s for s in range(round(0.618 * count), 2 * count + 2) if math.gcd(s, count) == 1)
+    return (torch.arange(count) * stride + seed) % count
+
+
 def hadamard(values: Tensor) -> Tensor:
     """Orthonormal Walsh-Hadamard transform of ``2 ** k`` values, its own inverse."""
     size, step = len(values), 1
@@ -148,4 +158,5 @@ def hadamard(values: Tensor) -> Tensor:
         pairs = values.reshape(-1, 2, step)
         values = torch.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], dim=1).reshape(-1)
         step *= 2
-    return values / size**0.5
+    scaled: Tensor = values / size**0.5
+    return scaled

@@ -39,6 +39,7 @@ _PLACES = np.arange(NUM_CLASSES)
 
 Levels = NDArray[np.int32]
 Classes = NDArray[np.uint8]
+Contexts = NDArray[np.int64]
 Doubles = NDArray[np.float64]
 
 
@@ -82,10 +83,10 @@ def _default_tails() -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Model:
-    """What a payload says of its levels: how classes fall off, by how much contexts move them, rows' classes.
+    """What a payload says of its levels.
 
-    ``tails`` ``[2, groups]`` shift places on the grid for four classes together, ``offsets`` ``[2, contexts]``, ``rows_RB`` the classes, and
-    ``shape`` which of 16 tables the steps between rows' classes have.
+    ``tails`` ``[2, groups]`` shift how classes fall off, for four classes together; ``offsets`` ``[2, contexts]`` say
+    by how much contexts move a class; ``rows_RB`` are the rows' classes.
     """
 
     tails: NDArray[np.int64]
@@ -133,21 +134,20 @@ class Columns:
         self._pool_starts = pool_starts
         self._pool_owner = np.repeat(np.arange(len(kinds)), self._pool_widths)
 
-    def contexts(self, activity_C: Levels) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def contexts(self, activity_C: Levels) -> tuple[Contexts, Contexts]:
         """Sum of a column's levels so far -> its two contexts, each ``[C]`` in 0..8."""
         sums_B = np.add.reduceat(activity_C, self.starts, dtype=np.int64)
-        own = _context(activity_C, self.widths[self.owner_C], sums_B[self.owner_C])
+        own = _context(activity_C.astype(np.int64), self.widths[self.owner_C], sums_B[self.owner_C])
         pooled = np.bincount(self.pool_C, weights=activity_C).astype(np.int64)
         sums = np.add.reduceat(pooled, self._pool_starts)
         shared = _context(pooled, self._pool_widths[self._pool_owner], sums[self._pool_owner])
         return own, shared[self.pool_C]
 
 
-def _context(activity: Levels | NDArray[np.int64], widths: NDArray[np.int64], sums: NDArray[np.int64]) -> Symbols:
+def _context(activity: Contexts, widths: Contexts, sums: Contexts) -> Contexts:
     """Activity over the mean, half a count added to both: the estimate of a scale from few counts."""
-    ratio = (2 * activity.astype(np.int64) + 1) * widths * 128 // (2 * sums + widths)
-    found: Symbols = np.searchsorted(_THRESHOLDS, ratio, side="right")
-    return found
+    ratio = (2 * activity + 1) * widths * 128 // (2 * sums + widths)
+    return np.searchsorted(_THRESHOLDS, ratio, side="right").astype(np.int64)
 
 
 def classes_of(model: Model, columns: Columns, rank: int, activity_C: Levels) -> Classes:
@@ -182,15 +182,14 @@ def fit(levels_RC: Levels, columns: Columns, start: Model | None = None) -> tupl
         kept = contexts[side][live]
         offsets[side] = _fit_offsets(classes, kept, levels, model.bits_TM)
         classes = np.clip(classes + offsets[side][kept], 0, SILENT - 1)
-    classes_RC = row_RC.copy()
-    classes_RC[live] = classes
-    classes_RC = classes_RC.astype(np.uint8)
+    row_RC[live] = classes
+    classes_RC = row_RC.astype(np.uint8)
     counts_TM = _counts(classes_RC, capped_RC, NUM_CLASSES)
     tails = _fit_tails(counts_TM)
     model = Model(tails, offsets, rows_RB)
     escapes = levels_RC[levels_RC >= ESCAPE] - ESCAPE + 1
     bits = float((counts_TM * model.bits_TM)[:SILENT].sum()) + float((2 * np.log2(escapes) + 1).sum())
-    head = sum(float(bits_of(table)[symbols].sum()) for symbols, table in _model_parts(model, columns)[1])
+    head = sum((float(bits_of(table)[symbols].sum()) for symbols, table in _model_parts(model, columns)[1]), 0.0)
     return model, classes_RC, head, bits
 
 
@@ -322,7 +321,8 @@ def _model_parts(model: Model, columns: Columns) -> tuple[bytes, list[tuple[Symb
 def _first_steps(rows_RB: Classes, columns: Columns) -> Symbols:
     """Per block how far its first row's class is from that of the block before of its kind."""
     before = np.array([_START if b is None else rows_RB[0, b] for b in columns.before_B], np.int32)
-    return rows_RB[0].astype(np.int32) - before
+    steps: Symbols = rows_RB[0].astype(np.int32) - before
+    return steps
 
 
 def _row_shapes(rows_RB: Classes, columns: Columns) -> tuple[int, int]:

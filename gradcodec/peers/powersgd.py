@@ -42,6 +42,7 @@ MAX_ROW_BITS = 6
 _SCALE_BITS = 16
 _DISTORTION = (1.0, 0.3634, 0.1175, 0.03454, 0.009497, 0.0025, 0.00064)
 """Of a Gaussian quantised to so many bits, over its energy (Max 1960, table I)."""
+_LARGEST_SCALE = 1e37
 _ZEROS = 32
 _UNIFORM = {bits: integer_table(np.ones(1 << bits)) for bits in range(1, 9)}
 _NEXT_WIDTH = [integer_table(np.array([0.5**step for step in range(max(width, 1) + 1)])) for width in range(7)]
@@ -195,6 +196,8 @@ def _row_parts(row: Floats, width: int) -> list[tuple[Symbols, Table]]:
 def _read_row(reader: SymbolReader, width: int, num_values: int) -> Floats:
     high, low = reader.read(2, _UNIFORM[8]).tolist()
     scale = finite(np.array([(high << 24) | (low << 16)], np.uint32).view(np.float32))
+    if abs(scale) > _LARGEST_SCALE:
+        raise CodecError(f"a row's scale of {float(scale):.3g} is out of range")
     return gaussian_codebook(width)[reader.read(num_values, _UNIFORM[width])] * scale
 
 

@@ -131,7 +131,9 @@ class RotatedCodec:
         kept = np.concatenate([np.arange(b.start, b.stop, share) for b in self.layout.blocks])
         shapes = [(1, -(-b.width // share)) for b in self.layout.blocks]
         named = zip(self.layout.blocks, shapes, strict=True)
-        columns = Columns(Layout.of({b.name: shape[::-1] if b.transposed else shape for b, shape in named}), len(coefficients_RC))
+        columns = Columns(
+            Layout.of({b.name: shape[::-1] if b.transposed else shape for b, shape in named}), len(coefficients_RC)
+        )
         pilot_RC = np.ascontiguousarray(coefficients_RC[:, kept])
 
         def filled(step: int) -> float:
@@ -188,7 +190,7 @@ class _Search:
 
 def _draft(coefficients_RC: Floats, columns: Columns, step: int) -> _Draft:
     """Levels for a step: rounded with a dead zone, then again at the prices that those levels had."""
-    scaled_RC = np.abs(coefficients_RC) / np.float32(_width_of(step))
+    scaled_RC = _in_steps(coefficients_RC, step)
     levels_RC = np.floor(np.minimum(scaled_RC + np.float32(1 - _DEAD_ZONE), MAX_LEVEL)).astype(np.int32)
     model, classes_RC, *_ = fit(levels_RC, columns)
     levels_RC = _round_at_prices(scaled_RC, model, classes_RC)
@@ -216,7 +218,7 @@ def _round_at_prices(scaled_RC: Floats, model: Model, classes_RC: Classes) -> Le
 
 
 def _write(draft: _Draft, coefficients_RC: Floats, columns: Columns) -> bytes:
-    scaled_RC = np.abs(coefficients_RC) / np.float32(_width_of(draft.step))
+    scaled_RC = _in_steps(coefficients_RC, draft.step)
     levels_RC = np.abs(draft.signed_RC)
     shifts = [0] * 4
     for kind, chosen in enumerate(_kinds(levels_RC, draft.classes_RC)):
@@ -241,6 +243,13 @@ def _kinds(levels_RC: Levels, classes_RC: Classes) -> list[NDArray[np.bool_]]:
     ones = levels_RC == 1
     sparse, dense = classes_RC >= _SPARSE, classes_RC < _MIDDLING
     return [ones & dense, ones & ~dense & ~sparse, ones & sparse, levels_RC > 1]
+
+
+def _in_steps(coefficients_RC: Floats, step: int) -> Floats:
+    """Magnitudes over the width of a step."""
+    scaled_RC: Floats = np.abs(coefficients_RC)
+    scaled_RC /= np.float32(_width_of(step))
+    return scaled_RC
 
 
 def _step_of(width: float) -> int:
