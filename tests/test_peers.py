@@ -113,7 +113,8 @@ def test_budgets_are_kept_and_filled_and_every_bit_helps(name: str) -> None:
         payload, residual = sent(codec, update, bits)
         budget = max_payload_bytes(bits, WIDE.num_parameters)
         assert len(payload) <= budget
-        assert len(payload) >= (0.95 if bits > 0.05 else 0.6) * budget
+        least = 0.6 if bits < 0.05 else 0.9 if name == "powersgd" and bits < 0.5 else 0.95  # a row is 40 bytes
+        assert len(payload) >= least * budget
         found.append(float(residual.left_RC.square().sum()))
     assert found == sorted(found, reverse=True)
 
@@ -255,6 +256,13 @@ def test_rotated_writes_outliers_far_beyond_its_tables() -> None:
     update[WIDE.blocks[0].name][0, 0] = 3000.0
     _, residual = sent(peer("rotated", WIDE), update, 2.0)
     assert residual.left_RC.abs().max() < 5
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("scale", [1e-38, 1e30])
+def test_values_at_the_ends_of_float32(name: str, layout: Layout, scale: float) -> None:
+    update = {key: tensor * scale for key, tensor in gaussian_update(layout).items()}
+    assert cosine(peer(name, layout), update, 1.0) > (0.5 if scale > 1 else -0.1)
 
 
 @pytest.mark.parametrize("width", range(1, 9))

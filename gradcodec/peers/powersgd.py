@@ -17,6 +17,7 @@ Shape suffixes: R rank, W width of one block, B blocks, K components of a block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -43,6 +44,8 @@ _SCALE_BITS = 16
 _DISTORTION = (1.0, 0.3634, 0.1175, 0.03454, 0.009497, 0.0025, 0.00064)
 """Of a Gaussian quantised to so many bits, over its energy (Max 1960, table I)."""
 _LARGEST_SCALE = 1e37
+_LAST_WORD_BYTES = 4
+_LOOK_AHEAD = 64
 _ZEROS = 32
 _UNIFORM = {bits: integer_table(np.ones(1 << bits)) for bits in range(1, 9)}
 _NEXT_WIDTH = [integer_table(np.array([0.5**step for step in range(max(width, 1) + 1)])) for width in range(7)]
@@ -50,6 +53,7 @@ _NEXT_WIDTH = [integer_table(np.array([0.5**step for step in range(max(width, 1)
 
 Doubles = NDArray[np.float64]
 Widths = NDArray[np.int32]
+Grants = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,9 @@ class PowersgdCodec:
         parts = [blocks_RC[: b.rank, b.start : b.stop].cpu().double().numpy() for b in self.layout.blocks]
         directions, energies_BR = self._decompose(parts)
         grants = self._grants(energies_BR)
-        low, high = 0, len(grants)
-        while low < high:  # the exact prices of widths, directions and rows
-            middle = (low + high + 1) // 2
-            fits = self._bits(self._widths(grants[:middle])) <= 8 * (max_bytes - 1)
-            low, high = (middle, high) if fits else (low, middle - 1)
-        for count in range(low, -1, -1):  # the range coder's last word may go over
-            codes = self._write(parts, directions, self._widths(grants[:count]))
+        for count in range(*self._most(grants, 8 * (max_bytes - 1))):
+            chosen = self._filled_up(grants, count, 8 * (max_bytes - 1 - _LAST_WORD_BYTES))
+            codes = self._write(parts, directions, self._widths(chosen))
             if len(codes) <= max_bytes:
                 return (codes,)
         raise BudgetError(f"{max_bytes} bytes for the codes; powersgd needs at least {len(codes)}")
@@ -96,6 +96,25 @@ class PowersgdCodec:
         finite(blocks_RC.numpy())
         return blocks_RC
 
+    def _most(self, grants: Grants, max_bits: int) -> tuple[int, int, int]:
+        """Range from the largest number of grants that fits, by the tables' prices, down to none: the range coder's
+        last word may go over."""
+        low, high = 0, len(grants)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self._bits(self._widths(grants[:middle])) <= max_bits
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low, -1, -1
+
+    def _filled_up(self, grants: Grants, count: int, max_bits: int) -> Grants:
+        """The first ``count`` grants, and of the next ones those that still fit."""
+        chosen = grants[:count]
+        for place in range(count, min(count + _LOOK_AHEAD, len(grants))):
+            more = np.append(chosen, grants[place])
+            if self._bits(self._widths(more)) <= max_bits:
+                chosen = more
+        return chosen
+
     def _decompose(self, parts: list[Doubles]) -> tuple[list[Doubles], Doubles]:
         """Per block its principal directions as rows, strongest first, and their energies ``[B, R]``."""
         directions: list[Doubles] = []
@@ -106,17 +125,17 @@ class PowersgdCodec:
             energies[: len(part)] = np.maximum(found[::-1], 0)
         return directions, energies_BR
 
-    def _grants(self, energies_BR: Doubles) -> NDArray[np.int64]:
+    def _grants(self, energies_BR: Doubles) -> Grants:
         """Components, as places in ``[B, R]``, each as often as it may get a bit; best energy per bit first."""
         shape = (*energies_BR.shape, MAX_ROW_BITS)
-        prices = np.array([[_price(b, w + 1) - _price(b, w) for w in range(MAX_ROW_BITS)] for b in self.layout.blocks])
+        prices = np.diff(self._prices)
         worth = energies_BR[:, :, None] * -np.diff(_DISTORTION) / prices[:, None, :]
         worth = np.minimum.accumulate(np.minimum.accumulate(worth, axis=2), axis=1).reshape(-1)
         places = np.repeat(np.arange(energies_BR.size), MAX_ROW_BITS).reshape(shape).reshape(-1)
         order = np.argsort(-worth, kind="stable")
         return places[order[: np.count_nonzero(worth > 0)]]
 
-    def _widths(self, grants: NDArray[np.int64]) -> Widths:
+    def _widths(self, grants: Grants) -> Widths:
         """Bits of every component's row, ``[B, R]``; never more than of the component before."""
         size = len(self.layout.blocks) * self.layout.rank
         widths_BR = np.bincount(grants, minlength=size).astype(np.int32).reshape(-1, self.layout.rank)
@@ -124,8 +143,7 @@ class PowersgdCodec:
 
     def _bits(self, widths_BR: Widths) -> float:
         own = sum(float(bits_of(table)[symbols].sum()) for symbols, table in self._width_parts(widths_BR))
-        prices = np.array([[_price(b, w) for w in range(MAX_ROW_BITS + 1)] for b in self.layout.blocks])
-        return own + float(np.take_along_axis(prices, widths_BR.astype(np.int64), axis=1).sum())
+        return own + float(np.take_along_axis(self._prices, widths_BR.astype(np.int64), axis=1).sum())
 
     def _width_parts(self, widths_BR: Widths) -> list[tuple[Symbols, Table]]:
         parts = [(widths_BR[:, 0], _first_width(_share_of_zeros(widths_BR)))]
@@ -143,6 +161,11 @@ class PowersgdCodec:
                 chosen = self._live(rank) & (widths_BR[:, rank - 1] == before)
                 widths_BR[chosen, rank] = before - reader.read(int(chosen.sum()), _NEXT_WIDTH[before])
         return widths_BR
+
+    @cached_property
+    def _prices(self) -> Grants:
+        """Bits of a component by block and width, ``[B, MAX_ROW_BITS + 1]``."""
+        return np.array([[_price(b, width) for width in range(MAX_ROW_BITS + 1)] for b in self.layout.blocks])
 
     def _live(self, rank: int) -> NDArray[np.bool_]:
         return np.array([block.rank > rank for block in self.layout.blocks])
@@ -195,9 +218,9 @@ def _row_parts(row: Floats, width: int) -> list[tuple[Symbols, Table]]:
 
 def _read_row(reader: SymbolReader, width: int, num_values: int) -> Floats:
     high, low = reader.read(2, _UNIFORM[8]).tolist()
-    scale = finite(np.array([(high << 24) | (low << 16)], np.uint32).view(np.float32))
-    if abs(scale) > _LARGEST_SCALE:
-        raise CodecError(f"a row's scale of {float(scale):.3g} is out of range")
+    scale = np.array([(high << 24) | (low << 16)], np.uint32).view(np.float32)
+    if not np.abs(scale) <= _LARGEST_SCALE:
+        raise CodecError(f"a row's scale of {scale.item()} is out of range")
     return gaussian_codebook(width)[reader.read(num_values, _UNIFORM[width])] * scale
 
 

@@ -43,6 +43,7 @@ PRICE_OF_A_BIT = 0.115
 _DEAD_ZONE = 0.62
 _HEADER = struct.Struct("<h4b")
 _STEPS_PER_OCTAVE = 256
+_COARSEST_STEP = (1 << 15) - 1
 _SHIFTS = 128
 _SPARSE, _MIDDLING = 46, 34
 _PILOT_VALUES = 1 << 19
@@ -94,7 +95,7 @@ class RotatedCodec:
             raise CodecError(f"{len(codes[0])} bytes of codes: the header alone takes {_HEADER.size}")
         step, *shifts = _HEADER.unpack_from(codes[0])
         signed_RC, classes_RC = unpack_levels(codes[0][_HEADER.size :], self._columns)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             coefficients_RC = _restore(signed_RC, classes_RC, shifts) * np.float32(_width_of(step))
         blocks_RC = self._transform.synthesise(torch.from_numpy(finite(coefficients_RC)), side)
         finite(blocks_RC.numpy())
@@ -124,7 +125,10 @@ class RotatedCodec:
         peak = float(np.abs(coefficients_RC).max())
         if peak == 0:
             return _Search(0, 0)
-        finest, coarsest = _step_of(peak) - 16 * _STEPS_PER_OCTAVE, _step_of(peak) + _STEPS_PER_OCTAVE
+        finest, coarsest = (
+            _step_of(peak) - 16 * _STEPS_PER_OCTAVE,
+            min(_step_of(peak) + _STEPS_PER_OCTAVE, _COARSEST_STEP),
+        )
         share = min(coefficients_RC.size // _PILOT_VALUES, min(b.width for b in self.layout.blocks) // _PILOT_WIDTH)
         if share <= 1:
             return _Search(finest, coarsest)
