@@ -31,7 +31,7 @@ WEIGHTS, SETTINGS = "codec.safetensors", "codec.json"
 
 @dataclass(frozen=True)
 class Artifact:
-    """A trained codec: its kind (``learned``, ``resnet``), tensors, and settings and provenance as JSON."""
+    """A trained codec: its kind (``learned``, ``resnet``, ...), tensors, and settings and provenance as JSON."""
 
     kind: str
     tensors: Mapping[str, Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,29 @@ from gradcodec.codec import Codec, IdentityCodec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import max_payload_bytes
 from gradcodec.layout import Layout
+from gradcodec.peers.b_only import BOnlyCodec
+from gradcodec.peers.casts import Bf16Codec, Int8Codec, Nf4Codec, SignCodec
+from gradcodec.peers.eden import EdenCodec
+from gradcodec.peers.powersgd import PowersgdCodec
+from gradcodec.peers.rotated import RotatedCodec
+from gradcodec.peers.topk import TopkCodec
 
-CODECS = ("identity", "learned", "resnet")
+TRAINED = ("learned", "resnet", "cnn1d", "uformer")
+"""Codecs that need an artifact."""
+_UNTRAINED: dict[str, Callable[[Layout], Codec]] = {
+    "identity": IdentityCodec,
+    "bf16": Bf16Codec,
+    "int8": Int8Codec,
+    "nf4": Nf4Codec,
+    "sign": SignCodec,
+    "eden": EdenCodec,
+    "topk": TopkCodec,
+    "powersgd": PowersgdCodec,
+    "b-only": BOnlyCodec,
+    "rotated": RotatedCodec,
+}
+_WITH_A_RATE = ("learned", "eden", "topk", "powersgd", "b-only", "rotated")
+CODECS = ("identity", *TRAINED, *(name for name in _UNTRAINED if name != "identity"))
 
 
 @dataclass
@@ -22,7 +44,7 @@ class CodecSettings:
 
     name: str = "learned"
     bits: float | None = 0.5  # bits per parameter of the whole payload, at most; null: the codec's own rate
-    artifact: str | None = None  # folder made by `python -m tgap`; identity needs none
+    artifact: str | None = None  # folder made by `python -m tgap`, for codecs that are trained
     digest: str | None = None  # set by the server: the artifact that both ends must have
     feedback: float = 1.0  # share of the residual that goes into the next target; 0: no error feedback
 
@@ -35,7 +57,7 @@ def check_codec(settings: CodecSettings) -> None:
         raise CodecError(f"codec.bits={settings.bits} bits per parameter: choose more than 0 and at most 64, or null")
     if not 0 <= settings.feedback <= 1:
         raise CodecError(f"codec.feedback={settings.feedback} must lie between 0 and 1")
-    if settings.name != "identity" and settings.artifact is None:
+    if settings.name in TRAINED and settings.artifact is None:
         raise CodecError(f"codec.name={settings.name} needs codec.artifact: train one with `python -m tgap`")
 
 
@@ -47,8 +69,8 @@ def build_codec(settings: CodecSettings, layout: Layout) -> Codec:
             serve this layout.
     """
     check_codec(settings)
-    if settings.name == "identity":
-        return IdentityCodec(layout)
+    if settings.name in _UNTRAINED:
+        return _UNTRAINED[settings.name](layout)
     assert settings.artifact is not None
     artifact = load_artifact(Path(settings.artifact), settings.name)
     if settings.digest is not None and artifact.digest != settings.digest:
@@ -68,6 +90,6 @@ def codec_of(artifact: Artifact, layout: Layout) -> Codec:
 
 def byte_budget(settings: CodecSettings, layout: Layout) -> int | None:
     """Bytes that one payload may take; None where the codec has no rate to choose."""
-    if settings.bits is None or settings.name != "learned":
+    if settings.bits is None or settings.name not in _WITH_A_RATE:
         return None
     return max_payload_bytes(settings.bits, layout.num_parameters)

@@ -1,6 +1,6 @@
 """One whole federated run, composed by Hydra.
 
-python -m server.federate [arm=coded|dense|centralised|base] [codec=learned|identity|resnet] [key=value ...]
+python -m server.federate [arm=coded|dense|centralised|base] [codec=learned|identity|rotated|...] [key=value ...]
 python -m server.federate -m codec=learned,identity seed=0,1        # a sweep
 python -m server.federate backend=superlink                          # on a running SuperLink, over gRPC
 python -m server.federate --cfg job                                  # every setting and its value

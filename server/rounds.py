@@ -15,7 +15,7 @@ from adapters.finetune import num_examples
 from conf.output import open_output, write_json
 from conf.schema import Settings, check_settings
 from gradcodec.artifact import load_artifact
-from gradcodec.build import build_codec
+from gradcodec.build import TRAINED, build_codec
 from gradcodec.layout import Layout
 from server.evaluate import Evaluator
 from server.progress import bytes_text, progress_bar
@@ -37,7 +37,7 @@ def run_federation(grid: Grid, settings: Settings) -> RunResults:
     """
     check_settings(settings)
     output = open_output(Path(settings.output))
-    if settings.arm == "coded" and settings.codec.name != "identity":
+    if settings.arm == "coded" and settings.codec.name in TRAINED:
         assert settings.codec.artifact is not None
         settings.codec.digest = load_artifact(Path(settings.codec.artifact), settings.codec.name).digest
     evaluator = Evaluator(settings)

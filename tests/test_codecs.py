@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradcodec.autoencoder.learned import LearnedCodec, LearnedTables
-from gradcodec.autoencoder.resnet import ResnetAutoencoder, ResnetCodec, fit_resnet, picture_shape
+from gradcodec.autoencoder.networks import ResnetAutoencoder
+from gradcodec.autoencoder.resnet import ResnetCodec, fit_resnet, picture_shape
 from gradcodec.codec import Codec, IdentityCodec
 from gradcodec.errors import BudgetError, CodecError
 from gradcodec.exchange import (

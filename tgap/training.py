@@ -19,7 +19,7 @@ from gradcodec.gauge import principal_axes
 from tgap.recording import Recording, Update
 
 Progress = Callable[[int, int, float], None]
-CODECS = ("learned", "resnet", "resnet-literal")
+CODECS = ("learned", "resnet", "resnet-literal", "cnn1d", "uformer")
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,13 @@ def train_codec(
         samples = [Sample(update.blocks_RC, sides[update.round]) for update in updates]
         tables = fit_learned(samples, layout, steps=steps, seed=seed, progress=progress)
         return Artifact("learned", tables.to_tensors(), {"codec": {}, "trained": provenance})
-    literal = name == "resnet-literal"
+    architecture, _, literal = name.partition("-")
     blocks = [update.blocks_RC for update in updates]
-    network = fit_resnet(blocks, layout, literal=literal, steps=steps, seed=seed, progress=progress)
-    settings = {"codec": {"layout": layout.id.hex(), "literal": literal}, "trained": provenance}
-    return Artifact("resnet", network.state_dict(), settings)
+    network = fit_resnet(
+        blocks, layout, literal=bool(literal), architecture=architecture, steps=steps, seed=seed, progress=progress
+    )
+    settings = {"codec": {"layout": layout.id.hex(), "literal": bool(literal)}, "trained": provenance}
+    return Artifact(architecture, network.state_dict(), settings)
 
 
 def measure(

@@ -1,8 +1,8 @@
-"""The paper's autoencoder: the whole update as one picture, through six stride-2 stages and back.
+"""The paper's autoencoders as codecs: the whole update as one picture, through a network and back.
 
 CG-FedLLM (Wu et al. 2024, arXiv 2405.13746), section 3.1 and figure 2: ``[1, 4096, 2048]`` to ``[64, 64, 32]`` at
-LLaMA-7B geometry, an fp32 latent of 1/64 of the elements, three residual blocks before and after the latent, Tanh
-output. Kept as an honest, measured ablation: see ``docs/negative-results.md``.
+LLaMA-7B geometry, an fp32 latent of 1/64 of the elements, Tanh output (``networks.py``: ResNet, 1-D CNN, U-Former).
+Kept as honest, measured ablations: see ``docs/negative-results.md``.
 
 Departures: any other geometry is padded with zeros to the next picture whose sides are multiples of 64; unless
 ``literal``, every block is divided by its root mean square (sent as float32) and the output is linear.
@@ -13,21 +13,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradcodec.artifact import Artifact
+from gradcodec.autoencoder.networks import ARCHITECTURES, STAGES, Autoencoder
 from gradcodec.codec import codec_id
 from gradcodec.errors import CodecError
 from gradcodec.frame import Codes
 from gradcodec.layout import Layout
 
-STAGES = 6
-CHANNELS = (8, 8, 16, 16, 32, 64)
-LATENT_CHANNELS = 64
 _SIDE = 2**STAGES
 
 
@@ -37,48 +34,17 @@ def picture_shape(num_parameters: int) -> tuple[int, int]:
     return _SIDE * math.ceil(num_parameters / width / _SIDE), width
 
 
-class _Residual(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.body(x))
-
-
-class ResnetAutoencoder(nn.Module):
-    """Picture ``[N, 1, H, W]`` -> latent ``[N, 64, H/64, W/64]`` -> picture."""
-
-    def __init__(self, literal: bool) -> None:
-        super().__init__()
-        sizes = (1, *CHANNELS)
-        down: list[nn.Module] = []
-        for before, after in pairwise(sizes):
-            down += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
-        down += [_Residual(CHANNELS[-1]) for _ in range(3)]
-        down.append(nn.Conv2d(CHANNELS[-1], LATENT_CHANNELS, 1))
-        up: list[nn.Module] = [nn.Conv2d(LATENT_CHANNELS, CHANNELS[-1], 1)]
-        up += [_Residual(CHANNELS[-1]) for _ in range(3)]
-        for before, after in zip(sizes[:0:-1], sizes[-2::-1], strict=True):
-            up += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
-        up[-1] = nn.Tanh() if literal else nn.Identity()
-        self.encoder = nn.Sequential(*down)
-        self.decoder = nn.Sequential(*up)
-
-
 class ResnetCodec:
-    """``resnet``: one rate, half a bit per parameter; ignores the budget."""
+    """``resnet``, ``cnn1d`` and ``uformer``: one rate, half a bit per parameter; they ignore the budget."""
 
     num_streams = 2
 
-    def __init__(self, layout: Layout, network: ResnetAutoencoder, literal: bool, weights_digest: bytes) -> None:
+    def __init__(
+        self, layout: Layout, network: Autoencoder, literal: bool, weights_digest: bytes, kind: str = "resnet"
+    ) -> None:
         self.layout = layout
         self.literal = literal
-        self.id = codec_id("resnet/1", weights_digest)
+        self.id = codec_id(f"{kind}/1", weights_digest)
         self._network = network.eval()
         self._height, self._width = picture_shape(layout.num_parameters)
 
@@ -88,16 +54,16 @@ class ResnetCodec:
         trained_for = artifact.settings.get("codec", {}).get("layout")
         if trained_for != layout.id.hex():
             raise CodecError(
-                f"the resnet artifact was trained for layout {trained_for}, this model and adapter have "
+                f"the {artifact.kind} artifact was trained for layout {trained_for}, this model and adapter have "
                 f"{layout.id.hex()}: run `python -m tgap` with this model, rank and target modules"
             )
         literal = bool(artifact.settings["codec"].get("literal"))
-        network = ResnetAutoencoder(literal)
+        network = ARCHITECTURES[artifact.kind](literal)
         try:
             network.load_state_dict(dict(artifact.tensors))
         except RuntimeError as error:
-            raise CodecError(f"the resnet artifact does not fit the network: {error}") from None
-        return cls(layout, network, literal, bytes.fromhex(artifact.digest))
+            raise CodecError(f"the {artifact.kind} artifact does not fit the network: {error}") from None
+        return cls(layout, network, literal, bytes.fromhex(artifact.digest), artifact.kind)
 
     def side_information(self, global_update_RC: Tensor) -> Tensor | None:
         return None
@@ -112,10 +78,10 @@ class ResnetCodec:
     @torch.no_grad()
     def decode(self, codes: Codes, side: Tensor | None) -> Tensor:
         scales = _unpack_floats(codes[0], len(self.layout.blocks))
-        height, width = self._height // _SIDE, self._width // _SIDE
-        latent = _unpack_floats(codes[1], LATENT_CHANNELS * height * width)
-        picture = self._network.decoder(latent.reshape(1, LATENT_CHANNELS, height, width))
-        return from_picture(picture[0, 0], scales, self.layout)
+        shape = self._network.latent_shape(self._height, self._width)
+        latent = _unpack_floats(codes[1], math.prod(shape))
+        picture = self._network.decoder(latent.reshape(1, *shape)).reshape(self._height, self._width)
+        return from_picture(picture, scales, self.layout)
 
 
 def to_picture(blocks_RC: Tensor, scales: Tensor, layout: Layout) -> Tensor:
@@ -159,18 +125,19 @@ def fit_resnet(
     steps: int,
     seed: int,
     batch: int = 4,
+    architecture: str = "resnet",
     progress: Callable[[int, int, float], None] | None = None,
-) -> ResnetAutoencoder:
+) -> Autoencoder:
     """Trains on recorded blocks ``[R, C]``: mean squared error, Adam at 2e-4 (the paper, section 3.1)."""
     pictures = torch.stack([to_picture(b, _scales(b, layout, literal), layout) for b in samples])[:, None]
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = ResnetAutoencoder(literal)
+        network = ARCHITECTURES[architecture](literal)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-4)
     for step in range(1, steps + 1):
         picked = pictures[torch.randint(len(pictures), (batch,), generator=generator)]
-        loss = nn.functional.mse_loss(network.decoder(network.encoder(picked)), picked)
+        loss = nn.functional.mse_loss(network.decoder(network.encoder(picked)).reshape(picked.shape), picked)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
