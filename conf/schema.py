@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from adapters.finetune import TrainSettings, check_training
 from adapters.model import LoraSettings, ModelSettings, check_model
 from gradcodec.build import CodecSettings, check_codec
+from gradcodec.training import FitSettings
 from strategies.build import StrategySettings, check_strategy
 from tasks.shards import TaskSettings, check_task
 
@@ -77,14 +78,12 @@ class Settings:
 
 
 @dataclass
-class TgapSettings:
+class TgapSettings(FitSettings):
     """What TGAP trains, and on which part of the recording."""
 
     artifact: str = "outputs/codec"  # where the artifact of `learned` goes; others beside it, as <artifact>-<name>
     record: str | None = None  # an existing recording to train on; null: record one
     codecs: list[str] = field(default_factory=lambda: ["learned", "resnet", "resnet-literal"])
-    steps: int = 300  # optimizer steps for each of the four bands of `learned`
-    resnet_steps: int = 300
     heldout_rounds: int = 2  # the last ones
     heldout_clients: int = 2  # those with the highest numbers
     bits: list[float] = field(default_factory=lambda: [0.1, 0.25, 0.5, 1.0])

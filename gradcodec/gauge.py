@@ -24,11 +24,15 @@ def principal_axes(blocks_RC: Tensor, layout: Layout) -> Tensor:
 
 def rotate(blocks_RC: Tensor, axes_BRR: Tensor, layout: Layout) -> Tensor:
     """Blocks in their own axes: row k of a block is its part along axis k."""
-    pieces = blocks_RC.split([b.width for b in layout.blocks], dim=1)
-    return torch.cat([axes @ piece for axes, piece in zip(axes_BRR, pieces, strict=True)], dim=1)
+    rotated_RC = torch.empty_like(blocks_RC)
+    for axes_RR, block in zip(axes_BRR, layout.blocks, strict=True):
+        rotated_RC[:, block.start : block.stop] = axes_RR @ blocks_RC[:, block.start : block.stop]
+    return rotated_RC
 
 
 def unrotate(rotated_RC: Tensor, axes_BRR: Tensor, layout: Layout) -> Tensor:
     """Inverse of ``rotate``."""
-    pieces = rotated_RC.split([b.width for b in layout.blocks], dim=1)
-    return torch.cat([axes.T @ piece for axes, piece in zip(axes_BRR, pieces, strict=True)], dim=1)
+    blocks_RC = torch.empty_like(rotated_RC)
+    for axes_RR, block in zip(axes_BRR, layout.blocks, strict=True):
+        blocks_RC[:, block.start : block.stop] = axes_RR.T @ rotated_RC[:, block.start : block.stop]
+    return blocks_RC

@@ -52,7 +52,7 @@ def learned_tables(layout: Layout) -> LearnedTables:
     """A quickly trained codec; trained once for the whole session."""
     blocks = [layout.to_blocks(heavy_tailed_update(seed)) for seed in range(24)]
     samples = [Sample(b, principal_axes(b, layout)) for b in blocks]
-    return fit_learned(samples, layout, steps=40, seed=0)
+    return fit_learned(samples, layout, directions=32, passes=3)
 
 
 @pytest.fixture(scope="session")

@@ -216,7 +216,7 @@ def test_error_feedback_delivers_all_mass(learned: LearnedCodec, layout: Layout)
         carried = residual.carried(digest_of(payload), decay=1.0)
     meant = 30 * layout.to_blocks(update)
     torch.testing.assert_close(delivered + carried, meant, rtol=1e-4, atol=1e-6)
-    assert errors[-1] < 0.2 * errors[0]  # without feedback the share would stay what it is
+    assert errors[-1] < 0.3 * errors[0]  # without feedback the share would stay what it is
 
 
 def test_rotation_keeps_energy_sorts_it_and_turns_back(layout: Layout) -> None:

@@ -3,7 +3,7 @@
     python -m tgap                                       # record on D1, train, write outputs/codec
     python -m tgap record=updates.safetensors            # the same, and keep the recording
     python -m tgap tgap.record=updates.safetensors       # train on an existing recording
-    python -m tgap tgap.codecs=[learned] tgap.steps=600  # any setting; --cfg job lists them
+    python -m tgap tgap.codecs=[learned] tgap.passes=10  # any setting; --cfg job lists them
 
 The recording is a dense federated run like any other (``python -m server.federate``), on the split of each client's
 data that fine-tuning does not see (the paper, section 3.1).
@@ -23,9 +23,9 @@ from conf.output import open_output, provenance, write_json, write_text
 from conf.schema import TgapRun, check_settings, register_schemas, tgap_run_of
 from gradcodec.artifact import save_artifact
 from gradcodec.build import codec_of
-from tgap.recording import load_recording
+from gradcodec.recording import load_recording
+from gradcodec.training import TRAINABLE, Row, measure, rows_to_json, train_codec
 from tgap.report import print_table, training_bar
-from tgap.training import CODECS, Row, measure, rows_to_json, train_codec
 
 register_schemas()
 
@@ -43,11 +43,11 @@ def main(config: DictConfig) -> None:
 def run(settings: TgapRun) -> list[Row]:
     """Records, trains, measures, writes. Raises ValueError: something cannot be done as asked for."""
     tgap = settings.tgap
-    if unknown := sorted(set(tgap.codecs) - set(CODECS)):
-        raise ValueError(f"tgap.codecs holds {unknown[0]!r}, which is none of {', '.join(CODECS)}")
-    for key in ("steps", "resnet_steps"):
-        if getattr(tgap, key) < 1:
-            raise ValueError(f"tgap.{key}={getattr(tgap, key)} must be at least 1")
+    if unknown := sorted(set(tgap.codecs) - set(TRAINABLE)):
+        raise ValueError(f"tgap.codecs holds {unknown[0]!r}, which is none of {', '.join(TRAINABLE)}")
+    for key, least in (("directions", 0), ("passes", 1), ("network_steps", 1)):
+        if getattr(tgap, key) < least:
+            raise ValueError(f"tgap.{key}={getattr(tgap, key)} must be at least {least}")
     check_settings(settings)
     open_output(Path(tgap.artifact).parent)
     output = open_output(Path(settings.output))
@@ -65,9 +65,10 @@ def run(settings: TgapRun) -> list[Row]:
     }
     rows: list[Row] = []
     for name in tgap.codecs:
-        steps = tgap.steps if name == "learned" else tgap.resnet_steps
         with training_bar(name) as progress:
-            artifact = train_codec(name, recording, train, made_of, steps=steps, seed=settings.seed, progress=progress)
+            artifact = train_codec(
+                name, recording, train, made_of, settings=tgap, seed=settings.seed, progress=progress
+            )
         folder = Path(tgap.artifact if name == "learned" else f"{tgap.artifact}-{name}")
         save_artifact(artifact, folder)
         print(f"{name}: artifact in {folder}, digest {artifact.digest[:16]}")

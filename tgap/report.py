@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tgap.training import Progress as OnStep
-from tgap.training import Row
+from gradcodec.training import Progress as OnStep
+from gradcodec.training import Row
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def training_bar(name: str) -> Iterator[OnStep]:
 def print_table(rows: Sequence[Row]) -> None:
     """Fidelity on updates that the codecs were not trained on, to standard output."""
     table = Table(title="fidelity on held-out updates (single updates, no error feedback, every byte counted)")
-    for column in ("codec", "held out", "bits/param", "cosine", "SNR dB", "Gaussian", "updates"):
+    for column in ("codec", "held out", "bits/param", "cosine", "SNR dB", "aggregate", "Gaussian", "updates"):
         table.add_column(column, no_wrap=True, justify="left" if column in ("codec", "held out") else "right")
     for row in rows:
         table.add_row(
@@ -38,6 +38,7 @@ def print_table(rows: Sequence[Row]) -> None:
             f"{row.bits:.3f}",
             f"{row.cosine:.3f}",
             f"{row.snr_db:.2f}",
+            f"{row.aggregate_cosine:.3f}",
             f"{row.gaussian_bound_cosine:.3f}",
             str(row.num_updates),
         )

@@ -1,4 +1,11 @@
-"""Trains the learned codec on recorded updates. Torch only: no files, no progress of its own."""
+"""Trains the learned codec on recorded updates. Torch only: no files, no progress of its own.
+
+What is learned from a few updates fits them better than those to come: a basis gathers their energy, and tables
+learned behind it would promise too much. So everything behind the basis is cross-fitted, each half of the updates
+seen through the basis of the other half.
+
+Shape suffixes: R rank, C columns, W width of one block, K leading directions, M magnitudes, N values.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +17,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradcodec.autoencoder.codebooks import (
-    BANDS,
-    LEVELS_PER_OCTAVE,
-    MAX_LEVEL,
-    MIN_LEVEL,
-    NUM_CODEWORDS,
-    Codebook,
-    SynthesisNetwork,
-    price_of_a_bit,
+from gradcodec.autoencoder.learned import LearnedTables
+from gradcodec.autoencoder.quantizer import (
+    CLASSES,
+    MAX_TABLED,
+    MIN_CLASS,
+    ClassCoder,
+    Quantizer,
+    expected_counts,
+    first_coder,
+    frozen_coder,
 )
-from gradcodec.autoencoder.learned import SILENT, LearnedTables, frozen_scale_table, piece_scale
-from gradcodec.autoencoder.transform import Transform, fit_bases
-from gradcodec.entropy import Table, bits_of, integer_table
+from gradcodec.autoencoder.spectrum import LEVELS_PER_OCTAVE, Expected, Spectrum
+from gradcodec.autoencoder.transform import MIN_WIDTH, Transform, leading_directions
 from gradcodec.layout import Layout
 
 Progress = Callable[[int, int, float], None]
-"""Called with steps done, steps in all, and the loss."""
+"""Called with passes done, passes in all, and the cost: squared error in steps plus lambda times bits, a value."""
+
+_STEPS = (-6, -4, -3, -2, -1, 0, 1, 2, 4)
+"""Steps that training tries, in octaves of energy over the mean coefficient's."""
+_FAITH = 50.0
+"""How many values the formula's shares of magnitudes count for beside what was seen."""
+_SMOOTHING = 0.12
+"""Width of the kernel over the logarithm of a column's number, by which columns share what they know."""
 
 
 @dataclass(frozen=True)
@@ -38,121 +52,124 @@ class Sample:
 
 
 def fit_learned(
-    samples: Sequence[Sample], layout: Layout, *, steps: int, seed: int, progress: Progress | None = None
+    samples: Sequence[Sample],
+    layout: Layout,
+    *,
+    directions: int = 96,
+    passes: int = 6,
+    progress: Progress | None = None,
 ) -> LearnedTables:
-    """Trains the codebooks of all levels.
+    """Trains bases, expected levels, entropy models and centroids. Nothing in it is random.
 
     Args:
         samples: what the codec is trained on.
         layout: theirs.
-        steps: optimizer steps for each of the bands.
-        seed: of everything random.
+        directions: most leading directions along the width of a tensor; 0 leaves every tensor its own columns.
+        passes: how often quantiser and entropy models are fitted to each other.
     """
     assert samples
-    assert steps > 0
-    bases = fit_bases([sample.blocks_RC for sample in samples], layout)
-    rows, exponents = _normalised_pieces(samples, Transform(layout, bases))
-    generator = torch.Generator().manual_seed(seed)
-    codebooks: dict[int, Codebook] = {}
-    for number, band in enumerate(BANDS):
-        pool_ND = _vector_pool(rows, band.length, generator)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + number)
-            network = SynthesisNetwork(band)
-
-        def report(step: int, loss: float, number: int = number) -> None:
-            if progress is not None:
-                progress(number * steps + step, len(BANDS) * steps, loss)
-
-        _train(network, pool_ND, steps, generator, report)
-        codebooks.update(_freeze(network, pool_ND))
-    return LearnedTables(codebooks, _scale_table(exponents), bases)
-
-
-def _normalised_pieces(samples: Sequence[Sample], transform: Transform) -> tuple[list[Tensor], list[Tensor]]:
-    """Every piece over its scale, and per sample the exponents of its rows."""
-    pieces: list[Tensor] = []
-    exponents: list[Tensor] = []
-    for sample in samples:
-        coefficients_RC = transform.analyse(sample.blocks_RC, sample.side)
-        exponent = transform.row_exponents(coefficients_RC)
-        exponents.append(torch.tensor(exponent))
-        for piece in transform.pieces:
-            values = coefficients_RC[piece.rank, piece.start : piece.stop] / piece_scale(exponent[piece.row], piece)
-            if bool(values.any()):
-                pieces.append(values)
-    return pieces, exponents
+    assert passes > 0
+    halves = [samples[0::2], samples[1::2]] if len(samples) > 1 else [samples, samples]
+    bases = [_bases(half, layout, directions) for half in halves]
+    coefficients = [
+        Transform(layout, bases[1 - i]).analyse(sample.blocks_RC, sample.side)
+        for i, half in enumerate(halves)
+        for sample in half
+    ]
+    coefficients = [c / c.square().mean().sqrt() for c in coefficients if bool(c.any())]
+    leading = _bases(samples, layout, directions)
+    if not coefficients:
+        return LearnedTables({c: first_coder(c) for c in CLASSES}, (0,))
+    expected = {
+        block.name: _expected(
+            [c[: block.rank, block.start : block.stop] for c in coefficients],
+            leading[block.name].shape[1] if block.name in leading else 0,
+        )
+        for block in layout.blocks
+    }
+    spectrum = Spectrum(layout, expected, (0,))
+    levels_RC = torch.from_numpy(spectrum.levels(spectrum.nothing())).int()
+    coders = {c: first_coder(c) for c in CLASSES}
+    for number in range(1, passes + 1):
+        coders, cost = _refit(coders, coefficients, levels_RC)
+        if progress is not None:
+            progress(number, passes, cost)
+    return LearnedTables(coders, _any_rows(expected), expected, leading)
 
 
-def _vector_pool(rows: list[Tensor], length: int, generator: torch.Generator, most: int = 1 << 17) -> Tensor:
-    vectors_ND = torch.cat([row[: len(row) // length * length].reshape(-1, length) for row in rows])
-    return vectors_ND[torch.randperm(len(vectors_ND), generator=generator)[:most]]
+def _bases(samples: Sequence[Sample], layout: Layout, directions: int) -> dict[str, Tensor]:
+    bases = {}
+    for block in layout.blocks:
+        parts = [s.blocks_RC[: block.rank, block.start : block.stop] for s in samples]
+        rows_NW = torch.cat([part / part.norm() for part in parts if float(part.norm()) > 0] or parts)
+        if block.width >= MIN_WIDTH and directions > 0 and bool(rows_NW.any()):
+            bases[block.name] = leading_directions(rows_NW, directions)
+    return bases
 
 
-def _train(
-    network: SynthesisNetwork,
-    pool_ND: Tensor,
-    steps: int,
-    generator: torch.Generator,
-    report: Callable[[int, float], None],
-) -> None:
-    """Entropy-constrained: each vector pays for its cheapest codeword, in bits, plus its error over lambda."""
-    _start_from_data(network, pool_ND, generator)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=max(steps, 11), pct_start=0.1)
-    levels = range(network.band.first, network.band.last + 1)
-    price_L1 = torch.tensor([[price_of_a_bit(level)] for level in levels])
-    for step in range(1, steps + 1):
-        vectors_ND = pool_ND[torch.randint(len(pool_ND), (1024,), generator=generator)]
-        codewords_LKD, log2_LK = network()
-        discount = min(1.0, 2 * step / steps)  # bits are cheap at first, else all vectors fall to the zero codeword
-        with torch.no_grad():
-            error_LNK = torch.cdist(vectors_ND.expand(len(levels), -1, -1), codewords_LKD).square()
-            chosen_LN = (error_LNK / price_L1[:, :, None] - discount * log2_LK[:, None, :]).argmin(2)
-        picked_LND = torch.gather(codewords_LKD, 1, chosen_LN[:, :, None].expand(-1, -1, codewords_LKD.shape[2]))
-        error_LN = (picked_LND - vectors_ND).square().sum(2)
-        loss = (error_LN / price_L1 - torch.gather(log2_LK, 1, chosen_LN)).mean() / network.band.length
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        report(step, float(loss.detach()))
+def _expected(parts: Sequence[Tensor], num_leading: int) -> Expected:
+    """Levels of one tensor's rows and columns, from its coefficients ``[R, W]`` in all updates."""
+    squares_RW = torch.stack([part.double().square() for part in parts]).mean(0)
+    columns_W = squares_RW.mean(0)
+    overall = max(float(columns_W.mean()), 1e-30)
+    place_K = torch.log(torch.arange(num_leading) + 4.0).double()
+    kernel_KK = torch.exp(-((place_K[:, None] - place_K) / _SMOOTHING).square())
+    leading_K = (kernel_KK / kernel_KK.sum(1, keepdim=True)) @ columns_W[:num_leading]
+    tail = columns_W[num_leading:].mean()[None]
+    columns = _levels(torch.cat([leading_K, tail]) / overall)
+    whitened_RW = squares_RW / torch.cat([leading_K, tail.expand(len(columns_W) - num_leading)]) * overall
+    return Expected(_levels(whitened_RW.mean(1)), columns)
 
 
-@torch.no_grad()
-def _start_from_data(network: SynthesisNetwork, pool_ND: Tensor, generator: torch.Generator) -> None:
-    """Latent codewords start as data, the silent one as zero."""
-    network.latents_KD.copy_(pool_ND[torch.randint(len(pool_ND), (NUM_CODEWORDS,), generator=generator)])
-    network.latents_KD[0] = 0.0
+def _levels(energies: Tensor) -> tuple[int, ...]:
+    levels = (LEVELS_PER_OCTAVE * energies.clamp_min(1e-30).log2()).round().clamp(-100, 100)
+    return tuple(int(level) for level in levels)
 
 
-@torch.no_grad()
-def _freeze(network: SynthesisNetwork, pool_ND: Tensor) -> dict[int, Codebook]:
-    """Network -> tables: codewords as trained, frequencies as the search uses them on the training vectors."""
-    codewords_LKD, log2_LK = network()
-    codebooks: dict[int, Codebook] = {}
-    for index, level in enumerate(range(network.band.first, network.band.last + 1)):
-        probabilities = np.exp2(log2_LK[index].double().numpy())
-        book = _book(codewords_LKD[index], probabilities)
-        for _ in range(3):  # the entropy model and the search settle on each other
-            chosen = book.search(pool_ND, price_of_a_bit(level))
-            counts = torch.bincount(chosen, minlength=NUM_CODEWORDS).double().numpy()
-            book = _book(codewords_LKD[index], counts + 0.25)
-        codebooks[level] = book
-    return codebooks
+def _any_rows(expected: dict[str, Expected]) -> tuple[int, ...]:
+    """Levels of rows by rank over all tensors, the mean taken out: what an unknown tensor starts from."""
+    rank = max(len(e.rows) for e in expected.values())
+    means = [np.mean([e.rows[r] for e in expected.values() if r < len(e.rows)]) for r in range(rank)]
+    return tuple(round(float(level - np.mean(means))) for level in means)
 
 
-def _book(codewords_KD: Tensor, probabilities: NDArray[np.float64]) -> Codebook:
-    table = integer_table(probabilities)
-    return Codebook(codewords_KD.contiguous().clone(), table, torch.from_numpy(bits_of(table)).float())
+def _refit(
+    coders: dict[int, ClassCoder], coefficients: Sequence[Tensor], levels_RC: Tensor
+) -> tuple[dict[int, ClassCoder], float]:
+    """Quantises everything with these coders, and fits coders to what came out."""
+    quantizer = Quantizer(coders)
+    counts: dict[int, NDArray[np.float64]] = {}
+    sums: dict[int, Tensor] = {}
+    total_error, total_bits, num_values = 0.0, 0.0, 0
+    for coefficients_RC in coefficients:
+        for octaves in _STEPS:
+            classes_RC = levels_RC - LEVELS_PER_OCTAVE * octaves
+            for c in range(MIN_CLASS, MAX_TABLED + 1):
+                values_N = coefficients_RC[classes_RC == c] * 2.0 ** (-octaves / 2)
+                if not len(values_N):
+                    continue
+                symbols_N, _ = quantizer.quantize(values_N, c)
+                magnitudes_N = symbols_N.abs().long()
+                size = coders[c].largest + 1
+                counts[c] = counts.get(c, np.zeros(size)) + np.bincount(magnitudes_N.numpy(), minlength=size)
+                added_M = torch.zeros(size).index_add_(0, magnitudes_N, values_N.abs())
+                sums[c] = sums[c] + added_M if c in sums else added_M
+                total_error += float((quantizer.restore(symbols_N, None, c) - values_N).square().sum())
+                total_bits += quantizer.num_bits(symbols_N, c)
+                num_values += len(values_N)
+    cost = (total_error + total_bits) / max(num_values, 1)
+    return {c: _fitted(c, coders[c], counts.get(c), sums.get(c)) for c in CLASSES}, cost
 
 
-def _scale_table(exponents: list[Tensor]) -> Table:
-    """Frequencies of the scale symbols over updates and water marks."""
-    counts = np.zeros(SILENT + 1)
-    for exponent in exponents:
-        symbols = (exponent.max() - exponent).clamp_max(SILENT).long()
-        for water_mark in range(-MAX_LEVEL // 2, -MIN_LEVEL, 2):
-            sent = torch.where(-LEVELS_PER_OCTAVE * symbols - water_mark < MIN_LEVEL, SILENT, symbols)
-            counts += torch.bincount(sent, minlength=SILENT + 1).numpy()
-    return frozen_scale_table(counts)
+def _fitted(
+    symbol_class: int, coder: ClassCoder, counts_M: NDArray[np.float64] | None, sums_M: Tensor | None
+) -> ClassCoder:
+    if counts_M is None or sums_M is None:
+        return coder
+    blended_M = counts_M + _FAITH * expected_counts(symbol_class)
+    magnitudes_M = torch.arange(len(counts_M), dtype=torch.float32)
+    seen_M = torch.from_numpy(counts_M).float()
+    # a centroid lies within half a step of its magnitude; rare ones stay there
+    centroids_M = ((sums_M + 4 * magnitudes_M) / (seen_M + 4)).clamp(magnitudes_M - 0.5, magnitudes_M + 0.5)
+    centroids_M[0] = 0.0
+    return frozen_coder(blended_M, centroids_M)

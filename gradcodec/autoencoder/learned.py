@@ -1,19 +1,28 @@
-"""The learned codec: rotation, scales, vectors found by search, everything entropy-coded.
+"""The learned codec: rotation, an expected spectrum, one step for all, everything entropy-coded.
 
     blocks -> rotate along rank and width (transform.py)
-           -> one scale a row, in steps of 3 dB
-           -> reverse water-filling: a piece's level = its energy over the allowed distortion (the water mark);
-              pieces below the lowest level are silent
-           -> codewords by search (codebooks.py) -> range coder (entropy.py)
+           -> how strong every coefficient is expected to be (spectrum.py)
+           -> one step: a coefficient's class is the energy expected of it over the step (quantizer.py)
+           -> symbols class by class -> range coder (entropy.py)
 
-One artifact serves every budget and every geometry: only the water mark changes. Departures from the paper: its
-ResNet over a picture of all factors carries no client information (``docs/negative-results.md``).
+One artifact serves every budget and every geometry: only the step changes. The codes are one stream:
+
+    offset  size  field
+    0       2     step: base-2 logarithm in 1/64 (int16)
+    2       2     shift: what is added to a level to give a class (int16)
+    4       -     corrections of the spectrum, symbols from the lowest class to the highest, range-coded; nothing at
+                  all if the shift leaves every coefficient silent
+
+Departures from the paper: its ResNet over a picture of all factors carries no client information
+(``docs/negative-results.md``). Shape suffixes: R rank, C columns, N coefficients.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,103 +31,138 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradcodec.artifact import Artifact
-from gradcodec.autoencoder.codebooks import (
-    LEVELS_PER_OCTAVE,
-    MAX_LEVEL,
-    MIN_LEVEL,
-    Codebook,
-    band_of,
-    price_of_a_bit,
+from gradcodec.autoencoder.quantizer import (
+    CLASSES,
+    MAX_CLASS,
+    MIN_CLASS,
+    ClassCoder,
+    Quantizer,
+    deviation,
+    largest_magnitude,
+    low_bits_table,
+    num_low_bits,
+    to_symbols,
 )
-from gradcodec.autoencoder.transform import MAX_OFFSET, Piece, Transform, WidthBasis
+from gradcodec.autoencoder.spectrum import LEVELS_PER_OCTAVE, Corrections, Expected, Spectrum
+from gradcodec.autoencoder.transform import Transform
 from gradcodec.codec import codec_id
-from gradcodec.entropy import SymbolReader, Symbols, Table, bits_of, encode_symbols, integer_table
+from gradcodec.entropy import TOTAL, SymbolReader, Symbols, Table, bits_of, encode_symbols
 from gradcodec.errors import BudgetError, CodecError
 from gradcodec.frame import Codes
 from gradcodec.gauge import principal_axes
 from gradcodec.layout import Layout
 
-SILENT = 31
-"""Scale symbol of a row that is not sent; 0 to 30 are steps of 3 dB below the strongest row."""
-_HEADER = struct.Struct("<hh")  # exponent of the strongest row's energy, water mark in levels
-_MAX_EXPONENT = 120
-_COARSEST_PRICE = 16.0
-_LOWEST_MARK = -MAX_LEVEL
-_HIGHEST_MARK = -MIN_LEVEL + MAX_OFFSET + 1
-_BASIS, _OFFSETS = "basis.", "offsets."
+_HEADER = struct.Struct("<hh")
+_STEPS_PER_OCTAVE = 64
+_FINEST, _COARSEST = -100 * _STEPS_PER_OCTAVE, 100 * _STEPS_PER_OCTAVE
+_MAX_SHIFT, _SILENT_SHIFT = 1000, np.iinfo(np.int16).min
+_OWN_STEPS_PER_DEVIATION = 8
+"""Without a budget: how many steps the mean coefficient is worth."""
+_PILOT_VALUES = 1 << 18
+_GOOD_FILL = 0.995
+_OCTAVES = 24
+"""How far below the peak a step is sought."""
+_SLOPE = 1.2
+"""About how fast the logarithm of the bytes falls with that of the step."""
+_ROWS, _COLUMNS, _LEADING = "rows.", "columns.", "leading."
+_COUNTS, _CENTROIDS = "frequencies.", "centroids."
 
 
 @dataclass(frozen=True)
 class LearnedTables:
-    """All that the codec learned: a codebook a level, and how often each scale symbol occurs."""
+    """All that the codec learned.
 
-    codebooks: Mapping[int, Codebook]
-    scale_table: Table
-    bases: Mapping[str, WidthBasis] = field(default_factory=dict)
+    Per class its coder; per tensor its expected levels and its leading directions along the width ``[W, K]`` float16;
+    ``any_rows`` are the levels of rows by rank for tensors that were not seen.
+    """
+
+    coders: Mapping[int, ClassCoder]
+    any_rows: tuple[int, ...]
+    expected: Mapping[str, Expected] = field(default_factory=dict)
+    leading: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LearnedTables:
         """Raises CodecError: a tensor is missing or of another shape."""
-        codebooks: dict[int, Codebook] = {}
-        for level in range(MIN_LEVEL, MAX_LEVEL + 1):
-            codewords_KD = _checked(tensors, f"codewords.{level}", 2).float()
-            table = _table(tensors, f"frequencies.{level}", len(codewords_KD))
-            if codewords_KD.shape[1] != band_of(level).length:
-                raise CodecError(f"artifact tensor 'codewords.{level}' has vectors of {codewords_KD.shape[1]} values")
-            codebooks[level] = Codebook(codewords_KD, table, torch.from_numpy(bits_of(table)).float())
-        return cls(codebooks, _table(tensors, "frequencies.scale", SILENT + 1), _bases(tensors))
+        coders = {}
+        for symbol_class in CLASSES:
+            largest = largest_magnitude(symbol_class)
+            table = _table(tensors, f"{_COUNTS}{symbol_class}", 2 * largest + 1)
+            centroids_M = _checked(tensors, f"{_CENTROIDS}{symbol_class}", 1, finite=True).float()
+            if len(centroids_M) != largest + 1:
+                raise CodecError(f"artifact tensor '{_CENTROIDS}{symbol_class}' has {len(centroids_M)} values")
+            coders[symbol_class] = ClassCoder(table, centroids_M)
+        any_rows = _small_integers(tensors, "any_rows")
+        names = [key.removeprefix(_ROWS) for key in tensors if key.startswith(_ROWS)]
+        expected = {
+            name: Expected(_small_integers(tensors, _ROWS + name), _small_integers(tensors, _COLUMNS + name))
+            for name in names
+        }
+        leading = {
+            name: _checked(tensors, _LEADING + name, 2, finite=True) for name in names if _LEADING + name in tensors
+        }
+        for name, basis_WK in leading.items():
+            if basis_WK.shape[1] > basis_WK.shape[0] // 2:
+                raise CodecError(f"artifact tensor {_LEADING + name!r} of shape {tuple(basis_WK.shape)} is no basis")
+        return cls(coders, any_rows, expected, leading)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Inverse of ``from_tensors``."""
-        tensors = {"frequencies.scale": torch.from_numpy(self.scale_table.astype(np.int32))}
-        for level, book in self.codebooks.items():
-            tensors[f"codewords.{level}"] = book.codewords_KD.contiguous()
-            tensors[f"frequencies.{level}"] = torch.from_numpy(book.table.astype(np.int32))
-        for name, basis in self.bases.items():
-            tensors[_BASIS + name] = basis.basis_WW.half()
-            tensors[_OFFSETS + name] = torch.tensor(basis.offsets, dtype=torch.int32)
-        return tensors
+        tensors = {"any_rows": torch.tensor(self.any_rows, dtype=torch.int8)}
+        for symbol_class, coder in self.coders.items():
+            tensors[f"{_COUNTS}{symbol_class}"] = torch.from_numpy(coder.table.astype(np.int32))
+            tensors[f"{_CENTROIDS}{symbol_class}"] = coder.centroids_M
+        for name, expected in self.expected.items():
+            tensors[_ROWS + name] = torch.tensor(expected.rows, dtype=torch.int8)
+            tensors[_COLUMNS + name] = torch.tensor(expected.columns, dtype=torch.int8)
+        return tensors | {_LEADING + name: basis_WK.half() for name, basis_WK in self.leading.items()}
 
 
-def _bases(tensors: Mapping[str, Tensor]) -> dict[str, WidthBasis]:
-    bases: dict[str, WidthBasis] = {}
-    for key in tensors:
-        if key.startswith(_BASIS):
-            name = key.removeprefix(_BASIS)
-            basis_WW, offsets = _checked(tensors, key, 2).float(), _checked(tensors, _OFFSETS + name, 1).tolist()
-            if basis_WW.shape[0] != basis_WW.shape[1] or not 0 < len(offsets) <= len(basis_WW):
-                raise CodecError(f"artifact tensor {key!r} of shape {tuple(basis_WW.shape)} is no basis of segments")
-            if max(map(abs, offsets)) > MAX_OFFSET or not bool(torch.isfinite(basis_WW).all()):
-                raise CodecError(f"artifact tensor {_OFFSETS + name!r} or its basis is out of range")
-            bases[name] = WidthBasis(basis_WW, tuple(offsets))
-    return bases
-
-
-def _checked(tensors: Mapping[str, Tensor], key: str, num_dimensions: int) -> Tensor:
+def _checked(tensors: Mapping[str, Tensor], key: str, num_dimensions: int, finite: bool = False) -> Tensor:
     if key not in tensors:
         raise CodecError(f"the artifact lacks tensor {key!r}: it was made by another version")
-    if tensors[key].ndim != num_dimensions:
+    if tensors[key].ndim != num_dimensions or 0 in tensors[key].shape:
         raise CodecError(f"artifact tensor {key!r} has shape {tuple(tensors[key].shape)}")
+    if finite and not bool(torch.isfinite(tensors[key]).all()):
+        raise CodecError(f"artifact tensor {key!r} holds NaN or infinity")
     return tensors[key]
+
+
+def _small_integers(tensors: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
+    values = _checked(tensors, key, 1)
+    if values.dtype != torch.int8:
+        raise CodecError(f"artifact tensor {key!r} has type {values.dtype}: int8 is expected")
+    return tuple(values.tolist())
 
 
 def _table(tensors: Mapping[str, Tensor], key: str, size: int) -> Table:
     frequencies = _checked(tensors, key, 1).numpy()
-    if len(frequencies) != size or frequencies.min() < 1 or frequencies.sum() != 1 << 16:
+    if len(frequencies) != size or frequencies.min() < 1 or frequencies.sum() != TOTAL:
         raise CodecError(f"artifact tensor {key!r} is no frequency table of {size} symbols")
     return frequencies.astype(np.uint16)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """How one update is coded at one step; both ends know it once the header and the corrections are read."""
+
+    step: int
+    shift: int
+    corrections: Corrections
+
+
 class LearnedCodec:
-    """``learned``: see the module. Serves budgets down to the scales' cost, a few bits a row."""
+    """``learned``: see the module. Serves budgets down to its header of 4 bytes."""
 
     num_streams = 1
 
     def __init__(self, layout: Layout, tables: LearnedTables, weights_digest: bytes) -> None:
         self.layout = layout
         self.tables = tables
-        self.id = codec_id("learned/1", weights_digest)
-        self._transform = Transform(layout, tables.bases)
+        self.id = codec_id("learned/2", weights_digest)
+        self._transform = Transform(layout, tables.leading)
+        self._spectrum = Spectrum(layout, tables.expected, tables.any_rows)
+        self._quantizer = Quantizer(dict(tables.coders))
 
     @classmethod
     def from_artifact(cls, artifact: Artifact, layout: Layout) -> LearnedCodec:
@@ -130,107 +174,149 @@ class LearnedCodec:
         return principal_axes(global_update_RC, self.layout)
 
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
+        if max_bytes is not None and max_bytes < _HEADER.size:
+            raise BudgetError(f"{max_bytes} bytes for the codes; the learned codec needs at least {_HEADER.size}")
         coefficients_RC = self._transform.analyse(blocks_RC, side)
-        exponents = self._transform.row_exponents(coefficients_RC)
-        top = max(exponents, default=-_MAX_EXPONENT)
-        symbols = [min(top - exponent, SILENT) for exponent in exponents]
-        if max_bytes is not None and max_bytes < len(silence := self._silence()):
-            raise BudgetError(f"{max_bytes} bytes for the codes; the learned codec needs at least {len(silence)}")
-
-        def attempt(water_mark: int, price: float) -> bytes:
-            return self._write(coefficients_RC, np.array(symbols, np.int32), top, water_mark, price)
-
-        if top <= -_MAX_EXPONENT:
-            return (self._silence(),)
-        if max_bytes is None:
-            return (attempt(_LOWEST_MARK, 1.0),)
-        return (self._fill(attempt, max_bytes),)
+        peak = float(coefficients_RC.abs().max())
+        if peak < _width_of(_FINEST):
+            return (_silence(),)
+        return (_Encoder(self._spectrum, self._quantizer, coefficients_RC, peak).fill(max_bytes),)
 
     def decode(self, codes: Codes, side: Tensor | None) -> Tensor:
-        if len(codes[0]) < _HEADER.size:
-            raise CodecError(f"{len(codes[0])} bytes of codes: the header alone takes {_HEADER.size}")
-        top, water_mark = _HEADER.unpack_from(codes[0])
-        if abs(top) > _MAX_EXPONENT or not _LOWEST_MARK <= water_mark <= _HIGHEST_MARK:
-            raise CodecError(f"scale exponent {top} or water mark {water_mark} out of range")
-        reader = SymbolReader(codes[0][_HEADER.size :])
-        scales = reader.read(len(self._transform.rows), self.tables.scale_table)
+        data = codes[0]
+        if len(data) < _HEADER.size:
+            raise CodecError(f"{len(data)} bytes of codes: the header alone takes {_HEADER.size}")
+        step, shift = _HEADER.unpack_from(data)
         coefficients_RC = torch.zeros(self.layout.rank, self.layout.num_columns)
-        for level, pieces in self._pieces_of_levels(scales, water_mark).items():
-            book = self.tables.codebooks[level]
-            counts = [_num_vectors(piece, level) for piece in pieces]
-            chosen = torch.from_numpy(reader.read(sum(counts), book.table).astype(np.int64))
-            for piece, vectors_ND in zip(pieces, book.codewords_KD[chosen].split(counts), strict=True):
-                values = vectors_ND.flatten()[: piece.stop - piece.start] * piece_scale(
-                    top - int(scales[piece.row]), piece
-                )
-                coefficients_RC[piece.rank, piece.start : piece.stop] = values
+        if shift == _SILENT_SHIFT:
+            return coefficients_RC
+        if not _FINEST <= step <= _COARSEST or abs(shift) > _MAX_SHIFT:
+            raise CodecError(f"a step of 2 ** {step / _STEPS_PER_OCTAVE} or a shift of {shift} is out of range")
+        reader = SymbolReader(data[_HEADER.size :])
+        plan = _Plan(step, shift, self._spectrum.unpack(reader))
+        coefficients_N = coefficients_RC.view(-1)
+        for symbol_class, places_N in _places(self._spectrum, plan):
+            largest, low_bits = largest_of(symbol_class), num_low_bits(symbol_class)
+            symbols_N = reader.read(len(places_N), self._quantizer.table(symbol_class)) - np.int32(largest)
+            low_N = torch.from_numpy(reader.read(len(places_N), low_bits_table(low_bits))) if low_bits else None
+            coefficients_N[places_N] = self._quantizer.restore(torch.from_numpy(symbols_N), low_N, symbol_class)
+        coefficients_RC *= _width_of(step)
         return self._transform.synthesise(coefficients_RC, side)
 
-    def _fill(self, attempt: Callable[[int, float], bytes], max_bytes: int) -> bytes:
-        """The best codes that fit: the lowest water mark, then the lowest price of a bit at that mark."""
-        low, high = _LOWEST_MARK, _HIGHEST_MARK  # the highest leaves every row silent: it always fits
-        best = self._silence()
-        while low < high:
-            middle = (low + high) // 2
-            codes = attempt(middle, 1.0)
-            if len(codes) <= max_bytes:
-                high, best = middle, codes
-            else:
-                low = middle + 1
-        mark = max(high - 1, _LOWEST_MARK)
-        cheap, dear = 1.0, _COARSEST_PRICE
-        for _ in range(6):
-            price = (cheap * dear) ** 0.5
-            codes = attempt(mark, price)
-            if len(codes) <= max_bytes:
-                dear = price
-                best = codes if len(codes) > len(best) else best
-            else:
-                cheap = price
+
+class _Encoder:
+    """One update on its way into codes: the step is sought, everything else follows from it."""
+
+    def __init__(self, spectrum: Spectrum, quantizer: Quantizer, coefficients_RC: Tensor, peak: float) -> None:
+        self._spectrum = spectrum
+        self._quantizer = quantizer
+        self._coefficients_RC = coefficients_RC
+        self._energies_NS = spectrum.energies(coefficients_RC.numpy())
+        self._coarsest = min(_step_of(peak) + _STEPS_PER_OCTAVE, _COARSEST)
+        self._stride = max(1, coefficients_RC.numel() // _PILOT_VALUES)
+
+    def fill(self, max_bytes: int | None) -> bytes:
+        """The codes of the finest step that fits."""
+        if max_bytes is None:
+            mean_deviation = math.sqrt(float(self._coefficients_RC.square().mean()))
+            return self._write(self._plan(max(_step_of(mean_deviation / _OWN_STEPS_PER_DEVIATION), _FINEST)))
+        # corrections and shift move with the step, and the bytes jump: sought once with them, then with those found
+        coarse = self._finest(max_bytes, lambda step: self._num_bytes(self._plan(step), self._stride))
+        frozen = self._plan(coarse)
+        step = self._finest(
+            max_bytes, lambda step: self._num_bytes(dataclasses.replace(frozen, step=step), self._stride)
+        )
+        if self._stride > 1:
+            step = self._on_all(frozen, step, max_bytes)
+        best = b""
+        while not best and step <= self._coarsest:
+            codes = self._write(dataclasses.replace(frozen, step=step))
+            best, step = (codes if len(codes) <= max_bytes else b""), step + 1
+        if not best:
+            return _silence()
+        for finer in range(step - 2, step - 5, -1):
+            if len(best) >= _GOOD_FILL * max_bytes:
+                break
+            codes = self._write(dataclasses.replace(frozen, step=finer))
+            best = codes if len(best) < len(codes) <= max_bytes else best
         return best
 
-    def _write(self, coefficients_RC: Tensor, scales: Symbols, top: int, water_mark: int, price: float) -> bytes:
-        highest = -LEVELS_PER_OCTAVE * scales + np.array(self._transform.largest_offset) - water_mark
-        scales = np.where(highest < MIN_LEVEL, SILENT, scales).astype(np.int32)
-        parts: list[tuple[Symbols, Table]] = [(scales, self.tables.scale_table)]
-        for level, pieces in self._pieces_of_levels(scales, water_mark).items():
-            book = self.tables.codebooks[level]
-            vectors = [_vectors(coefficients_RC, p, level, piece_scale(top - int(scales[p.row]), p)) for p in pieces]
-            chosen = book.search(torch.cat(vectors), price * price_of_a_bit(level))
-            parts.append((chosen.numpy().astype(np.int32), book.table))
-        return _HEADER.pack(top, water_mark) + encode_symbols(parts)
+    def _finest(self, max_bytes: int, num_bytes: Callable[[int], float]) -> int:
+        """The finest step that fits; finer steps take more, nearly always."""
+        low, high = max(self._coarsest - _OCTAVES * _STEPS_PER_OCTAVE, _FINEST), self._coarsest
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if num_bytes(middle) <= max_bytes else (middle, high)
+        return high
 
-    def _pieces_of_levels(self, scales: Symbols, water_mark: int) -> dict[int, list[Piece]]:
-        """Both ends derive from scale symbols and water mark which piece has which level; lowest level first."""
-        found: dict[int, list[Piece]] = {}
-        symbols = scales.tolist()
-        for piece in self._transform.pieces:
-            level = -LEVELS_PER_OCTAVE * symbols[piece.row] + piece.offset - water_mark
-            if symbols[piece.row] != SILENT and level >= MIN_LEVEL:
-                found.setdefault(min(level, MAX_LEVEL), []).append(piece)
-        return dict(sorted(found.items()))
+    def _on_all(self, frozen: _Plan, step: int, max_bytes: int) -> int:
+        """From a step found on a part of a large update to one that nearly fills the budget."""
+        found: dict[int, float] = {}
+        for _ in range(3):
+            found[step] = self._num_bytes(dataclasses.replace(frozen, step=step), 1)
+            move = math.log2(found[step] / max_bytes) * _STEPS_PER_OCTAVE / _SLOPE
+            if _GOOD_FILL * max_bytes <= found[step] <= max_bytes or step + math.ceil(move) in found:
+                break
+            step += math.ceil(move)
+        return min((step for step, size in found.items() if size <= max_bytes), default=max(found) + 1)
 
-    def _silence(self) -> bytes:
-        """The codes of all-zero blocks."""
-        scales = np.full(len(self._transform.rows), SILENT, np.int32)
-        return _HEADER.pack(0, 0) + encode_symbols([(scales, self.tables.scale_table)])
+    def _plan(self, step: int) -> _Plan:
+        width = _width_of(step)
+        corrections, loudness = self._spectrum.fit(self._energies_NS, live=(deviation(0) * width) ** 2 / 2)
+        shift = round(LEVELS_PER_OCTAVE * math.log2(max(loudness, 1e-300) / width**2))
+        return _Plan(step, max(-_MAX_SHIFT, min(shift, _MAX_SHIFT)), corrections)
+
+    def _num_bytes(self, plan: _Plan, stride: int) -> float:
+        head = sum(float(bits_of(table)[symbols].sum()) for symbols, table in self._spectrum.pack(plan.corrections))
+        return _HEADER.size + (head + self._num_bits(plan, stride)) / 8
+
+    def _num_bits(self, plan: _Plan, stride: int) -> float:
+        """What symbols take, judged on every so many-th column."""
+        scale = 1 / _width_of(plan.step)
+        part_N = self._coefficients_RC[:, ::stride].reshape(-1)
+        bits = 0.0
+        for symbol_class, places_N in _places(self._spectrum, plan, stride):
+            symbols_N, _ = self._quantizer.quantize(part_N[places_N] * scale, symbol_class)
+            bits += self._quantizer.num_bits(symbols_N, symbol_class)
+        return bits * self._coefficients_RC.numel() / len(part_N)
+
+    def _write(self, plan: _Plan) -> bytes:
+        parts: list[tuple[Symbols, Table]] = self._spectrum.pack(plan.corrections)
+        coefficients_N = self._coefficients_RC.view(-1)
+        scale = 1 / _width_of(plan.step)
+        for symbol_class, places_N in _places(self._spectrum, plan):
+            symbols_N, low_N = self._quantizer.quantize(coefficients_N[places_N] * scale, symbol_class)
+            parts.append((to_symbols(symbols_N, largest_of(symbol_class)), self._quantizer.table(symbol_class)))
+            if low_N is not None:
+                parts.append((to_symbols(low_N, 0), low_bits_table(num_low_bits(symbol_class))))
+        return _HEADER.pack(plan.step, plan.shift) + encode_symbols(parts)
 
 
-def _vectors(coefficients_RC: Tensor, piece: Piece, level: int, scale: float) -> Tensor:
-    length = band_of(level).length
-    values = coefficients_RC[piece.rank, piece.start : piece.stop] / scale
-    padding = _num_vectors(piece, level) * length - len(values)
-    return torch.nn.functional.pad(values, (0, padding)).reshape(-1, length)
+def largest_of(symbol_class: int) -> int:
+    """M of the class's table."""
+    return largest_magnitude(symbol_class - 4 * num_low_bits(symbol_class))
 
 
-def _num_vectors(piece: Piece, level: int) -> int:
-    return -(-(piece.stop - piece.start) // band_of(level).length)
+def _places(spectrum: Spectrum, plan: _Plan, stride: int = 1) -> Iterator[tuple[int, Tensor]]:
+    """Classes from the lowest to the highest, each with the places of its coefficients in ``[R, C]``, flattened;
+    with a stride, in every so many-th column."""
+    levels_N = spectrum.levels(plan.corrections, stride).reshape(-1)
+    np.clip(levels_N, MIN_CLASS - 1 - plan.shift, MAX_CLASS - plan.shift, out=levels_N)
+    classes_N: NDArray[np.int8] = (levels_N + plan.shift).astype(np.int8)
+    for place, count in enumerate(np.bincount(classes_N - (MIN_CLASS - 1)).tolist()):
+        if place and count:
+            symbol_class = place + MIN_CLASS - 1
+            yield symbol_class, torch.from_numpy(np.flatnonzero(classes_N == symbol_class))
 
 
-def piece_scale(exponent: int, piece: Piece) -> float:
-    """Root of the energy of a piece whose row has energy ``2 ** exponent``."""
-    return float(2.0 ** (exponent / 2 + piece.offset / (2 * LEVELS_PER_OCTAVE)))
+def _silence() -> bytes:
+    """The codes of all-zero blocks."""
+    return _HEADER.pack(0, _SILENT_SHIFT)
 
 
-def frozen_scale_table(counts: NDArray[np.float64]) -> Table:
-    return integer_table(counts.astype(np.float64) + 0.5)
+def _width_of(step: int) -> float:
+    return float(2.0 ** (step / _STEPS_PER_OCTAVE))
+
+
+def _step_of(width: float) -> int:
+    return math.floor(math.log2(width) * _STEPS_PER_OCTAVE)

@@ -2,109 +2,86 @@
 
 Along the rank every block is rotated into shared principal axes (``gauge.py``). Along the width it is rotated into a
 basis that TGAP learned for this tensor: A's gradients lie where the layer's inputs do, B's where its output gradients
-do, and both directions hold over rounds and clients. The basis is sorted by energy and cut into segments; how far a
-segment lies above or below the row's mean energy is frozen with it, so that it costs no bytes.
+do, and both directions hold over rounds and clients. Only the strongest directions are learned; a block Householder
+reflection completes them to an orthogonal basis, so that a width of 4096 takes 64 vectors and not 4096.
 
 A tensor that TGAP did not see, or saw with another width, keeps its own columns: the codec serves it all the same.
 
-Shape suffixes: R rank, C columns of all blocks, W width of one block, N recorded updates.
+Shape suffixes: R rank, C columns of all blocks, W width of one block, K leading directions.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from gradcodec.errors import CodecError
 from gradcodec.gauge import rotate, unrotate
-from gradcodec.layout import Block, Layout
+from gradcodec.layout import Layout
 
-NUM_SEGMENTS = 8
-MAX_OFFSET = 16
-"""Largest distance of a segment from its row's mean energy, in levels of 1.5 dB."""
-MAX_BASIS_WIDTH = 1024
-"""Wider blocks keep their columns: a basis takes ``width ** 2`` values."""
+MIN_WIDTH = 16
+"""Narrower blocks keep their columns: there is nothing to gather."""
 
 
-@dataclass(frozen=True)
-class WidthBasis:
-    """An orthogonal basis ``[W, W]``, columns sorted by energy; per segment its energy in levels over the mean."""
+class Reflection:
+    """An orthogonal matrix ``H [W, W]`` whose first K columns are given, kept as ``[W, K]``.
 
-    basis_WW: Tensor
-    offsets: tuple[int, ...]
+    ``H = I - Y S^-1 Y^T`` with ``Y = E - V`` and ``S = Y^T E`` maps the first K unit vectors E to V (block
+    Householder: Schreiber and Parlett 1988, "Block reflectors: theory and computation").
+    """
 
+    def __init__(self, leading_WK: Tensor) -> None:
+        width, count = leading_WK.shape
+        orthonormal_WK, upper_KK = torch.linalg.qr(leading_WK.double())  # undoes the rounding to float16
+        orthonormal_WK = orthonormal_WK * torch.sign(upper_KK.diagonal())
+        # the sign of a direction is free: a negative diagonal keeps S far from singular
+        orthonormal_WK = orthonormal_WK * -torch.where(orthonormal_WK.diagonal() < 0, -1.0, 1.0)
+        difference_WK = torch.eye(width, count, dtype=torch.float64) - orthonormal_WK
+        self._difference_WK = difference_WK.float()
+        self._inner_KK = torch.linalg.inv(difference_WK[:count]).T.float()
 
-@dataclass(frozen=True)
-class Row:
-    """One row of one block's coefficients: its scale is sent once."""
+    def forward(self, rows: Tensor) -> Tensor:
+        """Rows ``[..., W]`` -> their coordinates: the leading directions first."""
+        turned: Tensor = rows - ((rows @ self._difference_WK) @ self._inner_KK) @ self._difference_WK.T
+        return turned
 
-    rank: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One segment of one row: columns ``start:stop``, ``offset`` levels above the row."""
-
-    row: int
-    rank: int
-    start: int
-    stop: int
-    offset: int
+    def inverse(self, rows: Tensor) -> Tensor:
+        """Inverse of ``forward``."""
+        turned: Tensor = rows - ((rows @ self._difference_WK) @ self._inner_KK.T) @ self._difference_WK.T
+        return turned
 
 
 class Transform:
     """Analysis and synthesis for one layout."""
 
-    def __init__(self, layout: Layout, bases: Mapping[str, WidthBasis]) -> None:
+    def __init__(self, layout: Layout, leading: Mapping[str, Tensor]) -> None:
+        """``leading``: tensor name -> its strongest directions along the width, ``[W, K]``."""
         self.layout = layout
-        self._bases = [self._fitting(block, bases.get(block.name)) for block in layout.blocks]
-        self.rows: list[Row] = []
-        self.pieces: list[Piece] = []
-        for block, basis in zip(layout.blocks, self._bases, strict=True):
-            offsets = (0,) if basis is None else basis.offsets
-            bounds = segment_bounds(block.width, len(offsets))
-            for rank in range(block.rank):
-                for offset, start, stop in zip(offsets, bounds[:-1], bounds[1:], strict=True):
-                    self.pieces.append(Piece(len(self.rows), rank, block.start + start, block.start + stop, offset))
-                self.rows.append(Row(rank, block.start, block.stop))
-        self.largest_offset = [0] * len(self.rows)
-        for piece in self.pieces:
-            self.largest_offset[piece.row] = max(self.largest_offset[piece.row], piece.offset)
+        self._reflections: list[Reflection | None] = []
+        for block in layout.blocks:
+            basis_WK = leading.get(block.name)
+            fits = basis_WK is not None and len(basis_WK) == block.width
+            self._reflections.append(Reflection(basis_WK) if fits and basis_WK is not None else None)
 
     def analyse(self, blocks_RC: Tensor, side: Tensor | None) -> Tensor:
         """Blocks -> coefficients, ``[R, C]`` both."""
         rotated_RC = rotate(blocks_RC, self._axes(side), self.layout)
-        return self._along_width(rotated_RC, inverse=False)
+        for block, reflection in zip(self.layout.blocks, self._reflections, strict=True):
+            if reflection is not None:
+                part = rotated_RC[:, block.start : block.stop]
+                part.copy_(reflection.forward(part))
+        return rotated_RC
 
     def synthesise(self, coefficients_RC: Tensor, side: Tensor | None) -> Tensor:
-        """Coefficients -> blocks; inverse of ``analyse``."""
-        rotated_RC = self._along_width(coefficients_RC, inverse=True)
+        """Coefficients, which are used up, -> blocks; inverse of ``analyse``."""
+        rotated_RC = coefficients_RC
+        for block, reflection in zip(self.layout.blocks, self._reflections, strict=True):
+            if reflection is not None:
+                part = rotated_RC[:, block.start : block.stop]
+                part.copy_(reflection.inverse(part))
         return unrotate(rotated_RC, self._axes(side), self.layout)
-
-    def row_exponents(self, coefficients_RC: Tensor) -> list[int]:
-        """Per row the rounded base-2 logarithm of its mean square, its segments' offsets taken out."""
-        sums = [0.0] * len(self.rows)
-        for piece in self.pieces:
-            energy = float(coefficients_RC[piece.rank, piece.start : piece.stop].square().sum())
-            sums[piece.row] += energy * 2.0 ** (-piece.offset / 2)
-        means = [total / (row.stop - row.start) for total, row in zip(sums, self.rows, strict=True)]
-        return [round(math.log2(min(max(mean, 2.0**-120), 2.0**120))) for mean in means]
-
-    def _along_width(self, matrix_RC: Tensor, inverse: bool) -> Tensor:
-        turned = []
-        for block, basis in zip(self.layout.blocks, self._bases, strict=True):
-            part = matrix_RC[:, block.start : block.stop]
-            if basis is not None:
-                part = part @ (basis.basis_WW.T if inverse else basis.basis_WW)
-            turned.append(part)
-        return torch.cat(turned, dim=1)
 
     def _axes(self, side: Tensor | None) -> Tensor:
         shape = (len(self.layout.blocks), self.layout.rank, self.layout.rank)
@@ -114,44 +91,10 @@ class Transform:
             raise CodecError(f"side information of shape {tuple(side.shape)}: finite values of shape {shape} expected")
         return side
 
-    @staticmethod
-    def _fitting(block: Block, basis: WidthBasis | None) -> WidthBasis | None:
-        return basis if basis is not None and len(basis.basis_WW) == block.width else None
 
-
-def segment_bounds(width: int, count: int) -> list[int]:
-    """Where the segments of a row begin and end: ``count + 1`` columns from 0 to ``width``."""
-    return [round(i * width / count) for i in range(count + 1)]
-
-
-def fit_bases(updates: Sequence[Tensor], layout: Layout) -> dict[str, WidthBasis]:
-    """Learns the bases from recorded blocks ``[R, C]``.
-
-    The offsets are cross-fitted, a basis from one half of the updates measured on the other, so that they promise no
-    energy compaction that new updates would not show.
-    """
-    bases: dict[str, WidthBasis] = {}
-    for block in layout.blocks:
-        if not NUM_SEGMENTS * 8 <= block.width <= MAX_BASIS_WIDTH:
-            continue
-        parts = [update[: block.rank, block.start : block.stop].double() for update in updates]
-        parts = [part / part.norm() for part in parts if float(part.norm()) > 0]
-        if len(parts) < 2:
-            continue
-        one, other = (sum(p.T @ p for p in parts[i::2]) for i in (0, 1))
-        assert isinstance(one, Tensor)
-        assert isinstance(other, Tensor)
-        energy_W = (_spread(one, other) + _spread(other, one)) / 2
-        bounds = segment_bounds(block.width, NUM_SEGMENTS)
-        means = torch.stack([energy_W[a:b].mean() for a, b in pairwise(bounds)])
-        offsets = (2 * torch.log2(means / energy_W.mean())).round().clamp(-MAX_OFFSET, MAX_OFFSET)
-        basis_WW = torch.linalg.eigh(one + other)[1].flip(1).half().float()
-        bases[block.name] = WidthBasis(basis_WW.contiguous(), tuple(int(offset) for offset in offsets))
-    return bases
-
-
-def _spread(of: Tensor, measured_on: Tensor) -> Tensor:
-    """Energy of one covariance along the principal axes of another, ``[W]``, strongest axis first."""
-    axes = torch.linalg.eigh(of)[1].flip(1)
-    energy: Tensor = (axes.T @ measured_on @ axes).diagonal() / measured_on.trace()
-    return energy
+def leading_directions(rows_NW: Tensor, most: int) -> Tensor:
+    """The strongest directions of recorded rows, ``[W, K]`` float16, at most ``most`` and half of the width."""
+    count = min(most, rows_NW.shape[1] // 2, len(rows_NW))
+    directions_NW = torch.linalg.svd(rows_NW.double(), full_matrices=False)[2]
+    strongest_WK: Tensor = directions_NW[:count].T.half().contiguous()
+    return strongest_WK

@@ -1,0 +1,215 @@
+"""Spectrum: how strong every coefficient is expected to be, as integers that both ends derive alike.
+
+A *level* is an energy in steps of 1.5 dB. What is expected is frozen in the artifact: per tensor a level for each row
+and one for each column. What a payload may add: a *tilt*, one correction a segment of the columns of all A and of all
+B factors, and a correction a row, each sent only where it saves more bits than it costs.
+
+Shape suffixes: R rank, C columns of all blocks, W width of one block, N rows of all blocks, S segments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradcodec.entropy import TOTAL, SymbolReader, Symbols, Table, bits_of, integer_table
+from gradcodec.layout import Block, Layout
+
+LEVELS_PER_OCTAVE = 2  # an octave of energy, 3 dB, is two levels
+NUM_SEGMENTS = 8
+MAX_CORRECTION = 24
+LOWEST_LEVEL = -8192
+_MAX_STEP = 2 * MAX_CORRECTION
+_KINDS = 2  # A, B
+_SHAPES = ((Fraction(1, 64), 2), (Fraction(1, 16), 2), (Fraction(1, 4), 1), (Fraction(1, 2), 2), (Fraction(4, 5), 4))
+"""Tables for steps from row to row: the share of rows that take one, and over how many sizes it halves."""
+
+Levels = NDArray[np.int16]
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What TGAP knows of one tensor: levels of its rows ``[R]`` and of its columns' coefficients ``[K + 1]``, those
+    of the K leading directions and one for all that follow."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """What a payload says of its spectrum: levels added to segments ``[2, S]`` and to rows ``[N]``."""
+
+    tilt: Levels
+    rows: Levels
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of one block of the coefficients."""
+
+    rank: int
+    block: int
+
+
+@dataclass
+class Spectrum:
+    """Expected levels of one layout."""
+
+    layout: Layout
+    expected: Mapping[str, Expected]
+    any_rows: Sequence[int]  # levels of rows by rank, for tensors that TGAP did not see
+    rows: list[_Row] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = [_Row(rank, b) for b, block in enumerate(self.layout.blocks) for rank in range(block.rank)]
+        self._columns_C = np.concatenate([self._columns_of(block) for block in self.layout.blocks])
+        self._rows_N = np.concatenate([self._rows_of(block) for block in self.layout.blocks])
+        bounds = [
+            [b.start + round(i * b.width / NUM_SEGMENTS) for i in range(NUM_SEGMENTS)] for b in self.layout.blocks
+        ]
+        stops = [[*starts[1:], b.stop] for starts, b in zip(bounds, self.layout.blocks, strict=True)]
+        self._segment_widths_BS = np.array(stops) - np.array(bounds)
+        segments = np.tile(np.arange(NUM_SEGMENTS), len(self.layout.blocks))
+        self._segment_C = np.repeat(segments, self._segment_widths_BS.reshape(-1))
+        self._kind_B = np.array([int(block.transposed) for block in self.layout.blocks])
+        self._block_C = np.repeat(np.arange(len(self.layout.blocks)), [block.width for block in self.layout.blocks])
+        self._kind_C = self._kind_B[self._block_C]
+        self._block_N = np.array([row.block for row in self.rows])
+        self._rank_N = np.array([row.rank for row in self.rows])
+
+    def levels(self, corrections: Corrections, stride: int = 1) -> Levels:
+        """Expected levels of the coefficients in every so many-th column, ``[R, C]`` if ``stride`` is 1; rows that a
+        block lacks have the lowest level."""
+        columns_C = (self._columns_C + corrections.tilt[self._kind_C, self._segment_C])[::stride]
+        rows_RB = np.full((self.layout.rank, len(self.layout.blocks)), LOWEST_LEVEL, np.int16)
+        rows_RB[self._rank_N, self._block_N] = self._rows_N + corrections.rows
+        levels: Levels = rows_RB[:, self._block_C[::stride]] + columns_C
+        return levels
+
+    def nothing(self) -> Corrections:
+        return Corrections(np.zeros((_KINDS, NUM_SEGMENTS), np.int16), np.zeros(len(self.rows), np.int16))
+
+    def energies(self, coefficients_RC: NDArray[np.float32]) -> Doubles:
+        """Coefficients ``[R, C]`` -> mean squares of segments, what is expected of columns divided out: ``[N, S]``."""
+        widths = self._segment_widths_BS.reshape(-1)
+        starts = np.minimum(np.cumsum(widths) - widths, coefficients_RC.shape[1] - 1)
+        whiten_C = np.exp2(-self._columns_C / (2 * LEVELS_PER_OCTAVE), dtype=np.float32)
+        sums = [np.add.reduceat((row_C * whiten_C) ** 2, starts, dtype=np.float64) for row_C in coefficients_RC]
+        means_RBS = (np.stack(sums) * (widths > 0) / np.maximum(widths, 1)).reshape(len(sums), -1, NUM_SEGMENTS)
+        found: Doubles = means_RBS[self._rank_N, self._block_N]
+        return found
+
+    def fit(self, energies_NS: Doubles, live: float) -> tuple[Corrections, float]:
+        """The corrections that pay, and the mean energy over what is then expected.
+
+        Args:
+            energies_NS: as ``energies`` gives them.
+            live: the least energy that is worth coding at all; weaker segments of weak rows need no correction.
+        """
+        widths_NS = self._segment_widths_BS[self._block_N].astype(np.float64)
+        expected_N = np.exp2(self._rows_N / LEVELS_PER_OCTAVE)
+        loudness = _mean_ratio(energies_NS, widths_NS, expected_N[:, None])
+        corrections = self.nothing()
+        if loudness <= 0:
+            return corrections, 0.0
+        tilt = np.zeros_like(corrections.tilt)
+        for kind in range(_KINDS):
+            mine = self._kind_B[self._block_N] == kind
+            for segment in range(NUM_SEGMENTS if mine.any() else 0):
+                here, widths = energies_NS[mine, segment, None], widths_NS[mine, segment, None]
+                ratio = _mean_ratio(here, widths, expected_N[mine, None]) / loudness
+                num_live = float(widths[expected_N[mine] * loudness * max(ratio, 1.0) > live].sum())
+                level = _levels_of(ratio)
+                if num_live * _bits_lost(level) > _TILT_BITS:
+                    tilt[kind, segment] = level
+        energies_NS = energies_NS / np.exp2(tilt[self._kind_B[self._block_N]] / LEVELS_PER_OCTAVE)
+        row_means_N = (energies_NS * widths_NS).sum(1) / widths_NS.sum(1)
+        own_N = np.array([_levels_of(ratio) for ratio in row_means_N / (expected_N * loudness)])
+        strongest_N = np.maximum(row_means_N, expected_N * loudness)
+        widths_N = np.where(strongest_N > live, widths_NS.sum(1), 0.0)
+        rows = np.zeros(len(self.rows), np.int16)
+        before = 0
+        for i, (own, width) in enumerate(zip(own_N.tolist(), widths_N.tolist(), strict=True)):
+            saved = width * (_bits_lost(own - before) - _bits_lost(0))
+            before = own if saved > _ROW_BITS else before
+            rows[i] = before
+        corrected_N = expected_N * np.exp2(rows / LEVELS_PER_OCTAVE)
+        return Corrections(tilt, rows), _mean_ratio(energies_NS, widths_NS, corrected_N[:, None])
+
+    def pack(self, corrections: Corrections) -> list[tuple[Symbols, Table]]:
+        """Corrections -> runs of symbols with their tables."""
+        tilt = corrections.tilt.astype(np.int32).reshape(-1)
+        rows = corrections.rows.astype(np.int32)
+        steps: Symbols = rows - np.concatenate([[0], rows[:-1]]).astype(np.int32)
+        shape = 1 + int(np.argmin([float(bits_of(table)[steps + _MAX_STEP].sum()) for table in _STEP_TABLES]))
+        tilted, shape = int(bool(tilt.any())), shape if steps.any() else 0
+        parts: list[tuple[Symbols, Table]] = [(np.array([tilted * (1 + len(_SHAPES)) + shape], np.int32), _KIND_TABLE)]
+        if tilted:
+            parts.append((tilt + MAX_CORRECTION, _TILT_TABLE))
+        if shape:
+            parts.append((steps + _MAX_STEP, _STEP_TABLES[shape - 1]))
+        return parts
+
+    def unpack(self, reader: SymbolReader) -> Corrections:
+        """Inverse of ``pack``."""
+        tilted, shape = divmod(int(reader.read(1, _KIND_TABLE)[0]), 1 + len(_SHAPES))
+        found = self.nothing()
+        tilt, rows = found.tilt, found.rows
+        if tilted:
+            tilt = (reader.read(tilt.size, _TILT_TABLE) - MAX_CORRECTION).reshape(tilt.shape).astype(np.int16)
+        if shape:
+            steps = reader.read(len(rows), _STEP_TABLES[shape - 1]) - _MAX_STEP
+            rows = np.clip(np.cumsum(steps), -MAX_CORRECTION, MAX_CORRECTION).astype(np.int16)
+        return Corrections(tilt, rows)
+
+    def _columns_of(self, block: Block) -> Levels:
+        expected = self.expected.get(block.name)
+        if expected is None or len(expected.columns) > block.width:
+            return np.zeros(block.width, np.int16)
+        tail = [expected.columns[-1]] * (block.width - len(expected.columns))
+        return np.array([*expected.columns, *tail], np.int16)
+
+    def _rows_of(self, block: Block) -> Levels:
+        expected = self.expected.get(block.name)
+        if expected is not None and len(expected.rows) == block.rank:
+            return np.array(expected.rows, np.int16)
+        tail = [self.any_rows[-1]] * max(block.rank - len(self.any_rows), 0)
+        return np.array([*self.any_rows, *tail], np.int16)[: block.rank]
+
+
+def _mean_ratio(energies: Doubles, widths: Doubles, expected: Doubles) -> float:
+    """Mean energy over what is expected: the maximum-likelihood scale of Gaussians."""
+    return float((energies * widths / expected).sum() / max(widths.sum(), 1.0))
+
+
+def _levels_of(ratio: float) -> int:
+    level = round(LEVELS_PER_OCTAVE * math.log2(min(max(ratio, 2.0**-60), 2.0**60)))
+    return max(-MAX_CORRECTION, min(MAX_CORRECTION, level))
+
+
+def _bits_lost(level: int) -> float:
+    """Bits a coefficient that an entropy model loses if its Gaussian is off by so many levels (Kullback-Leibler)."""
+    ratio = level / LEVELS_PER_OCTAVE * math.log(2)
+    return (math.exp(min(ratio, 40.0)) - 1 - ratio) / (2 * math.log(2)) if level else 0.0
+
+
+def _falling_table(limit: int, moved: Fraction, halving: int) -> Table:
+    """A table for -limit..limit: ``moved`` is the share of what is not 0, halved every ``halving`` sizes. All in
+    integers, so that both ends have the same."""
+    weights = [Fraction(1, 2 ** (size // halving)) for size in range(limit)]
+    sided = [moved / 2 * weight / sum(weights) for weight in weights]
+    counts = [1 + int(share * (TOTAL - 2 * limit - 1)) for share in sided]
+    return np.array([*counts[::-1], TOTAL - 2 * sum(counts), *counts], np.uint16)
+
+
+_TILT_BITS, _ROW_BITS = 4.0, 4.0
+_KIND_TABLE = integer_table(np.ones(2 * (1 + len(_SHAPES))))
+_TILT_TABLE = _falling_table(MAX_CORRECTION, Fraction(2, 3), 2)
+_STEP_TABLES = [_falling_table(_MAX_STEP, moved, halving) for moved, halving in _SHAPES]
