@@ -34,7 +34,7 @@ _UNTRAINED: dict[str, Callable[[Layout], Codec]] = {
     "b-only": BOnlyCodec,
     "rotated": RotatedCodec,
 }
-_WITH_A_RATE = ("learned", "eden", "topk", "powersgd", "b-only", "rotated")
+CODECS_WITH_A_RATE = ("learned", "eden", "topk", "powersgd", "b-only", "rotated")
 CODECS = ("identity", *TRAINED, *(name for name in _UNTRAINED if name != "identity"))
 
 
@@ -90,6 +90,6 @@ def codec_of(artifact: Artifact, layout: Layout) -> Codec:
 
 def byte_budget(settings: CodecSettings, layout: Layout) -> int | None:
     """Bytes that one payload may take; None where the codec has no rate to choose."""
-    if settings.bits is None or settings.name not in _WITH_A_RATE:
+    if settings.bits is None or settings.name not in CODECS_WITH_A_RATE:
         return None
     return max_payload_bytes(settings.bits, layout.num_parameters)

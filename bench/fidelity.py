@@ -1,0 +1,140 @@
+"""How near every codec comes to updates that it was not trained on, at equal bytes, in one run.
+
+    python -m bench.fidelity --updates FILE.safetensors [--bits 0.05,0.1,0.25,0.5,1] [--json OUT]
+
+FILE holds recorded updates under keys ``r<round>/c<client>/<PEFT tensor name>``; ``python -m tgap record=FILE`` writes
+one. Codecs that are trained are trained on the first third of the rounds; all are measured on the rest. Every byte of
+a payload counts. ``learned (general)`` is the artifact of ``--artifact``, trained on other updates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from conf.output import provenance, write_json
+from gradcodec.artifact import load_artifact
+from gradcodec.build import CODECS, CODECS_WITH_A_RATE, TRAINED, CodecSettings, build_codec, codec_of
+from gradcodec.codec import Codec
+from gradcodec.errors import CodecError
+from gradcodec.recording import Recording, Update, load_recording
+from gradcodec.training import FitSettings, Row, measure, rows_to_json, train_codec
+
+GENERAL = "learned (general)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--updates", type=Path, required=True, metavar="FILE", help="recorded updates")
+    parser.add_argument("--bits", default="0.05,0.1,0.25,0.5,1", help="bits per parameter, payloads whole")
+    parser.add_argument("--codecs", default=",".join(CODECS), help="which codecs (default: all)")
+    parser.add_argument("--artifact", type=Path, default=Path("assets/codec"), help="the general artifact of `learned`")
+    parser.add_argument("--network-steps", type=int, default=300, help="training of the paper's autoencoders")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, metavar="OUT", help="save the rows")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    try:
+        rates = [float(rate) for rate in args.bits.split(",")]
+        recording = load_recording(args.updates)
+        train, heldout = first_third(recording)
+        names = args.codecs.split(",")
+        if unknown := sorted(set(names) - set(CODECS)):
+            raise ValueError(f"--codecs holds {unknown[0]!r}, which is none of {', '.join(CODECS)}")
+        rows = measure_all(names, recording, train, heldout, rates, args.artifact, args.network_steps)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    print_table(rows, recording)
+    if args.json is not None:
+        about = {"updates": args.updates.name, "num_parameters": recording.layout.num_parameters}
+        write_json({"rows": rows_to_json(rows), **about, "made_with": provenance()}, args.json)
+
+
+def first_third(recording: Recording) -> tuple[list[Update], list[Update]]:
+    """Updates of the first third of the rounds, and those of the rest.
+
+    Raises:
+        ValueError: fewer than three rounds are recorded.
+    """
+    rounds = sorted({update.round for update in recording.updates})
+    if len(rounds) < 3:
+        raise ValueError(f"{len(rounds)} rounds are recorded; training on a third of them needs at least three")
+    early = set(rounds[: len(rounds) // 3])
+    train = [update for update in recording.updates if update.round in early]
+    return train, [update for update in recording.updates if update.round not in early]
+
+
+def measure_all(
+    names: list[str],
+    recording: Recording,
+    train: list[Update],
+    heldout: list[Update],
+    rates: list[float],
+    general: Path,
+    network_steps: int,
+) -> list[Row]:
+    """The rows of all codecs at all rates; those of one rate have one row."""
+    rows: list[Row] = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=len(names) + 1)
+        for name, codec in _codecs(names, recording, train, general, network_steps):
+            progress.update(bar, description=name)
+            own = rates if name == GENERAL or name in CODECS_WITH_A_RATE else [None]
+            for rate in own:
+                try:
+                    rows += measure(name, codec, recording, {"later rounds": heldout}, [rate])
+                except CodecError as error:
+                    print(f"{name} at {rate} bits: {error}", file=sys.stderr)
+            progress.update(bar, advance=1)
+    return rows
+
+
+def _codecs(
+    names: list[str], recording: Recording, train: list[Update], general: Path, network_steps: int
+) -> Iterator[tuple[str, Codec]]:
+    settings = FitSettings(network_steps=network_steps)
+    for name in names:
+        if name in TRAINED:
+            artifact = train_codec(name, recording, train, {}, settings=settings, seed=0, progress=lambda *_: None)
+            yield name, codec_of(artifact, recording.layout)
+        else:
+            yield name, build_codec(CodecSettings(name=name), recording.layout)
+        if name == "learned" and general.is_dir():
+            yield GENERAL, codec_of(load_artifact(general, "learned"), recording.layout)
+
+
+def print_table(rows: list[Row], recording: Recording) -> None:
+    layout = recording.layout
+    shape = f"{layout.num_parameters:,} parameters, {len(layout.blocks)} tensors, rank {layout.rank}"
+    table = Table(title=f"single updates of later rounds, no error feedback, every byte counted ({shape})")
+    for column in ("bits asked", "codec", "bits", "cosine", "error energy", "SNR dB", "aggregate cosine", "Gaussian"):
+        table.add_column(column, no_wrap=True, justify="left" if column == "codec" else "right")
+    last = None
+    for row in sorted(rows, key=lambda row: (row.bits_requested or 64.0, row.snr_db)):
+        if last is not None and row.bits_requested != last:
+            table.add_section()
+        last = row.bits_requested
+        table.add_row(
+            "own" if row.bits_requested is None else f"{row.bits_requested:g}",
+            row.codec,
+            f"{row.bits:.3f}",
+            f"{row.cosine:.3f}",
+            f"{10 ** (-row.snr_db / 10):.4f}",
+            f"{row.snr_db:.2f}",
+            f"{row.aggregate_cosine:.3f}",
+            f"{row.gaussian_bound_cosine:.3f}",
+        )
+    Console(width=110 if not sys.stdout.isatty() else None).print(table)
+
+
+if __name__ == "__main__":
+    main()
