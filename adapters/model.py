@@ -34,6 +34,15 @@ class LoraSettings:
     alpha: float = 16.0
     dropout: float = 0.0
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    train: str = "both"  # both factors | b: A stays as it was drawn (FFA-LoRA, Sun et al. 2024)
+
+
+def check_lora(settings: LoraSettings) -> None:
+    """Raises ValueError naming the first key that cannot be served."""
+    if settings.train not in ("both", "b"):
+        raise ValueError(f"lora.train={settings.train!r} is none of both, b")
+    if settings.rank < 1:
+        raise ValueError(f"lora.rank={settings.rank} must be at least 1")
 
 
 def check_model(settings: ModelSettings) -> None:
@@ -79,9 +88,10 @@ def load_model(settings: ModelSettings, lora: LoraSettings, seed: int) -> PeftMo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = get_peft_model(base, config)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+            parameter.requires_grad = lora.train == "both" or ".lora_B." in name
     return model.to(resolve_device(settings))
 
 

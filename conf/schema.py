@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from adapters.finetune import TrainSettings, check_training
-from adapters.model import LoraSettings, ModelSettings, check_model
+from adapters.model import LoraSettings, ModelSettings, check_lora, check_model
 from gradcodec.build import CodecSettings, check_codec
 from gradcodec.training import FitSettings
 from strategies.build import StrategySettings, check_strategy
@@ -132,6 +132,7 @@ def check_settings(settings: Settings) -> None:
     if settings.record is not None and settings.arm != "dense":
         raise ValueError(f"record=... needs arm=dense, not arm={settings.arm}: payloads are no updates")
     check_model(settings.model)
+    check_lora(settings.lora)
     check_training(settings.train)
     check_task(settings.task)
     check_strategy(settings.strategy)

@@ -46,7 +46,7 @@ class CodecSettings:
     bits: float | None = 0.5  # bits per parameter of the whole payload, at most; null: the codec's own rate
     artifact: str | None = None  # folder made by `python -m tgap`, for codecs that are trained
     digest: str | None = None  # set by the server: the artifact that both ends must have
-    feedback: float = 1.0  # share of the residual that goes into the next target; 0: no error feedback
+    feedback: float = 0.5  # share of the residual that goes into the next target; 0: no error feedback, 1: no leak
 
 
 def check_codec(settings: CodecSettings) -> None:

@@ -149,10 +149,10 @@ def _refit(
                 if not len(values_N):
                     continue
                 symbols_N, _ = quantizer.quantize(values_N, c)
-                magnitudes_N = symbols_N.abs().long()
+                magnitudes_N = symbols_N.abs().clamp_max(coders[c].largest).long()
                 size = coders[c].largest + 1
                 counts[c] = counts.get(c, np.zeros(size)) + np.bincount(magnitudes_N.numpy(), minlength=size)
-                added_M = torch.zeros(size).index_add_(0, magnitudes_N, values_N.abs())
+                added_M = torch.zeros(size).index_add_(0, magnitudes_N, values_N.abs().clamp_max(size - 0.5))
                 sums[c] = sums[c] + added_M if c in sums else added_M
                 total_error += float((quantizer.restore(symbols_N, None, c) - values_N).square().sum())
                 total_bits += quantizer.num_bits(symbols_N, c)

@@ -39,9 +39,6 @@ from gradcodec.autoencoder.quantizer import (
     Quantizer,
     deviation,
     largest_magnitude,
-    low_bits_table,
-    num_low_bits,
-    to_symbols,
 )
 from gradcodec.autoencoder.spectrum import LEVELS_PER_OCTAVE, Corrections, Expected, Spectrum
 from gradcodec.autoencoder.transform import Transform
@@ -196,10 +193,8 @@ class LearnedCodec:
         plan = _Plan(step, shift, self._spectrum.unpack(reader))
         coefficients_N = coefficients_RC.view(-1)
         for symbol_class, places_N in _places(self._spectrum, plan):
-            largest, low_bits = largest_of(symbol_class), num_low_bits(symbol_class)
-            symbols_N = reader.read(len(places_N), self._quantizer.table(symbol_class)) - np.int32(largest)
-            low_N = torch.from_numpy(reader.read(len(places_N), low_bits_table(low_bits))) if low_bits else None
-            coefficients_N[places_N] = self._quantizer.restore(torch.from_numpy(symbols_N), low_N, symbol_class)
+            symbols_N, low_N = self._quantizer.unpack(reader, len(places_N), symbol_class)
+            coefficients_N[places_N] = self._quantizer.restore(symbols_N, low_N, symbol_class)
         coefficients_RC *= _width_of(step)
         return self._transform.synthesise(coefficients_RC, side)
 
@@ -286,15 +281,8 @@ class _Encoder:
         scale = 1 / _width_of(plan.step)
         for symbol_class, places_N in _places(self._spectrum, plan):
             symbols_N, low_N = self._quantizer.quantize(coefficients_N[places_N] * scale, symbol_class)
-            parts.append((to_symbols(symbols_N, largest_of(symbol_class)), self._quantizer.table(symbol_class)))
-            if low_N is not None:
-                parts.append((to_symbols(low_N, 0), low_bits_table(num_low_bits(symbol_class))))
+            parts += self._quantizer.pack(symbols_N, low_N, symbol_class)
         return _HEADER.pack(plan.step, plan.shift) + encode_symbols(parts)
-
-
-def largest_of(symbol_class: int) -> int:
-    """M of the class's table."""
-    return largest_magnitude(symbol_class - 4 * num_low_bits(symbol_class))
 
 
 def _places(spectrum: Spectrum, plan: _Plan, stride: int = 1) -> Iterator[tuple[int, Tensor]]:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradcodec.entropy import TOTAL, Symbols, Table, bits_of, integer_table
+from gradcodec.entropy import TOTAL, SymbolReader, Symbols, Table, bits_of, integer_table
 
 MIN_CLASS, MAX_TABLED, MAX_CLASS = -8, 13, 40
 """Below the first, coefficients are silent; above the second, their lowest bits are sent as they are."""
@@ -29,6 +29,9 @@ CLASSES = range(MIN_CLASS, MAX_TABLED + 1)
 PRICE_OF_A_BIT = 0.14
 """Lambda, in squared steps. ln(2) / 6 = 0.116 is what uniform steps trade at at a high rate."""
 _MAX_MAGNITUDE = 40
+_MAX_OCTAVE = 14
+MAX_EXCESS = (1 << _MAX_OCTAVE + 1) - 2
+"""Larger values are clipped; what is cut off stays in the residual."""
 
 Integers = NDArray[np.int64]
 
@@ -39,7 +42,7 @@ def deviation(symbol_class: int) -> float:
 
 
 def largest_magnitude(symbol_class: int) -> int:
-    """Magnitudes above are clipped; what is cut off stays in the residual."""
+    """M: what a magnitude exceeds it by is sent apart (``excess``)."""
     return min(_MAX_MAGNITUDE, 3 + math.ceil(8 * deviation(symbol_class)))
 
 
@@ -72,14 +75,17 @@ class Quantizer:
         self._bits = {c: torch.from_numpy(bits_of(coder.table)).float() for c, coder in coders.items()}
 
     def quantize(self, values_N: Tensor, symbol_class: int) -> tuple[Tensor, Tensor | None]:
-        """Values in steps -> symbols -M..M, and the low bits of the highest classes, both ``[N]`` integers."""
+        """Values in steps -> symbols, and the low bits of the highest classes, both ``[N]`` integers."""
         coder, low_bits = self.coders[_tabled(symbol_class)], num_low_bits(symbol_class)
         if low_bits:
-            largest = (coder.largest + 1 << low_bits) - 1
+            largest = coder.largest + MAX_EXCESS << low_bits
             whole_N = values_N.round().clamp(-largest, largest).int() + (1 << low_bits - 1)
-            symbols_N = (whole_N >> low_bits).clamp(-coder.largest, coder.largest)
-            return symbols_N, whole_N - (symbols_N << low_bits) & (1 << low_bits) - 1
-        magnitudes_N = torch.bucketize(values_N.abs(), self._thresholds[symbol_class], out_int32=True)
+            return whole_N >> low_bits, whole_N & (1 << low_bits) - 1
+        sizes_N = values_N.abs()
+        magnitudes_N = torch.bucketize(sizes_N, self._thresholds[symbol_class], out_int32=True)
+        outliers = magnitudes_N == coder.largest
+        excess = (sizes_N[outliers] - coder.centroids_M[-1]).round().clamp(0, MAX_EXCESS)
+        magnitudes_N[outliers] += excess.int()
         return torch.where(values_N < 0, -magnitudes_N, magnitudes_N), None
 
     def restore(self, symbols_N: Tensor, low_N: Tensor | None, symbol_class: int) -> Tensor:
@@ -87,16 +93,48 @@ class Quantizer:
         if low_N is not None:
             low_bits = num_low_bits(symbol_class)
             return ((symbols_N << low_bits) + low_N - (1 << low_bits - 1)).float()
-        return self.coders[symbol_class].centroids_M[symbols_N.abs()] * symbols_N.sign()
+        coder = self.coders[symbol_class]
+        magnitudes_N = symbols_N.abs()
+        sizes_N = coder.centroids_M[magnitudes_N.clamp_max(coder.largest)]
+        return (sizes_N + (magnitudes_N - coder.largest).clamp_min(0)) * symbols_N.sign()
 
     def num_bits(self, symbols_N: Tensor, symbol_class: int) -> float:
         """What symbols and low bits take."""
         bits_M = self._bits[_tabled(symbol_class)]
-        counts_M = torch.bincount(symbols_N + self.coders[_tabled(symbol_class)].largest, minlength=len(bits_M))
-        return float(counts_M.float() @ bits_M) + num_low_bits(symbol_class) * len(symbols_N)
+        largest = len(bits_M) // 2
+        counts_M = torch.bincount(symbols_N.clamp(-largest, largest) + largest, minlength=len(bits_M))
+        excess = symbols_N.abs() - largest
+        excess_bits = float((2 * torch.log2(excess[excess >= 0] + 1.0) + 1).sum())
+        return float(counts_M.float() @ bits_M) + excess_bits + num_low_bits(symbol_class) * len(symbols_N)
 
-    def table(self, symbol_class: int) -> Table:
-        return self.coders[_tabled(symbol_class)].table
+    def pack(self, symbols_N: Tensor, low_N: Tensor | None, symbol_class: int) -> list[tuple[Symbols, Table]]:
+        """What ``quantize`` gave -> runs of symbols with their tables."""
+        table = self.coders[_tabled(symbol_class)].table
+        largest = len(table) // 2
+        signed: Symbols = symbols_N.cpu().numpy().astype(np.int32)
+        parts = [(np.clip(signed, -largest, largest) + np.int32(largest), table)]
+        excess = np.abs(signed[np.abs(signed) >= largest]) - largest + 1
+        octaves = np.frexp(excess.astype(np.float64))[1].astype(np.int32) - 1  # Elias gamma: the length, then the rest
+        if len(excess):
+            parts.append((octaves, _OCTAVE_TABLE))
+        parts += [(excess[octaves == n] - np.int32(1 << n), low_bits_table(n)) for n in range(1, _MAX_OCTAVE + 1)]
+        if low_N is not None:
+            parts.append((low_N.cpu().numpy().astype(np.int32), low_bits_table(num_low_bits(symbol_class))))
+        return parts
+
+    def unpack(self, reader: SymbolReader, count: int, symbol_class: int) -> tuple[Tensor, Tensor | None]:
+        """Inverse of ``pack``."""
+        table, low_bits = self.coders[_tabled(symbol_class)].table, num_low_bits(symbol_class)
+        largest = len(table) // 2
+        signed = reader.read(count, table) - np.int32(largest)
+        outliers = np.flatnonzero(np.abs(signed) == largest)
+        octaves = reader.read(len(outliers), _OCTAVE_TABLE)
+        for n in range(1, _MAX_OCTAVE + 1):
+            places = outliers[octaves == n]
+            excess = reader.read(len(places), low_bits_table(n)) + np.int32((1 << n) - 1)
+            signed[places] += np.sign(signed[places]) * excess
+        low_N = torch.from_numpy(reader.read(count, low_bits_table(low_bits))) if low_bits else None
+        return torch.from_numpy(signed), low_N
 
 
 def num_low_bits(symbol_class: int) -> int:
@@ -109,9 +147,7 @@ def low_bits_table(low_bits: int) -> Table:
     return integer_table(np.ones(1 << low_bits))
 
 
-def to_symbols(symbols_N: Tensor, largest: int) -> Symbols:
-    """Signed -> 0..2M, as the entropy coder has them."""
-    return (symbols_N + largest).cpu().numpy().astype(np.int32)
+_OCTAVE_TABLE = np.array([(1 << 15) + 2, *(1 << 15 - n for n in range(1, _MAX_OCTAVE + 1))], np.uint16)
 
 
 def _tabled(symbol_class: int) -> int:

@@ -1,0 +1,154 @@
+"""Hostile payloads against every decoder: each is decoded to finite blocks, or refused with CodecError.
+
+    python -m bench.fuzz [--cases 100000] [--seed 0] [--codecs learned,topk,...] [--json OUT]
+
+Half of the cases are damaged as a network would (truncated, flipped bits, spliced); the other half carry a right
+checksum, ids and length, so that the damage reaches the codec: random bodies, flipped bits, cut and lengthened
+streams, extreme headers. Any other error than CodecError, a value that is not finite, or a decode of more than
+``--seconds`` ends the run with 1 and prints the payload. Memory is bounded by the layout: the table says what it took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import resource
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from conf.output import provenance, write_json
+from gradcodec.artifact import load_artifact
+from gradcodec.build import CODECS, TRAINED, CodecSettings, build_codec, codec_of
+from gradcodec.codec import Codec
+from gradcodec.errors import CodecError
+from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
+from gradcodec.frame import HEADER_BYTES, Frame, pack, unpack
+from gradcodec.layout import Layout
+
+SHAPES = {
+    f"{layer}.{module}.lora_{factor}.weight": (8, 96) if factor == "A" else (64, 8)
+    for layer in range(2)
+    for module in "qv"
+    for factor in "AB"
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=5.0, help="the longest that one decode may take")
+    parser.add_argument("--codecs", help="which codecs (default: all that need no artifact of this layout)")
+    parser.add_argument("--artifact", type=Path, default=Path("assets/codec"))
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    layout = Layout.of(SHAPES)
+    names = args.codecs.split(",") if args.codecs else [n for n in CODECS if n not in TRAINED or n == "learned"]
+    try:
+        codecs = {name: _codec(name, layout, args.artifact) for name in names}
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    chance = random.Random(args.seed)
+    outcomes = {name: Counter[str]() for name in names}
+    slowest = dict.fromkeys(names, 0.0)
+    honest = {name: _payloads(codec) for name, codec in codecs.items()}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in track(range(args.cases), "fuzzing", console=Console(stderr=True), transient=True):
+        name = names[number % len(names)]
+        payload = hostile(chance, codecs[name], honest[name])
+        start = time.perf_counter()
+        try:
+            update = decode_update(payload, codec=codecs[name])
+        except CodecError:
+            outcomes[name]["refused"] += 1
+        except Exception as error:
+            sys.exit(f"error: {name} raised {error!r} for payload {payload.hex()}")
+        else:
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in update.values()):
+                sys.exit(f"error: {name} decoded values that are not finite from payload {payload.hex()}")
+            outcomes[name]["decoded"] += 1
+        slowest[name] = max(slowest[name], time.perf_counter() - start)
+        if slowest[name] > args.seconds:
+            sys.exit(f"error: {name} took {slowest[name]:.1f} s for payload {payload.hex()}")
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    rows: list[dict[str, Any]] = [
+        {"codec": name, **{k: outcomes[name][k] for k in ("refused", "decoded")}, "slowest_ms": 1000 * slowest[name]}
+        for name in names
+    ]
+    table = Table(title=f"{args.cases:,} hostile payloads; peak memory grew by {grown / 1e6:.0f} MB")
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+    if args.json is not None:
+        about = {"cases": args.cases, "seed": args.seed, "grown_bytes": grown}
+        write_json({"rows": rows, **about, "made_with": provenance()}, args.json)
+
+
+def hostile(chance: random.Random, codec: Codec, honest: list[bytes]) -> bytes:
+    """One payload that no encoder made."""
+    payload = chance.choice(honest)
+    if chance.random() < 0.5:
+        return _damaged(chance, payload)
+    codes = list(unpack(payload, codec.num_streams).codes)
+    which = chance.randrange(len(codes))
+    codes[which] = chance.choice((_damaged, _noise, _extreme_head))(chance, codes[which])
+    gain = chance.choice((1.0, 1.0, 1.0, 0.0, -1.0, 65504.0, 6e-8))
+    return pack(Frame(codec.id, codec.layout.id, gain, tuple(codes)))
+
+
+def _damaged(chance: random.Random, data: bytes) -> bytes:
+    kind = chance.randrange(4)
+    place = chance.randrange(len(data) + 1)
+    if kind == 0:
+        return data[:place]
+    if kind == 1:
+        return data[:place] + chance.randbytes(chance.randrange(64)) + data[place:]
+    if kind == 2:
+        return data + b"\xff" * chance.randrange(1, 4096)
+    changed = bytearray(data)
+    for _ in range(chance.randrange(1, 9) if data else 0):
+        changed[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    return bytes(changed)
+
+
+def _noise(chance: random.Random, data: bytes) -> bytes:
+    return chance.randbytes(chance.randrange(2 * len(data) + 8))
+
+
+def _extreme_head(chance: random.Random, data: bytes) -> bytes:
+    """The first bytes, where counts, steps and scales stand, at their limits."""
+    size = min(chance.randrange(1, 9), len(data))
+    return bytes(chance.choice((0x00, 0x7F, 0x80, 0xFF, 0x7C, 0x3F)) for _ in range(size)) + data[size:]
+
+
+def _payloads(codec: Codec) -> list[bytes]:
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for bits in (0.1, 0.5, 2.0):
+        blocks_RC = torch.randn(codec.layout.rank, codec.layout.num_columns, generator=generator)
+        budget = max(max_payload_bytes(bits, codec.layout.num_parameters), HEADER_BYTES + 64)
+        update = codec.layout.to_update(blocks_RC * math.pow(10, -3))
+        found.append(encode_update(update, None, codec=codec, max_bytes=budget)[0])
+    return found
+
+
+def _codec(name: str, layout: Layout, artifact: Path) -> Codec:
+    if name == "learned":
+        return codec_of(load_artifact(artifact, name), layout)
+    return build_codec(CodecSettings(name=name), layout)
+
+
+if __name__ == "__main__":
+    main()

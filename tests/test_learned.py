@@ -1,0 +1,221 @@
+"""The parts of the learned codec, each against what is known of it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPES, heavy_tailed_update
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradcodec.autoencoder.fit_learned import Sample, fit_learned
+from gradcodec.autoencoder.learned import LearnedCodec, LearnedTables
+from gradcodec.autoencoder.quantizer import (
+    CLASSES,
+    MAX_CLASS,
+    PRICE_OF_A_BIT,
+    Quantizer,
+    deviation,
+    first_coder,
+    largest_magnitude,
+    num_low_bits,
+)
+from gradcodec.autoencoder.spectrum import MAX_CORRECTION, Corrections, Expected, Spectrum
+from gradcodec.autoencoder.transform import Reflection, Transform, leading_directions
+from gradcodec.entropy import SymbolReader, bits_of, encode_symbols
+from gradcodec.errors import CodecError
+from gradcodec.exchange import decode_update, encode_update
+from gradcodec.layout import Layout
+
+UNTRAINED = LearnedTables({c: first_coder(c) for c in CLASSES}, (0, -2, -4))
+
+
+@pytest.fixture(scope="module")
+def quantizer() -> Quantizer:
+    return Quantizer({c: first_coder(c) for c in CLASSES})
+
+
+@pytest.mark.parametrize(("width", "count"), [(16, 1), (64, 32), (192, 96), (4096, 8)])
+def test_a_reflection_is_orthogonal_and_starts_with_the_given_directions(width: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    given_WK = torch.linalg.qr(torch.randn(width, count, generator=generator))[0]
+    reflection = Reflection(given_WK)
+    rows = torch.randn(3, width, generator=generator)
+    turned = reflection.forward(rows)
+    torch.testing.assert_close(reflection.inverse(turned), rows, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(turned.norm(dim=1), rows.norm(dim=1))
+    torch.testing.assert_close(turned[:, :count].abs(), (rows @ given_WK).abs(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_reflection_of_the_unit_vectors_themselves_is_not_singular() -> None:
+    rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    reflection = Reflection(torch.eye(32, 8))
+    torch.testing.assert_close(reflection.inverse(reflection.forward(rows)), rows, rtol=1e-4, atol=1e-5)
+
+
+def test_directions_gather_the_energy_of_a_low_rank_recording() -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows_NW = torch.randn(40, 3, generator=generator) @ torch.randn(3, 64, generator=generator)
+    coordinates = Reflection(leading_directions(rows_NW, 3)).forward(rows_NW)
+    assert coordinates[:, :3].square().sum() > 0.999 * coordinates.square().sum()
+
+
+def test_a_tensor_of_another_width_keeps_its_columns() -> None:
+    layout = Layout.of({"x.lora_A.weight": (2, 32)})
+    blocks = torch.randn(2, 32)
+    transform = Transform(layout, {"x.lora_A.weight": torch.eye(48, 4)})
+    assert torch.equal(transform.analyse(blocks, None), blocks)
+
+
+@pytest.mark.parametrize("symbol_class", [*CLASSES, MAX_CLASS - 3, MAX_CLASS])
+def test_quantising_stays_within_its_cell_and_costs_what_the_table_says(
+    quantizer: Quantizer, symbol_class: int
+) -> None:
+    values_N = torch.randn(4000, generator=torch.Generator().manual_seed(symbol_class + 50)) * deviation(symbol_class)
+    symbols_N, low_N = quantizer.quantize(values_N, symbol_class)
+    error_N = (quantizer.restore(symbols_N, low_N, symbol_class) - values_N).abs()
+    inside = values_N.abs() < 2 * deviation(symbol_class)
+    widest = 0.5 + (0 if low_N is not None else PRICE_OF_A_BIT * 10)
+    assert float(error_N[inside].max()) <= widest
+    parts = quantizer.pack(symbols_N, low_N, symbol_class)
+    taken = sum(float(bits_of(table)[symbols].sum()) for symbols, table in parts)
+    assert quantizer.num_bits(symbols_N, symbol_class) == pytest.approx(taken, rel=1e-3)
+    found_N, found_low_N = quantizer.unpack(SymbolReader(encode_symbols(parts)), len(values_N), symbol_class)
+    assert torch.equal(found_N, symbols_N.int())
+    if low_N is None or found_low_N is None:
+        assert low_N is found_low_N
+    else:
+        assert torch.equal(found_low_N, low_N)
+
+
+def test_the_search_is_exact(quantizer: Quantizer) -> None:
+    """Thresholds give the codeword that trying all of them gives: squared error plus lambda times bits."""
+    for symbol_class in (-4, 0, 5, 10):
+        coder = quantizer.coders[symbol_class]
+        values_N = torch.linspace(0, float(coder.centroids_M[-1]) * 0.9, 500)
+        bits_M = torch.from_numpy(bits_of(coder.table)[coder.largest :]).float()
+        cost_NM = (values_N[:, None] - coder.centroids_M).square() + PRICE_OF_A_BIT * bits_M
+        found = quantizer.quantize(values_N, symbol_class)[0].long()
+        chosen = cost_NM.gather(1, found[:, None]).squeeze(1)
+        assert float((chosen - cost_NM.min(1).values).max()) < 0.02
+
+
+def test_outliers_are_sent_apart(quantizer: Quantizer) -> None:
+    assert all(largest_magnitude(c) >= 3 * deviation(c) for c in CLASSES)
+    assert [num_low_bits(c) for c in (13, 14, 17, 18)] == [0, 1, 1, 2]
+    values_N = torch.tensor([0.0, 1e3, -77.0, 12345.0, -1e9])
+    for symbol_class in (-8, 0, 13, 20):
+        parts = quantizer.pack(*quantizer.quantize(values_N, symbol_class), symbol_class)
+        found = quantizer.unpack(SymbolReader(encode_symbols(parts)), len(values_N), symbol_class)
+        restored_N = quantizer.restore(*found, symbol_class)
+        torch.testing.assert_close(restored_N[:4], values_N[:4], rtol=1e-3, atol=1.0)
+        assert float(restored_N[4]) < -3e4  # clipped; the rest stays in the residual
+
+
+def spectrum_of(layout: Layout) -> Spectrum:
+    return Spectrum(layout, {layout.blocks[0].name: Expected((0, -3) + (-5,) * 6, (8, 6, 4, 0))}, (0, -2, -4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(-MAX_CORRECTION, MAX_CORRECTION), min_size=48, max_size=48), st.booleans())
+def test_corrections_come_back(layout: Layout, levels: list[int], tilted: bool) -> None:
+    spectrum = spectrum_of(layout)
+    rows = np.array(levels[:32], np.int16) * (levels[0] % 3 > 0)
+    tilt = np.array(levels[32:], np.int16).reshape(2, 8) * tilted
+    data = encode_symbols(spectrum.pack(Corrections(tilt, rows)))
+    found = spectrum.unpack(SymbolReader(data))
+    assert np.array_equal(found.rows, rows)
+    assert np.array_equal(found.tilt, tilt)
+
+
+def test_what_is_expected_needs_no_correction_and_what_is_not_does(layout: Layout) -> None:
+    spectrum = spectrum_of(layout)
+    generator = torch.Generator().manual_seed(0)
+    noise_RC = torch.randn(layout.rank, layout.num_columns, generator=generator)
+    levels_RC = torch.from_numpy(spectrum.levels(spectrum.nothing()).astype(np.float32))
+    as_expected_RC = noise_RC * torch.exp2(levels_RC / 4)
+    corrections, loudness = spectrum.fit(spectrum.energies(as_expected_RC.numpy()), live=1e-6)
+    assert loudness == pytest.approx(1.0, abs=0.15)
+    assert np.abs(corrections.tilt).max() <= 1
+    assert np.abs(corrections.rows).max() <= 3
+    as_expected_RC[3] *= 8.0  # 18 dB
+    corrections, _ = spectrum.fit(spectrum.energies(as_expected_RC.numpy()), live=1e-6)
+    louder = [corrections.rows[i] - corrections.rows[i - 1] for i, r in enumerate(spectrum.rows) if r.rank == 3]
+    assert all(8 <= levels <= 16 for levels in louder)
+
+
+def test_levels_of_every_so_many_th_column_are_those_columns_levels(layout: Layout) -> None:
+    spectrum = spectrum_of(layout)
+    rows = np.arange(len(spectrum.rows), dtype=np.int16) % 5
+    corrections = Corrections(np.arange(16, dtype=np.int16).reshape(2, 8), rows)
+    assert np.array_equal(spectrum.levels(corrections, 7), spectrum.levels(corrections)[:, ::7])
+
+
+def test_training_is_the_same_every_time(layout: Layout) -> None:
+    samples = [Sample(layout.to_blocks(heavy_tailed_update(seed)), None) for seed in range(4)]
+    one, other = (fit_learned(samples, layout, directions=8, passes=2).to_tensors() for _ in range(2))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_training_on_silence_still_gives_a_codec(layout: Layout) -> None:
+    tables = fit_learned([Sample(torch.zeros(layout.rank, layout.num_columns), None)], layout, passes=1)
+    update = heavy_tailed_update(1)
+    _, residual = encode_update(update, None, codec=LearnedCodec(layout, tables, b"x"))
+    assert residual.left_RC.square().sum() < 0.1 * residual.target_RC.square().sum()
+
+
+def test_a_budget_is_filled_over_the_whole_range() -> None:
+    layout = Layout.of({f"{i}.lora_A.weight": (8, 512) for i in range(12)})
+    codec = LearnedCodec(layout, UNTRAINED, b"test")
+    update = heavy_tailed_update(5, layout.shapes)
+    for bits in (0.02, 0.05, 0.1, 0.3, 0.7, 1.0, 1.5, 2.0):
+        budget = int(bits * layout.num_parameters / 8)
+        payload, _ = encode_update(update, None, codec=codec, max_bytes=budget)
+        assert 0.96 * budget <= len(payload) <= budget, bits
+
+
+def test_one_value_among_zeros_arrives(layout: Layout) -> None:
+    update = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    name = next(iter(update))
+    update[name][2, 5] = 3.0
+    codec = LearnedCodec(layout, UNTRAINED, b"test")
+    payload, _ = encode_update(update, None, codec=codec, max_bytes=120)
+    assert float(decode_update(payload, codec=codec)[name][2, 5]) == pytest.approx(3.0, rel=0.2)
+
+
+def test_a_wild_shift_is_refused(layout: Layout) -> None:
+    codec = LearnedCodec(layout, UNTRAINED, b"test")
+    for step, shift in ((0, 1001), (0, -1001), (32767, 0), (-32768, 5)):
+        with pytest.raises(CodecError, match="out of range"):
+            codec.decode((np.array([step, shift], "<i2").tobytes() + b"abc",), None)
+
+
+def test_the_golden_payload_of_learned_2_decodes_to_its_symbols() -> None:
+    """Integer tables: the same bytes are the same symbols on every machine. A change here is a new codec id."""
+    layout = Layout.of({"x.lora_A.weight": (2, 16)})
+    blocks = torch.tensor([[math.sin(i) * 4 for i in range(16)], [math.cos(3 * i) for i in range(16)]])
+    codec = LearnedCodec(layout, _exact_tables(), b"golden")
+    assert codec.encode(blocks, 16, None) == (GOLDEN,)
+    symbols_RC = codec.decode((GOLDEN,), None) / 2.0 ** (np.frombuffer(GOLDEN[:2], "<i2")[0] / 64)
+    assert symbols_RC.round().int().tolist() == GOLDEN_SYMBOLS
+    assert torch.equal(symbols_RC.round(), symbols_RC)
+
+
+def _exact_tables() -> LearnedTables:
+    """Tables of powers of two: no float decides them."""
+    tensors = UNTRAINED.to_tensors()
+    for c in CLASSES:
+        size = largest_magnitude(c)
+        sided = [max(1, 1 << max(0, 13 - m)) for m in range(size)]
+        tensors[f"frequencies.{c}"] = torch.tensor([*sided[::-1], (1 << 16) - 2 * sum(sided), *sided])
+    return LearnedTables.from_tensors(tensors)
+
+
+GOLDEN = bytes.fromhex("1a000400353a4f5bfb1f45971e7b1c1b")
+GOLDEN_SYMBOLS = [
+    [0, 2, 3, 0, -2, -3, -1, 2, 3, 1, -2, -3, -2, 1, 3, 2],
+    [1, -1, 1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+]
