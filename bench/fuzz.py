@@ -61,7 +61,7 @@ def main() -> None:
     chance = random.Random(args.seed)
     outcomes = {name: Counter[str]() for name in names}
     slowest = dict.fromkeys(names, 0.0)
-    honest = {name: _payloads(codec) for name, codec in codecs.items()}
+    honest = {name: honest_payloads(codec) for name, codec in codecs.items()}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in track(range(args.cases), "fuzzing", console=Console(stderr=True), transient=True):
         name = names[number % len(names)]
@@ -133,7 +133,7 @@ def _extreme_head(chance: random.Random, data: bytes) -> bytes:
     return bytes(chance.choice((0x00, 0x7F, 0x80, 0xFF, 0x7C, 0x3F)) for _ in range(size)) + data[size:]
 
 
-def _payloads(codec: Codec) -> list[bytes]:
+def honest_payloads(codec: Codec) -> list[bytes]:
     generator = torch.Generator().manual_seed(0)
     found = []
     for bits in (0.1, 0.5, 2.0):

@@ -1,84 +1,125 @@
-"""How fast the codecs encode and decode one update here, beside each other in one run.
+"""How fast the codecs encode and decode one update here, and what memory they take, beside each other in one run.
 
-    python -m bench.speed [--layers 4] [--width 1024] [--rank 8] [--bits 0.5] [--repeats 3] [--json OUT]
+    python -m bench.speed [--geometry tiny|7b|70b] [--bits 0.1,0.5] [--codecs learned,rotated,...] [--json OUT]
 
-LLaMA-7B geometry is ``--layers 32 --width 4096`` (8,388,608 values). Figures are medians over the repeats.
+``7b`` is LLaMA-7B with rank 8 on q, k, v, o: 8,388,608 values; ``70b`` LLaMA-2-70B with the same adapter. Every codec
+runs in a process of its own, which holds the update when the clock starts; its peak memory is counted from there, the
+update itself included, in units of the update. Encoding contains what every payload goes through: decoding it again,
+the check that it adds no energy, and the residual. Seconds are medians over the repeats.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import resource
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from conf.output import provenance, write_json
-from gradcodec.build import CodecSettings, build_codec
-from gradcodec.codec import Codec, IdentityCodec
+from gradcodec.build import CODECS, CODECS_WITH_A_RATE, TRAINED, CodecSettings, build_codec
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
-from gradcodec.gauge import principal_axes
 from gradcodec.layout import Layout
 
 Result = TypeVar("Result")
+Widths = tuple[tuple[str, int, int], ...]
+GEOMETRIES: dict[str, tuple[int, Widths]] = {
+    "tiny": (4, tuple((module, 1024, 1024) for module in "qkvo")),
+    "7b": (32, tuple((module, 4096, 4096) for module in "qkvo")),
+    "70b": (80, (("q", 8192, 8192), ("k", 8192, 1024), ("v", 8192, 1024), ("o", 8192, 8192))),
+}
+"""Layers, and per module its inputs and outputs."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for key, default in (("layers", 4), ("width", 1024), ("rank", 8), ("repeats", 3)):
-        parser.add_argument(f"--{key}", type=int, default=default)
-    parser.add_argument("--bits", type=float, default=0.5, help="budget of the codecs that have a rate")
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="tiny")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--bits", default="0.1,0.5", help="budgets of the codecs that have a rate")
+    parser.add_argument("--codecs", help="default: all that serve any geometry")
     parser.add_argument("--artifact", default="assets/codec")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in (f"{layer}.{module}" for layer in range(args.layers) for module in "qkvo"):
-        shapes[f"{name}.lora_A.weight"] = (args.rank, args.width)
-        shapes[f"{name}.lora_B.weight"] = (args.width, args.rank)
-    layout = Layout.of(shapes)
-    torch.manual_seed(0)
-    blocks = torch.randn(layout.rank, layout.num_columns) * torch.randn(layout.rank, layout.num_columns).exp()
-    side = principal_axes(blocks, layout)
-    codecs: dict[str, Codec] = {
-        "identity": IdentityCodec(layout),
-        "learned": build_codec(CodecSettings(artifact=args.artifact), layout),
-    }
-    rows = []
-    for name, codec in codecs.items():
-        budget = None if name == "identity" else max_payload_bytes(args.bits, layout.num_parameters)
-        update = layout.to_update(blocks)
-        encode_s, (payload, _) = timed(
-            partial(encode_update, update, None, codec=codec, max_bytes=budget, side=side), args.repeats
-        )
-        decode_s, _ = timed(partial(decode_update, payload, codec=codec, side=side), args.repeats)
-        rows.append(
-            {
-                "codec": name,
-                "num_parameters": layout.num_parameters,
-                "payload_bytes": len(payload),
-                "encode_seconds": encode_s,
-                "decode_seconds": decode_s,
-                "encode_mb_per_s": 4e-6 * layout.num_parameters / encode_s,
-                "decode_mb_per_s": 4e-6 * layout.num_parameters / decode_s,
-            }
-        )
-    table = Table(title=f"{layout.num_parameters:,} parameters, {torch.get_num_threads()} threads, CPU")
-    for column in rows[0]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"peak memory of the process: {peak / 1e6:.0f} MB; one update: {4e-6 * layout.num_parameters:.0f} MB")
+    names = args.codecs.split(",") if args.codecs else [n for n in CODECS if n not in TRAINED or n == "learned"]
+    layout = layout_of(args.geometry, args.rank)
+    rows: list[dict[str, Any]] = []
+    spawn = multiprocessing.get_context("spawn")
+    try:
+        for name in names:
+            for bits in [float(rate) for rate in args.bits.split(",")] if name in CODECS_WITH_A_RATE else [None]:
+                Console(stderr=True).print(f"{name}{'' if bits is None else f' at {bits:g} bits'} ...")
+                with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # a process each: peak memory never falls
+                    one = partial(measure, name, layout, bits, args.artifact, args.repeats, args.threads)
+                    rows.append(pool.submit(one).result())
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    print_table(rows, args.geometry, layout, args.threads)
     if args.json is not None:
-        write_json({"rows": rows, "peak_process_bytes": peak, "made_with": provenance()}, args.json)
+        about = {"geometry": args.geometry, "num_parameters": layout.num_parameters, "threads": args.threads}
+        write_json({"rows": rows, **about, "device": "cpu", "made_with": provenance()}, args.json)
+
+
+def layout_of(geometry: str, rank: int) -> Layout:
+    num_layers, modules = GEOMETRIES[geometry]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(num_layers):
+        for module, inputs, outputs in modules:
+            shapes[f"{layer}.{module}.lora_A.weight"] = (rank, inputs)
+            shapes[f"{layer}.{module}.lora_B.weight"] = (outputs, rank)
+    return Layout.of(shapes)
+
+
+def update_of(layout: Layout, seed: int = 0) -> dict[str, Tensor]:
+    """Low-rank, heavy-tailed factors, as gradients are."""
+    generator = torch.Generator().manual_seed(seed)
+    update = {}
+    for block in layout.blocks:
+        falling = torch.exp2(-0.7 * torch.arange(block.rank))
+        tails = torch.randn(block.width, generator=generator).exp()
+        factor = torch.randn(block.rank, block.width, generator=generator) * falling[:, None] * tails
+        update[block.name] = (factor.T if block.transposed else factor).contiguous()
+    return update
+
+
+def measure(name: str, layout: Layout, bits: float | None, artifact: str, repeats: int, threads: int) -> dict[str, Any]:
+    """One codec at one rate."""
+    torch.set_num_threads(threads)
+    codec = build_codec(CodecSettings(name=name, artifact=artifact), layout)
+    before = layout.to_blocks(update_of(layout, seed=1))
+    side = codec.side_information(before)
+    del before
+    update = update_of(layout)
+    budget = None if bits is None else max_payload_bytes(bits, layout.num_parameters)
+    held = _peak_bytes()
+    encode = partial(encode_update, update, None, codec=codec, max_bytes=budget, side=side)
+    encode_s, (payload, _) = timed(encode, repeats)
+    decode_s, _ = timed(partial(decode_update, payload, codec=codec, side=side), repeats)
+    update_bytes = 4 * layout.num_parameters
+    return {
+        "codec": name,
+        "bits": 8 * len(payload) / layout.num_parameters,
+        "payload_bytes": len(payload),
+        "encode_seconds": encode_s,
+        "decode_seconds": decode_s,
+        "encode_mb_per_s": 1e-6 * update_bytes / encode_s,
+        "decode_mb_per_s": 1e-6 * update_bytes / decode_s,
+        "peak_updates": 1 + (_peak_bytes() - held) / update_bytes,
+    }
 
 
 def timed(work: Callable[[], Result], repeats: int) -> tuple[float, Result]:
@@ -89,6 +130,23 @@ def timed(work: Callable[[], Result], repeats: int) -> tuple[float, Result]:
         result = work()
         seconds.append(time.perf_counter() - start)
     return median(seconds), result
+
+
+def print_table(rows: list[dict[str, Any]], geometry: str, layout: Layout, threads: int) -> None:
+    table = Table(title=f"{geometry}: {layout.num_parameters:,} values, {threads} threads, CPU")
+    for column in ("codec", "bits", "payload", "encode s", "decode s", "encode MB/s", "decode MB/s", "peak, updates"):
+        table.add_column(column, justify="left" if column == "codec" else "right", no_wrap=True)
+    for row in rows:
+        figures = [f"{row[key]:.2f}" for key in ("encode_seconds", "decode_seconds")]
+        figures += [f"{row[key]:.0f}" for key in ("encode_mb_per_s", "decode_mb_per_s")]
+        table.add_row(
+            row["codec"], f"{row['bits']:.3f}", f"{row['payload_bytes']:,}", *figures, f"{row['peak_updates']:.1f}"
+        )
+    Console(width=100 if not sys.stdout.isatty() else None).print(table)
+
+
+def _peak_bytes() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""What the benches compute, on inputs whose answer is known; their runs are commands of their own."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import heavy_tailed_update
+from safetensors.torch import save_file
+
+from bench.fidelity import first_third, measure_all
+from bench.fuzz import honest_payloads, hostile
+from bench.loss_over_bytes import Run, summary
+from bench.speed import layout_of
+from gradcodec.build import CODECS, TRAINED, CodecSettings, build_codec
+from gradcodec.codec import Codec
+from gradcodec.errors import CodecError
+from gradcodec.exchange import decode_update
+from gradcodec.layout import Layout
+from gradcodec.recording import Recording, load_recording
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
+    path = tmp_path_factory.mktemp("recording") / "updates.safetensors"
+    updates = {(r, c): heavy_tailed_update(10 * r + c) for r in range(1, 7) for c in range(2)}
+    save_file({f"r{r}/c{c}/{name}": t for (r, c), u in updates.items() for name, t in u.items()}, path)
+    return load_recording(path)
+
+
+def test_fidelity_trains_on_the_first_third_and_measures_on_the_rest(recording: Recording) -> None:
+    train, heldout = first_third(recording)
+    assert {update.round for update in train} == {1, 2}
+    assert {update.round for update in heldout} == {3, 4, 5, 6}
+    rows = measure_all(["learned", "topk", "bf16"], recording, train, heldout, [0.5, 1.0], Path("none"), 1)
+    assert [(row.codec, row.bits_requested) for row in rows] == [
+        ("learned", 0.5),
+        ("learned", 1.0),
+        ("topk", 0.5),
+        ("topk", 1.0),
+        ("bf16", None),
+    ]
+    assert all(row.bits <= row.bits_requested for row in rows if row.bits_requested is not None)
+    assert all(0 < row.cosine <= row.aggregate_cosine + 0.2 for row in rows)
+    assert rows[-1].cosine > 0.9999
+
+
+def test_fidelity_needs_three_rounds(recording: Recording) -> None:
+    with pytest.raises(ValueError, match="at least three"):
+        first_third(Recording(recording.layout, recording.updates[:4]))
+
+
+def test_a_run_says_what_it_overrides() -> None:
+    assert Run.of("learned@0.5").overrides == ("codec=learned", "codec.bits=0.5")
+    assert Run.of("b-only@0.1:codec.feedback=1").overrides[-2:] == ("lora.train=b", "codec.feedback=1")
+    assert Run.of("sign").overrides == ("codec=sign",)
+    for wrong in ("", "learned@", "learned@x", "learned:feedback"):
+        with pytest.raises(ValueError, match="CODEC"):
+            Run.of(wrong)
+
+
+def test_loss_over_bytes_counts_what_is_kept_and_when() -> None:
+    def run(*losses: float) -> dict[str, object]:
+        return {"heldout_loss": list(losses), "bits_per_parameter": 1.0, "uplink_payload_bytes_per_client_round": 100.0}
+
+    found = [
+        {"dense": run(4.0, 3.5, 3.0), "x": run(4.0, 3.19, 3.1)},
+        {"dense": run(4.0, 3.4, 3.0), "x": run(4.0, 3.15, 3.1)},
+    ]
+    row = summary("x", found)
+    assert row["kept_fraction"] == pytest.approx(0.9)
+    assert row["behind_dense"] == pytest.approx(0.1)
+    assert row["behind_dense_spread"] == pytest.approx(0.0)
+    assert row["bytes_until"]["0.8"] == 100.0
+    assert row["bytes_until"]["0.95"] is None
+
+
+def test_the_geometry_of_llama_7b() -> None:
+    assert layout_of("7b", 8).num_parameters == 8_388_608
+
+
+@pytest.mark.parametrize("name", [name for name in CODECS if name not in TRAINED])
+def test_hostile_payloads_are_decoded_or_refused(layout: Layout, name: str) -> None:
+    """A few of what ``python -m bench.fuzz`` tries by the hundred thousand."""
+    _try(build_codec(CodecSettings(name=name), layout))
+
+
+def test_hostile_payloads_of_learned_are_decoded_or_refused(learned: Codec) -> None:
+    _try(learned)
+
+
+def _try(codec: Codec) -> None:
+    chance, honest = random.Random(1), honest_payloads(codec)
+    for _ in range(150):
+        payload = hostile(chance, codec, honest)
+        try:
+            update = decode_update(payload, codec=codec)
+        except CodecError:
+            continue
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in update.values()), payload.hex()
