@@ -120,7 +120,9 @@ class Trainer:
         if feedback > 0 and (old := load_residual(memory, partition, layout)) is not None:
             carried = old.carried(accepted, feedback)
         budget = byte_budget(self.settings.codec, layout)
-        payload, residual = encode_update(update, carried, codec=self.codec, max_bytes=budget, side=side)
+        payload, residual = encode_update(
+            update, carried, codec=self.codec, max_bytes=budget, snr_db=self.settings.codec.snr_db, side=side
+        )
         if feedback > 0:
             save_residual(memory, partition, layout, residual)
         return payload

@@ -44,6 +44,7 @@ class CodecSettings:
 
     name: str = "learned"
     bits: float | None = 0.5  # bits per parameter of the whole payload, at most; null: the codec's own rate
+    snr_db: float | None = None  # the cheapest payload of this signal-to-noise ratio, still of at most `bits`
     artifact: str | None = None  # folder made by `python -m tgap`, for codecs that are trained
     digest: str | None = None  # set by the server: the artifact that both ends must have
     feedback: float = 0.5  # share of the residual that goes into the next target; 0: no error feedback, 1: no leak
@@ -55,6 +56,15 @@ def check_codec(settings: CodecSettings) -> None:
         raise CodecError(f"codec.name={settings.name!r} is none of {', '.join(CODECS)}")
     if settings.bits is not None and not 0 < settings.bits <= 64:
         raise CodecError(f"codec.bits={settings.bits} bits per parameter: choose more than 0 and at most 64, or null")
+    if settings.snr_db is not None:
+        if not 0 < settings.snr_db <= 60:
+            raise CodecError(f"codec.snr_db={settings.snr_db} dB: choose more than 0 and at most 60, or null")
+        if settings.name not in CODECS_WITH_A_RATE:
+            raise CodecError(
+                f"codec.snr_db: codec.name={settings.name} has one rate; {', '.join(CODECS_WITH_A_RATE)} have more"
+            )
+        if settings.bits is None:
+            raise CodecError("codec.snr_db needs codec.bits, the most that it may take")
     if not 0 <= settings.feedback <= 1:
         raise CodecError(f"codec.feedback={settings.feedback} must lie between 0 and 1")
     if settings.name in TRAINED and settings.artifact is None:

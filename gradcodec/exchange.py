@@ -18,6 +18,7 @@ from torch import Tensor
 from gradcodec.codec import Codec
 from gradcodec.errors import BudgetError, CodecError
 from gradcodec.frame import HEADER_BYTES, Frame, pack, unpack
+from gradcodec.rate import codes_for_snr
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def encode_update(
     *,
     codec: Codec,
     max_bytes: int | None = None,
+    snr_db: float | None = None,
     side: Tensor | None = None,
 ) -> tuple[bytes, Residual]:
     """Update -> payload and residual; ``left + decoded == target`` (conservation, to float32 rounding).
@@ -63,6 +65,8 @@ def encode_update(
         carried_RC: what earlier payloads left, ``Residual.carried``, or None.
         codec: built for the update's layout.
         max_bytes: upper bound of ``len(payload)``; None leaves the rate to the codec.
+        snr_db: with it the payload is the cheapest that reaches this ratio of the target's energy to the error's, in
+            dB, as far as ``max_bytes``, which is then needed, allow.
         side: ``Codec.side_information`` of this round, equal on both ends, or None.
 
     Raises:
@@ -76,7 +80,12 @@ def encode_update(
         raise CodecError("the update holds NaN or infinity: local training diverged (lower train.lr)")
     if max_bytes is not None and max_bytes <= HEADER_BYTES:
         raise BudgetError(f"{max_bytes} bytes a payload: the frame's header alone takes {HEADER_BYTES}")
-    codes = codec.encode(target_RC, None if max_bytes is None else max_bytes - HEADER_BYTES, side)
+    most_bytes = None if max_bytes is None else max_bytes - HEADER_BYTES
+    if snr_db is None:
+        codes = codec.encode(target_RC, most_bytes, side)
+    else:
+        assert most_bytes is not None
+        codes = codes_for_snr(codec, target_RC, snr_db, most_bytes, side)
     decoded_RC = codec.decode(codes, side)
     gain = contractive_gain(target_RC, decoded_RC)
     payload = pack(Frame(codec.id, codec.layout.id, gain, codes))

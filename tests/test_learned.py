@@ -25,9 +25,11 @@ from gradcodec.autoencoder.quantizer import (
 )
 from gradcodec.autoencoder.spectrum import MAX_CORRECTION, Corrections, Expected, Spectrum
 from gradcodec.autoencoder.transform import Reflection, Transform, leading_directions
+from gradcodec.build import CODECS_WITH_A_RATE, CodecSettings, build_codec
 from gradcodec.entropy import SymbolReader, bits_of, encode_symbols
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_update, encode_update
+from gradcodec.fidelity import fidelity
 from gradcodec.layout import Layout
 
 UNTRAINED = LearnedTables({c: first_coder(c) for c in CLASSES}, (0, -2, -4))
@@ -175,6 +177,21 @@ def test_a_budget_is_filled_over_the_whole_range() -> None:
         budget = int(bits * layout.num_parameters / 8)
         payload, _ = encode_update(update, None, codec=codec, max_bytes=budget)
         assert 0.96 * budget <= len(payload) <= budget, bits
+
+
+@pytest.mark.parametrize("name", CODECS_WITH_A_RATE)
+def test_a_ratio_asked_for_is_reached_from_above(layout: Layout, learned: LearnedCodec, name: str) -> None:
+    codec = learned if name == "learned" else build_codec(CodecSettings(name=name), layout)
+    update = heavy_tailed_update(3)
+    if name == "b-only":
+        update = {key: tensor * (".lora_B." in key) for key, tensor in update.items()}
+    sizes = []
+    for snr_db in (1.0, 3.0, 6.0):
+        payload, residual = encode_update(update, None, codec=codec, max_bytes=2000, snr_db=snr_db)
+        found = fidelity(residual.target_RC, residual.target_RC - residual.left_RC)
+        assert found.snr_db >= snr_db or len(payload) > 1900
+        sizes.append(len(payload))
+    assert sizes[0] < sizes[1] < sizes[2]
 
 
 def test_one_value_among_zeros_arrives(layout: Layout) -> None:
