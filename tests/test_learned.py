@@ -139,12 +139,12 @@ def test_what_is_expected_needs_no_correction_and_what_is_not_does(layout: Layou
     noise_RC = torch.randn(layout.rank, layout.num_columns, generator=generator)
     levels_RC = torch.from_numpy(spectrum.levels(spectrum.nothing()).astype(np.float32))
     as_expected_RC = noise_RC * torch.exp2(levels_RC / 4)
-    corrections, loudness = spectrum.fit(spectrum.energies(as_expected_RC.numpy()), live=1e-6)
+    corrections, loudness = spectrum.fit(spectrum.energies(as_expected_RC.numpy()), step=1e-3)
     assert loudness == pytest.approx(1.0, abs=0.15)
     assert np.abs(corrections.tilt).max() <= 1
     assert np.abs(corrections.rows).max() <= 3
     as_expected_RC[3] *= 8.0  # 18 dB
-    corrections, _ = spectrum.fit(spectrum.energies(as_expected_RC.numpy()), live=1e-6)
+    corrections, _ = spectrum.fit(spectrum.energies(as_expected_RC.numpy()), step=1e-3)
     louder = [corrections.rows[i] - corrections.rows[i - 1] for i, r in enumerate(spectrum.rows) if r.rank == 3]
     assert all(8 <= levels <= 16 for levels in louder)
 

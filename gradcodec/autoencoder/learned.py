@@ -37,7 +37,6 @@ from gradcodec.autoencoder.quantizer import (
     MIN_CLASS,
     ClassCoder,
     Quantizer,
-    deviation,
     largest_magnitude,
 )
 from gradcodec.autoencoder.spectrum import LEVELS_PER_OCTAVE, Corrections, Expected, Spectrum
@@ -257,7 +256,7 @@ class _Encoder:
 
     def _plan(self, step: int) -> _Plan:
         width = _width_of(step)
-        corrections, loudness = self._spectrum.fit(self._energies_NS, live=(deviation(0) * width) ** 2 / 2)
+        corrections, loudness = self._spectrum.fit(self._energies_NS, width)
         shift = round(LEVELS_PER_OCTAVE * math.log2(max(loudness, 1e-300) / width**2))
         return _Plan(step, max(-_MAX_SHIFT, min(shift, _MAX_SHIFT)), corrections)
 

@@ -106,12 +106,12 @@ class Spectrum:
         found: Doubles = means_RBS[self._rank_N, self._block_N]
         return found
 
-    def fit(self, energies_NS: Doubles, live: float) -> tuple[Corrections, float]:
+    def fit(self, energies_NS: Doubles, step: float) -> tuple[Corrections, float]:
         """The corrections that pay, and the mean energy over what is then expected.
 
         Args:
             energies_NS: as ``energies`` gives them.
-            live: the least energy that is worth coding at all; weaker segments of weak rows need no correction.
+            step: the quantiser's. A coefficient weaker than it takes few bits, and a correction saves few of those.
         """
         widths_NS = self._segment_widths_BS[self._block_N].astype(np.float64)
         expected_N = np.exp2(self._rows_N / LEVELS_PER_OCTAVE)
@@ -125,15 +125,14 @@ class Spectrum:
             for segment in range(NUM_SEGMENTS if mine.any() else 0):
                 here, widths = energies_NS[mine, segment, None], widths_NS[mine, segment, None]
                 ratio = _mean_ratio(here, widths, expected_N[mine, None]) / loudness
-                num_live = float(widths[expected_N[mine] * loudness * max(ratio, 1.0) > live].sum())
                 level = _levels_of(ratio)
+                num_live = float((widths[:, 0] * _liveness(expected_N[mine] * loudness * max(ratio, 1.0), step)).sum())
                 if num_live * _bits_lost(level) > _TILT_BITS:
                     tilt[kind, segment] = level
         energies_NS = energies_NS / np.exp2(tilt[self._kind_B[self._block_N]] / LEVELS_PER_OCTAVE)
         row_means_N = (energies_NS * widths_NS).sum(1) / widths_NS.sum(1)
         own_N = np.array([_levels_of(ratio) for ratio in row_means_N / (expected_N * loudness)])
-        strongest_N = np.maximum(row_means_N, expected_N * loudness)
-        widths_N = np.where(strongest_N > live, widths_NS.sum(1), 0.0)
+        widths_N = widths_NS.sum(1) * _liveness(np.maximum(row_means_N, expected_N * loudness), step)
         rows = np.zeros(len(self.rows), np.int16)
         before = 0
         for i, (own, width) in enumerate(zip(own_N.tolist(), widths_N.tolist(), strict=True)):
@@ -189,6 +188,12 @@ def _mean_ratio(energies: Doubles, widths: Doubles, expected: Doubles) -> float:
     return float((energies * widths / expected).sum() / max(widths.sum(), 1.0))
 
 
+def _liveness(energies: Doubles, step: float) -> Doubles:
+    """How much a coefficient of that energy counts beside one that is coded at a high rate, 0 to 1."""
+    counts: Doubles = np.minimum(energies / step**2, 1.0) ** 1.5
+    return counts
+
+
 def _levels_of(ratio: float) -> int:
     level = round(LEVELS_PER_OCTAVE * math.log2(min(max(ratio, 2.0**-60), 2.0**60)))
     return max(-MAX_CORRECTION, min(MAX_CORRECTION, level))
@@ -209,7 +214,7 @@ def _falling_table(limit: int, moved: Fraction, halving: int) -> Table:
     return np.array([*counts[::-1], TOTAL - 2 * sum(counts), *counts], np.uint16)
 
 
-_TILT_BITS, _ROW_BITS = 4.0, 4.0
+_TILT_BITS, _ROW_BITS = 5.0, 5.0
 _KIND_TABLE = integer_table(np.ones(2 * (1 + len(_SHAPES))))
 _TILT_TABLE = _falling_table(MAX_CORRECTION, Fraction(2, 3), 2)
 _STEP_TABLES = [_falling_table(_MAX_STEP, moved, halving) for moved, halving in _SHAPES]
