@@ -267,7 +267,7 @@ def test_a_node_without_its_files_is_named_before_training(tmp_path: Path, artif
 
 def test_a_node_with_another_artifact_is_refused(tmp_path: Path, artifact: str) -> None:
     loaded = load_artifact(Path(artifact), "learned")
-    other = Artifact("learned", {**loaded.tensors, "codewords.0": loaded.tensors["codewords.0"] + 1}, loaded.settings)
+    other = Artifact("learned", {**loaded.tensors, "centroids.0": loaded.tensors["centroids.0"] + 1}, loaded.settings)
     save_artifact(other, tmp_path / "other")
     grid = InProcessGrid(client_app, 3, {"codec-artifact": str(tmp_path / "other")})
     with pytest.raises(FederationError, match="copy the server's artifact"):

@@ -176,7 +176,7 @@ def test_a_budget_is_filled_over_the_whole_range() -> None:
     for bits in (0.02, 0.05, 0.1, 0.3, 0.7, 1.0, 1.5, 2.0):
         budget = int(bits * layout.num_parameters / 8)
         payload, _ = encode_update(update, None, codec=codec, max_bytes=budget)
-        assert 0.96 * budget <= len(payload) <= budget, bits
+        assert min(0.96 * budget, budget - 8) <= len(payload) <= budget, bits
 
 
 @pytest.mark.parametrize("name", CODECS_WITH_A_RATE)
