@@ -33,7 +33,7 @@ from gradcodec.autoencoder.transform import MIN_WIDTH, Transform, leading_direct
 from gradcodec.layout import Layout
 
 Progress = Callable[[int, int, float], None]
-"""Called with passes done, passes in all, and the cost: squared error in steps plus lambda times bits, a value."""
+"""Called with passes done, passes in all, and the cost: squared error in steps plus bits, a value."""
 
 _STEPS = (-6, -4, -3, -2, -1, 0, 1, 2, 4)
 """Steps that training tries, in octaves of energy over the mean coefficient's."""
