@@ -1,6 +1,7 @@
 """Trains the embedded base model: a tiny LLaMA on the prose of Python's standard library.
 
     python -m assets.pretrain [--out assets/tiny-llama] [--steps 1600] [--seed 0]
+    python -m assets.pretrain --out outputs/second --steps 500 --width 128 --layers 3   # another model, for benches
 
 Writes a Hugging Face model directory: config.json, model.safetensors (bf16), tokenizer.json, README.md (model card
 with the data, the losses and the digest). A few minutes on a GPU, about half an hour on two CPU cores.
@@ -26,6 +27,7 @@ from tasks.windows import heldout_loss, windows_of
 WINDOW = 128
 BATCH = 24
 PEAK_LR = 3e-3
+HEAD_WIDTH = 32
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
@@ -40,13 +42,13 @@ def train_tokenizer(texts: list[str], vocab_size: int = 1024) -> PreTrainedToken
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
 
 
-def build_model(vocab_size: int, end_token: int) -> LlamaForCausalLM:
+def build_model(vocab_size: int, end_token: int, width: int, layers: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=width // HEAD_WIDTH,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=end_token,
@@ -67,15 +69,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("assets/tiny-llama"))
     parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--width", type=int, default=192, help=f"a multiple of {HEAD_WIDTH}")
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.width < HEAD_WIDTH or args.width % HEAD_WIDTH:
+        parser.error(f"--width {args.width}: choose a multiple of {HEAD_WIDTH}")
     torch.manual_seed(args.seed)
 
     texts = prose()
     heldout_texts, train_texts = texts[::50], [text for i, text in enumerate(texts) if i % 50]
     tokenizer = train_tokenizer(train_texts)
     train, heldout = (windows_of(part, tokenizer, WINDOW) for part in (train_texts, heldout_texts))
-    model = build_model(len(tokenizer), tokenizer.eos_token_id)
+    model = build_model(len(tokenizer), tokenizer.eos_token_id, args.width, args.layers)
     stream = train.flatten()
     print(f"{stream.numel():,} tokens of prose, {sum(p.numel() for p in model.parameters()):,} parameters")
 
@@ -111,6 +117,10 @@ def main() -> None:
             loss=loss_bf16,
             tokens=stream.numel(),
             steps=args.steps,
+            name=args.out.name,
+            width=args.width,
+            layers=args.layers,
+            heads=args.width // HEAD_WIDTH,
             seed=args.seed,
             digest=digest,
             python=platform.python_version(),
@@ -125,13 +135,13 @@ MODEL_CARD = """---
 license: apache-2.0
 language: en
 ---
-# tiny-llama: the embedded base model
+# {name}: a base model for demo, tests and benches
 
-A LLaMA of 4 layers, width 192, 6 heads and a byte-level BPE of 1,024 tokens, so small that a federation of it trains
+A LLaMA of {layers} layers, width {width}, {heads} heads and a byte-level BPE of 1,024 tokens, so small that a federation of it trains
 on two CPU cores. It is a stand-in for a real model in the demo and the tests, and good for nothing else.
 
 - Data: the prose of Python {python}'s standard library (docstrings and `pydoc_data.topics`), {tokens:,} tokens.
-- Training: `python -m assets.pretrain --steps {steps} --seed {seed}`, AdamW, {batch} windows of {window} tokens a
+- Training: `python -m assets.pretrain --steps {steps} --width {width} --layers {layers} --seed {seed}`, AdamW, {batch} windows of {window} tokens a
   step, torch {torch}.
 - Held-out loss on prose: {loss:.3f} nats per token (every fiftieth text, bf16 weights).
 - SHA-256 of `model.safetensors`: `{digest}`
