@@ -137,12 +137,13 @@ language: en
 ---
 # {name}: a base model for demo, tests and benches
 
-A LLaMA of {layers} layers, width {width}, {heads} heads and a byte-level BPE of 1,024 tokens, so small that a federation of it trains
-on two CPU cores. It is a stand-in for a real model in the demo and the tests, and good for nothing else.
+A LLaMA of {layers} layers, width {width}, {heads} heads and a byte-level BPE of 1,024 tokens, so small that a
+federation of it trains on two CPU cores. It is a stand-in for a real model in the demo and the tests, and good for
+nothing else.
 
 - Data: the prose of Python {python}'s standard library (docstrings and `pydoc_data.topics`), {tokens:,} tokens.
-- Training: `python -m assets.pretrain --steps {steps} --width {width} --layers {layers} --seed {seed}`, AdamW, {batch} windows of {window} tokens a
-  step, torch {torch}.
+- Training: `python -m assets.pretrain --steps {steps} --width {width} --layers {layers} --seed {seed}`, AdamW,
+  {batch} windows of {window} tokens a step, torch {torch}.
 - Held-out loss on prose: {loss:.3f} nats per token (every fiftieth text, bf16 weights).
 - SHA-256 of `model.safetensors`: `{digest}`
 """

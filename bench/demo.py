@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.programs import kept_fraction, run_program
 from bench.report_html import write_report
 from conf.output import open_output, provenance, write_json
 
@@ -55,7 +55,7 @@ def run_seed(seed: int, output: Path, overrides: list[str]) -> dict[str, Any]:
     codec = output / "codec"
     shown = Console(stderr=True)
     shown.rule(f"seed {seed}: TGAP records gradients on D1 and trains the codec")
-    _run("tgap", [f"seed={seed}", f"output={output / 'tgap'}", f"tgap.artifact={codec}", *overrides])
+    run_program("tgap", [f"seed={seed}", f"output={output / 'tgap'}", f"tgap.artifact={codec}", *overrides])
     run: dict[str, Any] = {
         "seed": seed,
         "tgap": json.loads((output / "tgap" / "report.json").read_text())["fidelity"],
@@ -65,7 +65,7 @@ def run_seed(seed: int, output: Path, overrides: list[str]) -> dict[str, Any]:
         shown.rule(f"seed {seed}: {arm}")
         place = output / arm
         own = [f"arm={arm}", f"seed={seed}", f"output={place}", f"codec.artifact={codec}", f"hydra.run.dir={place}"]
-        _run("server.federate", own + overrides)
+        run_program("server.federate", own + overrides)
         run[arm] = json.loads((place / "results.json").read_text())
     return run
 
@@ -83,7 +83,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for arm in ARMS
     }
-    kept = [kept_fraction({arm: run[arm]["heldout_loss"][-1] for arm in ARMS}) for run in runs]
+    kept = [kept_fraction(*(run[arm]["heldout_loss"][-1] for arm in ("base", "dense", "coded"))) for run in runs]
     singles = [
         {
             "seed": run["seed"],
@@ -104,11 +104,6 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "seeds": [run["seed"] for run in runs],
         "runs": singles,
     }
-
-
-def kept_fraction(final_loss: dict[str, float]) -> float:
-    """The share of the dense run's improvement over the base model that the coded run reaches."""
-    return (final_loss["base"] - final_loss["coded"]) / (final_loss["base"] - final_loss["dense"])
 
 
 def print_tables(results: dict[str, Any]) -> None:
@@ -140,11 +135,6 @@ def print_tables(results: dict[str, Any]) -> None:
         f"coded keeps {100 * results['kept_fraction']:.1f} % of the dense improvement "
         f"({results['dense_improvement']:.3f} nat); by seed: {singles}. {results['seconds']:.0f} s in all."
     )
-
-
-def _run(module: str, overrides: list[str]) -> None:
-    if subprocess.run([sys.executable, "-m", module, *overrides]).returncode != 0:
-        raise ValueError(f"`python -m {module}` failed; the reason stands above")
 
 
 if __name__ == "__main__":

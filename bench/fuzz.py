@@ -26,8 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from conf.output import provenance, write_json
-from gradcodec.artifact import load_artifact
-from gradcodec.build import CODECS, TRAINED, CodecSettings, build_codec, codec_of
+from gradcodec.build import CODECS_FOR_ANY_LAYOUT, CodecSettings, build_codec
 from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
@@ -47,15 +46,15 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=5.0, help="the longest that one decode may take")
-    parser.add_argument("--codecs", help="which codecs (default: all that need no artifact of this layout)")
-    parser.add_argument("--artifact", type=Path, default=Path("assets/codec"))
+    parser.add_argument("--codecs", default=",".join(CODECS_FOR_ANY_LAYOUT), help="which codecs")
+    parser.add_argument("--artifact", default="assets/codec")
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
     torch.set_num_threads(1)
     layout = Layout.of(SHAPES)
-    names = args.codecs.split(",") if args.codecs else [n for n in CODECS if n not in TRAINED or n == "learned"]
+    names = args.codecs.split(",")
     try:
-        codecs = {name: _codec(name, layout, args.artifact) for name in names}
+        codecs = {name: build_codec(CodecSettings(name, artifact=args.artifact), layout) for name in names}
     except ValueError as error:
         sys.exit(f"error: {error}")
     chance = random.Random(args.seed)
@@ -142,12 +141,6 @@ def honest_payloads(codec: Codec) -> list[bytes]:
         update = codec.layout.to_update(blocks_RC * math.pow(10, -3))
         found.append(encode_update(update, None, codec=codec, max_bytes=budget)[0])
     return found
-
-
-def _codec(name: str, layout: Layout, artifact: Path) -> Codec:
-    if name == "learned":
-        return codec_of(load_artifact(artifact, name), layout)
-    return build_codec(CodecSettings(name=name), layout)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.programs import kept_fraction, run_program
 from conf.output import open_output, provenance, write_json
 
 SHARES = (0.8, 0.9, 0.95, 0.99)
@@ -106,7 +106,7 @@ def summary(name: str, found: list[dict[str, dict[str, Any]]]) -> dict[str, Any]
     mine = [runs[name] for runs in found]
     final = [run["heldout_loss"][-1] for run in mine]
     behind = [loss - best for loss, best in zip(final, dense, strict=True)]
-    kept = [(b - loss) / (b - d) for b, loss, d in zip(base, final, dense, strict=True)]
+    kept = [kept_fraction(b, d, loss) for b, loss, d in zip(base, final, dense, strict=True)]
     reached = {
         f"{share:g}": _mean_or_none(
             [_bytes_until(run, b - share * (b - d)) for run, b, d in zip(mine, base, dense, strict=True)]
@@ -171,8 +171,7 @@ def _run_once(module: str, overrides: list[str], place: Path, result: Path) -> A
     asked = place / "overrides.json"
     if not (result.is_file() and asked.is_file() and json.loads(asked.read_text()) == overrides):
         Console(stderr=True).rule(f"{place.parent.name}: {place.name}")
-        if subprocess.run([sys.executable, "-m", module, *overrides]).returncode != 0:
-            raise ValueError(f"`python -m {module}` failed; the reason stands above")
+        run_program(module, overrides)
         write_json(overrides, asked)
     return json.loads(result.read_text())
 

@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from conf.output import provenance, write_json
-from gradcodec.build import CODECS, CODECS_WITH_A_RATE, TRAINED, CodecSettings, build_codec
+from gradcodec.build import CODECS_FOR_ANY_LAYOUT, CODECS_WITH_A_RATE, CodecSettings, build_codec
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
 from gradcodec.layout import Layout
 
@@ -47,13 +47,13 @@ def main() -> None:
     parser.add_argument("--geometry", choices=GEOMETRIES, default="tiny")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--bits", default="0.1,0.5", help="budgets of the codecs that have a rate")
-    parser.add_argument("--codecs", help="default: all that serve any geometry")
+    parser.add_argument("--codecs", default=",".join(CODECS_FOR_ANY_LAYOUT), help="which codecs")
     parser.add_argument("--artifact", default="assets/codec")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
-    names = args.codecs.split(",") if args.codecs else [n for n in CODECS if n not in TRAINED or n == "learned"]
+    names = args.codecs.split(",")
     layout = layout_of(args.geometry, args.rank)
     rows: list[dict[str, Any]] = []
     spawn = multiprocessing.get_context("spawn")

@@ -35,6 +35,8 @@ _UNTRAINED: dict[str, Callable[[Layout], Codec]] = {
     "rotated": RotatedCodec,
 }
 CODECS_WITH_A_RATE = ("learned", "eden", "topk", "powersgd", "b-only", "rotated")
+CODECS_FOR_ANY_LAYOUT = ("learned", *_UNTRAINED)
+"""Those that need no artifact of one geometry."""
 CODECS = ("identity", *TRAINED, *(name for name in _UNTRAINED if name != "identity"))
 
 

@@ -71,21 +71,38 @@ def codec_id(*parts: bytes | str) -> bytes:
     return digest.digest()[:4]
 
 
+def floats_to_bytes(values: Tensor) -> bytes:
+    """Values of any shape -> 4 little-endian bytes each."""
+    return values.flatten().cpu().numpy().astype("<f4").tobytes()
+
+
+def floats_of(data: bytes, count: int) -> Tensor:
+    """Inverse of ``floats_to_bytes``, ``[count]``. Raises CodecError: another number of bytes, NaN or infinity."""
+    if len(data) != 4 * count:
+        raise CodecError(f"{len(data)} bytes of float32 where {count} values are expected")
+    values = torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32))
+    if not bool(torch.isfinite(values).all()):
+        raise CodecError("the codes hold NaN or infinity")
+    return values
+
+
+class WithoutSideInformation:
+    """For codecs that make nothing of the last global update."""
+
+    def side_information(self, global_update_RC: Tensor) -> Tensor | None:
+        return None
+
+
 @dataclass(frozen=True)
-class IdentityCodec:
+class IdentityCodec(WithoutSideInformation):
     """Sends every value as float32: 32 bits per parameter, nothing lost. It has one rate and ignores the budget."""
 
     layout: Layout
     id: bytes = codec_id("identity/1")
     num_streams: int = 1
 
-    def side_information(self, global_update_RC: Tensor) -> Tensor | None:
-        return None
-
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
-        return (self.layout.flatten(blocks_RC).cpu().numpy().astype("<f4").tobytes(),)
+        return (floats_to_bytes(self.layout.flatten(blocks_RC)),)
 
     def decode(self, codes: Codes, side: Tensor | None) -> Tensor:
-        if len(codes[0]) != 4 * self.layout.num_parameters:
-            raise CodecError(f"{len(codes[0])} bytes of float32 for {self.layout.num_parameters} parameters")
-        return self.layout.unflatten(torch.from_numpy(np.frombuffer(codes[0], "<f4").astype(np.float32)))
+        return self.layout.unflatten(floats_of(codes[0], self.layout.num_parameters))

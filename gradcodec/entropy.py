@@ -8,6 +8,7 @@ Asymmetric Numeral Systems"). Knows integers; must not know tensors or what a sy
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import constriction
 import numpy as np
@@ -29,6 +30,12 @@ def integer_table(probabilities: NDArray[np.float64]) -> Table:
     table[int(np.argmax(table))] += TOTAL - int(table.sum())
     frozen: Table = table.astype(np.uint16)
     return frozen
+
+
+@cache
+def uniform_table(bits: int) -> Table:
+    """For integers below ``2 ** bits``, 1 to 15, all as likely."""
+    return integer_table(np.ones(1 << bits))
 
 
 def bits_of(table: Table) -> NDArray[np.float64]:
@@ -64,6 +71,28 @@ class SymbolReader:
             return np.asarray(self._decoder.decode(_model(table), count), dtype=np.int32)
         except AssertionError as error:  # constriction's word for bytes that no encoder makes
             raise CodecError(f"entropy-coded symbols are damaged: {error}") from None
+
+
+def gamma_parts(numbers: Symbols, lengths: Table) -> list[tuple[Symbols, Table]]:
+    """Numbers of at least 1 as Elias gamma codes: the length with its own table, then the bits below the highest.
+
+    Args:
+        numbers: below ``2 ** len(lengths)``.
+        lengths: table of the numbers' base-2 logarithms, rounded down.
+    """
+    octaves = np.frexp(numbers.astype(np.float64))[1].astype(np.int32) - 1
+    rests = [(numbers[octaves == n] - np.int32(1 << n), uniform_table(n)) for n in range(1, len(lengths))]
+    return [(octaves, lengths), *rests]
+
+
+def read_gamma(reader: SymbolReader, count: int, lengths: Table) -> Symbols:
+    """Inverse of ``gamma_parts``."""
+    octaves = reader.read(count, lengths)
+    numbers = np.ones(count, np.int32)
+    for n in range(1, len(lengths)):
+        chosen = octaves == n
+        numbers[chosen] = (1 << n) + reader.read(int(chosen.sum()), uniform_table(n))
+    return numbers
 
 
 def _model(table: Table) -> constriction.stream.model.Categorical:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gradcodec.codec import Codec
 from gradcodec.errors import BudgetError, CodecError
+from gradcodec.fidelity import inner_product
 from gradcodec.frame import HEADER_BYTES, Frame, pack, unpack
 from gradcodec.rate import codes_for_snr
 
@@ -115,24 +116,21 @@ def decode_update(payload: bytes, *, codec: Codec, side: Tensor | None = None) -
 def contractive_gain(target_RC: Tensor, decoded_RC: Tensor) -> float:
     """1 if the decoded blocks are no farther from the target than zero is; else the least-squares gain, rounded
     towards zero to float16; else 0."""
-    energy = _product(target_RC, target_RC)
+    energy = inner_product(target_RC, target_RC)
 
     def adds_energy(gain: float) -> bool:
         rest_RC = target_RC - _scaled(decoded_RC, gain)
-        return not _product(rest_RC, rest_RC) <= energy
+        return not inner_product(rest_RC, rest_RC) <= energy
 
     if not adds_energy(1.0):
         return 1.0
     if not bool(torch.isfinite(decoded_RC).all()):
         return 0.0
-    least_squares = _product(target_RC, decoded_RC) / max(_product(decoded_RC, decoded_RC), sys.float_info.min)
+    least_squares = inner_product(target_RC, decoded_RC) / max(
+        inner_product(decoded_RC, decoded_RC), sys.float_info.min
+    )
     gain = float(torch.tensor(min(max(least_squares, 0.0), 60000.0)).mul(0.999).half())
     return 0.0 if adds_energy(gain) else gain
-
-
-def _product(one_RC: Tensor, other_RC: Tensor) -> float:
-    """Inner product in float64, a row at a time: a second copy of an update in float64 would be its largest."""
-    return sum(float(a.double() @ b.double()) for a, b in zip(one_RC, other_RC, strict=True))
 
 
 def _scaled(decoded_RC: Tensor, gain: float) -> Tensor:

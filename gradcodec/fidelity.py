@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+_PIECE = 1 << 18
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -16,12 +18,18 @@ class Fidelity:
     snr_db: float
 
 
+def inner_product(one: Tensor, other: Tensor) -> float:
+    """Of two tensors of one shape, in float64, a piece at a time: a whole copy in float64 would be too large."""
+    pieces = zip(one.flatten().split(_PIECE), other.flatten().split(_PIECE), strict=True)
+    return sum(float(a.double() @ b.double()) for a, b in pieces)
+
+
 def fidelity(target: Tensor, decoded: Tensor) -> Fidelity:
     """Compares two tensors of one shape."""
-    t, d = target.flatten().double(), decoded.flatten().double()
-    energy, error = float(t @ t), float((t - d) @ (t - d))
-    norms = math.sqrt(energy * float(d @ d))
-    cosine = float(t @ d) / norms if norms > 0 else 0.0
+    rest = target - decoded
+    energy, error = inner_product(target, target), inner_product(rest, rest)
+    norms = math.sqrt(energy * inner_product(decoded, decoded))
+    cosine = inner_product(target, decoded) / norms if norms > 0 else 0.0
     snr_db = 10 * math.log10(energy / error) if energy > 0 and error > 0 else (math.inf if error == 0 else -math.inf)
     return Fidelity(cosine, snr_db)
 

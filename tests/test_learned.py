@@ -145,13 +145,13 @@ def test_what_is_expected_needs_no_correction_and_what_is_not_does(layout: Layou
     assert np.abs(corrections.rows).max() <= 3
     as_expected_RC[3] *= 8.0  # 18 dB
     corrections, _ = spectrum.fit(spectrum.energies(as_expected_RC.numpy()), step=1e-3)
-    louder = [corrections.rows[i] - corrections.rows[i - 1] for i, r in enumerate(spectrum.rows) if r.rank == 3]
+    louder = [corrections.rows[i] - corrections.rows[i - 1] for i, r in enumerate(spectrum.rank_N) if r == 3]
     assert all(8 <= levels <= 16 for levels in louder)
 
 
 def test_levels_of_every_so_many_th_column_are_those_columns_levels(layout: Layout) -> None:
     spectrum = spectrum_of(layout)
-    rows = np.arange(len(spectrum.rows), dtype=np.int16) % 5
+    rows = np.arange(spectrum.num_rows, dtype=np.int16) % 5
     corrections = Corrections(np.arange(16, dtype=np.int16).reshape(2, 8), rows)
     assert np.array_equal(spectrum.levels(corrections, 7), spectrum.levels(corrections)[:, ::7])
 

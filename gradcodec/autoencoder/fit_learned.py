@@ -20,8 +20,6 @@ from torch import Tensor
 from gradcodec.autoencoder.learned import LearnedTables
 from gradcodec.autoencoder.quantizer import (
     CLASSES,
-    MAX_TABLED,
-    MIN_CLASS,
     ClassCoder,
     Quantizer,
     expected_counts,
@@ -144,7 +142,7 @@ def _refit(
     for coefficients_RC in coefficients:
         for octaves in _STEPS:
             classes_RC = levels_RC - LEVELS_PER_OCTAVE * octaves
-            for c in range(MIN_CLASS, MAX_TABLED + 1):
+            for c in CLASSES:
                 values_N = coefficients_RC[classes_RC == c] * 2.0 ** (-octaves / 2)
                 if not len(values_N):
                     continue

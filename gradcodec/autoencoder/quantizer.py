@@ -14,14 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradcodec.entropy import TOTAL, SymbolReader, Symbols, Table, bits_of, integer_table
+from gradcodec.entropy import TOTAL, SymbolReader, Symbols, Table, bits_of, gamma_parts, read_gamma, uniform_table
 
 MIN_CLASS, MAX_TABLED, MAX_CLASS = -8, 13, 40
 """Below the first, coefficients are silent; above the second, their lowest bits are sent as they are."""
@@ -57,12 +56,12 @@ class ClassCoder:
     def largest(self) -> int:
         return len(self.centroids_M) - 1
 
-    def thresholds(self, price: float = PRICE_OF_A_BIT) -> Tensor:
+    def thresholds(self) -> Tensor:
         """Where magnitude m turns into m + 1, in steps, ``[M]``; never falling."""
         bits_M = torch.from_numpy(bits_of(self.table)[self.largest :]).float()
         between_M = (self.centroids_M[1:] + self.centroids_M[:-1]) / 2
         gap_M = (self.centroids_M[1:] - self.centroids_M[:-1]).clamp_min(1e-3)
-        return torch.cummax(between_M + price * (bits_M[1:] - bits_M[:-1]) / (2 * gap_M), dim=0).values
+        return torch.cummax(between_M + PRICE_OF_A_BIT * (bits_M[1:] - bits_M[:-1]) / (2 * gap_M), dim=0).values
 
 
 class Quantizer:
@@ -109,31 +108,24 @@ class Quantizer:
 
     def pack(self, symbols_N: Tensor, low_N: Tensor | None, symbol_class: int) -> list[tuple[Symbols, Table]]:
         """What ``quantize`` gave -> runs of symbols with their tables."""
-        table = self.coders[_tabled(symbol_class)].table
-        largest = len(table) // 2
+        coder = self.coders[_tabled(symbol_class)]
+        largest = coder.largest
         signed: Symbols = symbols_N.cpu().numpy().astype(np.int32)
-        parts = [(np.clip(signed, -largest, largest) + np.int32(largest), table)]
-        excess = np.abs(signed[np.abs(signed) >= largest]) - largest + 1
-        octaves = np.frexp(excess.astype(np.float64))[1].astype(np.int32) - 1  # Elias gamma: the length, then the rest
-        if len(excess):
-            parts.append((octaves, _OCTAVE_TABLE))
-        parts += [(excess[octaves == n] - np.int32(1 << n), low_bits_table(n)) for n in range(1, _MAX_OCTAVE + 1)]
+        parts = [(np.clip(signed, -largest, largest) + np.int32(largest), coder.table)]
+        outliers = np.abs(signed[np.abs(signed) >= largest])
+        parts += gamma_parts(outliers - np.int32(largest - 1), _EXCESS_LENGTHS)
         if low_N is not None:
-            parts.append((low_N.cpu().numpy().astype(np.int32), low_bits_table(num_low_bits(symbol_class))))
+            parts.append((low_N.cpu().numpy().astype(np.int32), uniform_table(num_low_bits(symbol_class))))
         return parts
 
     def unpack(self, reader: SymbolReader, count: int, symbol_class: int) -> tuple[Tensor, Tensor | None]:
         """Inverse of ``pack``."""
-        table, low_bits = self.coders[_tabled(symbol_class)].table, num_low_bits(symbol_class)
-        largest = len(table) // 2
-        signed = reader.read(count, table) - np.int32(largest)
-        outliers = np.flatnonzero(np.abs(signed) == largest)
-        octaves = reader.read(len(outliers), _OCTAVE_TABLE)
-        for n in range(1, _MAX_OCTAVE + 1):
-            places = outliers[octaves == n]
-            excess = reader.read(len(places), low_bits_table(n)) + np.int32((1 << n) - 1)
-            signed[places] += np.sign(signed[places]) * excess
-        low_N = torch.from_numpy(reader.read(count, low_bits_table(low_bits))) if low_bits else None
+        coder, low_bits = self.coders[_tabled(symbol_class)], num_low_bits(symbol_class)
+        signed = reader.read(count, coder.table) - np.int32(coder.largest)
+        outliers = np.flatnonzero(np.abs(signed) == coder.largest)
+        excess = read_gamma(reader, len(outliers), _EXCESS_LENGTHS) - 1
+        signed[outliers] += np.sign(signed[outliers]) * excess
+        low_N = torch.from_numpy(reader.read(count, uniform_table(low_bits))) if low_bits else None
         return torch.from_numpy(signed), low_N
 
 
@@ -142,12 +134,7 @@ def num_low_bits(symbol_class: int) -> int:
     return max(0, math.ceil((symbol_class - MAX_TABLED) / 4))
 
 
-@lru_cache(maxsize=16)
-def low_bits_table(low_bits: int) -> Table:
-    return integer_table(np.ones(1 << low_bits))
-
-
-_OCTAVE_TABLE = np.array([(1 << 15) + 2, *(1 << 15 - n for n in range(1, _MAX_OCTAVE + 1))], np.uint16)
+_EXCESS_LENGTHS = np.array([(1 << 15) + 2, *(1 << 15 - n for n in range(1, _MAX_OCTAVE + 1))], np.uint16)
 
 
 def _tabled(symbol_class: int) -> int:

@@ -14,13 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradcodec.artifact import Artifact
 from gradcodec.autoencoder.networks import ARCHITECTURES, STAGES, Autoencoder
-from gradcodec.codec import codec_id
+from gradcodec.codec import WithoutSideInformation, codec_id, floats_of, floats_to_bytes
 from gradcodec.errors import CodecError
 from gradcodec.frame import Codes
 from gradcodec.layout import Layout
@@ -34,7 +33,7 @@ def picture_shape(num_parameters: int) -> tuple[int, int]:
     return _SIDE * math.ceil(num_parameters / width / _SIDE), width
 
 
-class ResnetCodec:
+class ResnetCodec(WithoutSideInformation):
     """``resnet``, ``cnn1d`` and ``uformer``: one rate, half a bit per parameter; they ignore the budget."""
 
     num_streams = 2
@@ -65,21 +64,18 @@ class ResnetCodec:
             raise CodecError(f"the {artifact.kind} artifact does not fit the network: {error}") from None
         return cls(layout, network, literal, bytes.fromhex(artifact.digest), artifact.kind)
 
-    def side_information(self, global_update_RC: Tensor) -> Tensor | None:
-        return None
-
     @torch.no_grad()
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
         scales = _scales(blocks_RC, self.layout, self.literal)
         picture_HW = to_picture(blocks_RC, scales, self.layout)
         latent = self._network.encoder(picture_HW[None, None])
-        return _pack_floats(scales), _pack_floats(latent)
+        return floats_to_bytes(scales), floats_to_bytes(latent)
 
     @torch.no_grad()
     def decode(self, codes: Codes, side: Tensor | None) -> Tensor:
-        scales = _unpack_floats(codes[0], len(self.layout.blocks))
+        scales = floats_of(codes[0], len(self.layout.blocks))
         shape = self._network.latent_shape(self._height, self._width)
-        latent = _unpack_floats(codes[1], math.prod(shape))
+        latent = floats_of(codes[1], math.prod(shape))
         picture = self._network.decoder(latent.reshape(1, *shape)).reshape(self._height, self._width)
         return from_picture(picture, scales, self.layout)
 
@@ -105,16 +101,6 @@ def _scales(blocks_RC: Tensor, layout: Layout, literal: bool) -> Tensor:
         return torch.ones(len(layout.blocks))
     parts = [blocks_RC[: block.rank, block.start : block.stop] for block in layout.blocks]
     return torch.stack([part.square().mean().sqrt() for part in parts]).clamp_min(1e-20)
-
-
-def _pack_floats(tensor: Tensor) -> bytes:
-    return tensor.flatten().numpy().astype("<f4").tobytes()
-
-
-def _unpack_floats(data: bytes, count: int) -> Tensor:
-    if len(data) != 4 * count:
-        raise CodecError(f"{len(data)} bytes of float32 where {count} values are expected")
-    return torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32))
 
 
 def fit_resnet(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -50,14 +50,6 @@ class Corrections:
     rows: Levels
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One row of one block of the coefficients."""
-
-    rank: int
-    block: int
-
-
 @dataclass
 class Spectrum:
     """Expected levels of one layout."""
@@ -65,10 +57,8 @@ class Spectrum:
     layout: Layout
     expected: Mapping[str, Expected]
     any_rows: Sequence[int]  # levels of rows by rank, for tensors that TGAP did not see
-    rows: list[_Row] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rows = [_Row(rank, b) for b, block in enumerate(self.layout.blocks) for rank in range(block.rank)]
         self._columns_C = np.concatenate([self._columns_of(block) for block in self.layout.blocks])
         self._rows_N = np.concatenate([self._rows_of(block) for block in self.layout.blocks])
         bounds = [
@@ -81,20 +71,24 @@ class Spectrum:
         self._kind_B = np.array([int(block.transposed) for block in self.layout.blocks])
         self._block_C = np.repeat(np.arange(len(self.layout.blocks)), [block.width for block in self.layout.blocks])
         self._kind_C = self._kind_B[self._block_C]
-        self._block_N = np.array([row.block for row in self.rows])
-        self._rank_N = np.array([row.rank for row in self.rows])
+        self._block_N = np.repeat(np.arange(len(self.layout.blocks)), [block.rank for block in self.layout.blocks])
+        self.rank_N = np.concatenate([np.arange(block.rank) for block in self.layout.blocks])
 
     def levels(self, corrections: Corrections, stride: int = 1) -> Levels:
         """Expected levels of the coefficients in every so many-th column, ``[R, C]`` if ``stride`` is 1; rows that a
         block lacks have the lowest level."""
         columns_C = (self._columns_C + corrections.tilt[self._kind_C, self._segment_C])[::stride]
         rows_RB = np.full((self.layout.rank, len(self.layout.blocks)), LOWEST_LEVEL, np.int16)
-        rows_RB[self._rank_N, self._block_N] = self._rows_N + corrections.rows
+        rows_RB[self.rank_N, self._block_N] = self._rows_N + corrections.rows
         levels: Levels = rows_RB[:, self._block_C[::stride]] + columns_C
         return levels
 
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows_N)
+
     def nothing(self) -> Corrections:
-        return Corrections(np.zeros((_KINDS, NUM_SEGMENTS), np.int16), np.zeros(len(self.rows), np.int16))
+        return Corrections(np.zeros((_KINDS, NUM_SEGMENTS), np.int16), np.zeros(self.num_rows, np.int16))
 
     def energies(self, coefficients_RC: NDArray[np.float32]) -> Doubles:
         """Coefficients ``[R, C]`` -> mean squares of segments, what is expected of columns divided out: ``[N, S]``."""
@@ -103,7 +97,7 @@ class Spectrum:
         whiten_C = np.exp2(-self._columns_C / (2 * LEVELS_PER_OCTAVE), dtype=np.float32)
         sums = [np.add.reduceat((row_C * whiten_C) ** 2, starts, dtype=np.float64) for row_C in coefficients_RC]
         means_RBS = (np.stack(sums) * (widths > 0) / np.maximum(widths, 1)).reshape(len(sums), -1, NUM_SEGMENTS)
-        found: Doubles = means_RBS[self._rank_N, self._block_N]
+        found: Doubles = means_RBS[self.rank_N, self._block_N]
         return found
 
     def fit(self, energies_NS: Doubles, step: float) -> tuple[Corrections, float]:
@@ -133,10 +127,10 @@ class Spectrum:
         row_means_N = (energies_NS * widths_NS).sum(1) / widths_NS.sum(1)
         own_N = np.array([_levels_of(ratio) for ratio in row_means_N / (expected_N * loudness)])
         widths_N = widths_NS.sum(1) * _liveness(np.maximum(row_means_N, expected_N * loudness), step)
-        rows = np.zeros(len(self.rows), np.int16)
+        rows = np.zeros(self.num_rows, np.int16)
         before = 0
         for i, (own, width) in enumerate(zip(own_N.tolist(), widths_N.tolist(), strict=True)):
-            saved = width * (_bits_lost(own - before) - _bits_lost(0))
+            saved = width * _bits_lost(own - before)
             before = own if saved > _ROW_BITS else before
             rows[i] = before
         corrected_N = expected_N * np.exp2(rows / LEVELS_PER_OCTAVE)

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from gradcodec.codec import codec_id
 from gradcodec.errors import CodecError
-from gradcodec.exchange import max_payload_bytes
 from gradcodec.frame import Codes
 from gradcodec.layout import Layout
-from gradcodec.peers.packing import OWN_BITS
+from gradcodec.peers.packing import budget_of
 from gradcodec.peers.rotated import RotatedCodec
 
 _B = ".lora_B."
@@ -40,8 +39,7 @@ class BOnlyCodec:
         return self._inner.side_information(self._of_b(global_update_RC))
 
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
-        if max_bytes is None:
-            max_bytes = max_payload_bytes(OWN_BITS, self.layout.num_parameters)
+        max_bytes = budget_of(max_bytes, self.layout.num_parameters)
         return self._inner.encode(self._of_b(blocks_RC), max_bytes, side)
 
     def decode(self, codes: Codes, side: Tensor | None) -> Tensor:

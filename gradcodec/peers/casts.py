@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradcodec.codec import codec_id
+from gradcodec.codec import WithoutSideInformation, codec_id, floats_of
 from gradcodec.errors import CodecError
 from gradcodec.frame import Codes
 from gradcodec.layout import Layout
-from gradcodec.peers.packing import Floats, finite, floats_of, nearest, pack_indices, unpack_indices
+from gradcodec.peers.packing import Floats, finite, nearest, pack_indices, unpack_indices
 
 INT8_RUN = 4096
 NF4_RUN = 64
@@ -35,12 +35,9 @@ this library must not import bitsandbytes."""
 
 
 @dataclass(frozen=True)
-class _FixedRate:
+class _FixedRate(WithoutSideInformation):
     layout: Layout
     num_streams: int = 1
-
-    def side_information(self, global_update_RC: Tensor) -> Tensor | None:
-        return None
 
     def _values(self, blocks_RC: Tensor) -> Floats:
         values: Floats = self.layout.flatten(blocks_RC).cpu().numpy()
@@ -85,7 +82,8 @@ class Int8Codec(_FixedRate):
         if len(body) != count:
             raise CodecError(f"{len(body)} bytes of int8 for {count} parameters")
         levels = np.frombuffer(body, np.int8).astype(np.float32) / np.float32(127)
-        return self._blocks(levels * scales.repeat(INT8_RUN)[:count])
+        with np.errstate(over="ignore"):  # refused where the blocks are checked
+            return self._blocks(levels * scales.repeat(INT8_RUN)[:count])
 
 
 @dataclass(frozen=True)
@@ -142,4 +140,4 @@ def _safe(scales: Floats) -> Floats:
 
 
 def _split_scales(data: bytes, count: int) -> tuple[Floats, bytes]:
-    return floats_of(data[: 4 * count], count), data[4 * count :]
+    return floats_of(data[: 4 * count], count).numpy(), data[4 * count :]

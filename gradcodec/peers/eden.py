@@ -27,15 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradcodec.codec import codec_id
+from gradcodec.codec import WithoutSideInformation, codec_id
 from gradcodec.errors import BudgetError, CodecError
-from gradcodec.exchange import max_payload_bytes
 from gradcodec.frame import Codes
 from gradcodec.layout import Layout
 from gradcodec.peers.packing import (
     MAX_WIDTH,
-    OWN_BITS,
     Floats,
+    budget_of,
     finite,
     gaussian_codebook,
     least_squares_scale,
@@ -49,20 +48,17 @@ _HEADER = struct.Struct("<Iff")
 
 
 @dataclass(frozen=True)
-class EdenCodec:
+class EdenCodec(WithoutSideInformation):
     """``eden``: any rate up to 8 bits."""
 
     layout: Layout
     id: bytes = codec_id("eden/1")
     num_streams: int = 1
 
-    def side_information(self, global_update_RC: Tensor) -> Tensor | None:
-        return None
-
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
         count = self.layout.num_parameters
         if max_bytes is None:
-            max_bytes = max_payload_bytes(OWN_BITS, count) + _HEADER.size
+            max_bytes = budget_of(None, count) + _HEADER.size
         if max_bytes <= _HEADER.size:
             raise BudgetError(f"{max_bytes} bytes for the codes; eden needs more than {_HEADER.size}")
         values = self.layout.flatten(blocks_RC).cpu().contiguous()

@@ -16,7 +16,17 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcodec.entropy import SymbolReader, Symbols, Table, bits_of, encode_symbols, integer_table
+from gradcodec.entropy import (
+    SymbolReader,
+    Symbols,
+    Table,
+    bits_of,
+    encode_symbols,
+    gamma_parts,
+    integer_table,
+    read_gamma,
+    uniform_table,
+)
 from gradcodec.errors import CodecError
 from gradcodec.layout import Layout
 
@@ -69,8 +79,7 @@ _OFFSET_TABLE = _two_sided(_MAX_OFFSET, 0.7)
 _SHIFT_TABLE = _two_sided(_MAX_SHIFT, 0.35)
 _ROW_TABLES = [_two_sided(SILENT, (shape + 1) / (_SHAPES + 1)) for shape in range(_SHAPES)]
 _AFTER_SILENCE = integer_table(np.array([1.0] * SILENT + [1500.0]))
-_ESCAPE_WIDTHS = integer_table(np.cumprod(np.full(15, 0.5)))
-_COIN = integer_table(np.ones(2))
+_ESCAPE_LENGTHS = integer_table(np.cumprod(np.full(15, 0.5)))
 
 
 def _default_tails() -> NDArray[np.int64]:
@@ -263,11 +272,8 @@ def pack_levels(signed_RC: Levels, model: Model, classes_RC: Classes, columns: C
         order, bounds = _by_class(classes_C)
         ordered = levels_C[order]
         parts += [(ordered[a:b], model.tables[t]) for t, a, b in bounds]
-    escapes = (levels_RC[levels_RC >= ESCAPE] - ESCAPE + 1).astype(np.int32)
-    widths = np.frexp(escapes.astype(np.float64))[1].astype(np.int32) - 1
-    parts.append((widths, _ESCAPE_WIDTHS))
-    parts += [(escapes[widths == w] - np.int32(1 << w), integer_table(np.ones(1 << w))) for w in range(1, 15)]
-    parts.append(((signed_RC[levels_RC > 0] < 0).astype(np.int32), _COIN))
+    parts += gamma_parts((levels_RC[levels_RC >= ESCAPE] - ESCAPE + 1).astype(np.int32), _ESCAPE_LENGTHS)
+    parts.append(((signed_RC[levels_RC > 0] < 0).astype(np.int32), uniform_table(1)))
     return head + encode_symbols(parts)
 
 
@@ -284,14 +290,9 @@ def unpack_levels(data: bytes, columns: Columns) -> tuple[Levels, Classes]:
             levels_RC[rank, order[a:b]] = reader.read(b - a, model.tables[t])
         activity_C += levels_RC[rank]
     places = np.nonzero(levels_RC == ESCAPE)
-    widths = reader.read(len(places[0]), _ESCAPE_WIDTHS)
-    escapes = np.ones(len(widths), np.int32)
-    for w in range(1, 15):
-        chosen = widths == w
-        escapes[chosen] = (1 << w) + reader.read(int(chosen.sum()), integer_table(np.ones(1 << w)))
-    levels_RC[places] += escapes - 1
+    levels_RC[places] += read_gamma(reader, len(places[0]), _ESCAPE_LENGTHS) - 1
     nonzero = np.nonzero(levels_RC)
-    levels_RC[nonzero] *= 1 - 2 * reader.read(len(nonzero[0]), _COIN)
+    levels_RC[nonzero] *= 1 - 2 * reader.read(len(nonzero[0]), uniform_table(1))
     return levels_RC, classes_RC
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcodec.errors import CodecError
+from gradcodec.exchange import max_payload_bytes
 
 OWN_BITS = 1.0
 """Bits per parameter of a codec that has a rate and was given no budget."""
@@ -20,6 +21,11 @@ MAX_WIDTH = 8
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.uint8]
+
+
+def budget_of(max_bytes: int | None, num_parameters: int) -> int:
+    """Bytes that the codes may take; the peers' own rate if none are given."""
+    return max_payload_bytes(OWN_BITS, num_parameters) if max_bytes is None else max_bytes
 
 
 def pack_indices(indices: Indices, width: int) -> bytes:
@@ -68,13 +74,6 @@ def least_squares_scale(values: Floats, quantised: Floats) -> float:
     squared error. It makes the code contractive, which error feedback needs; the unbiased one is not."""
     energy = float(quantised.astype(np.float64) @ quantised)
     return float(np.float32(values.astype(np.float64) @ quantised / energy)) if energy > 0 else 0.0
-
-
-def floats_of(data: bytes, count: int) -> Floats:
-    """``count`` little-endian float32 values. Raises CodecError: another number of bytes, NaN or infinity."""
-    if len(data) != 4 * count:
-        raise CodecError(f"{len(data)} bytes of float32 where {count} values are expected")
-    return finite(np.frombuffer(data, "<f4").astype(np.float32))
 
 
 def finite(values: NDArray[Any]) -> Floats:

@@ -24,15 +24,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradcodec.codec import codec_id
-from gradcodec.entropy import SymbolReader, Symbols, Table, bits_of, encode_symbols, integer_table
+from gradcodec.codec import WithoutSideInformation, codec_id
+from gradcodec.entropy import SymbolReader, Symbols, Table, bits_of, encode_symbols, integer_table, uniform_table
 from gradcodec.errors import BudgetError, CodecError
-from gradcodec.exchange import max_payload_bytes
 from gradcodec.frame import Codes
 from gradcodec.layout import Block, Layout
 from gradcodec.peers.packing import (
-    OWN_BITS,
     Floats,
+    budget_of,
     finite,
     gaussian_codebook,
     least_squares_scale,
@@ -47,7 +46,6 @@ _LARGEST_SCALE = 1e37
 _LAST_WORD_BYTES = 4
 _LOOK_AHEAD = 64
 _ZEROS = 32
-_UNIFORM = {bits: integer_table(np.ones(1 << bits)) for bits in range(1, 9)}
 _NEXT_WIDTH = [integer_table(np.array([0.5**step for step in range(max(width, 1) + 1)])) for width in range(7)]
 """By the width of the component before, how much narrower the next one is."""
 
@@ -57,19 +55,15 @@ Grants = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class PowersgdCodec:
+class PowersgdCodec(WithoutSideInformation):
     """``powersgd``: any rate up to 6 bits, in steps of one bit for one row."""
 
     layout: Layout
     id: bytes = codec_id("powersgd/1")
     num_streams: int = 1
 
-    def side_information(self, global_update_RC: Tensor) -> Tensor | None:
-        return None
-
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
-        if max_bytes is None:
-            max_bytes = max_payload_bytes(OWN_BITS, self.layout.num_parameters)
+        max_bytes = budget_of(max_bytes, self.layout.num_parameters)
         parts = [blocks_RC[: b.rank, b.start : b.stop].cpu().double().numpy() for b in self.layout.blocks]
         directions, energies_BR = self._decompose(parts)
         grants = self._grants(energies_BR)
@@ -175,7 +169,7 @@ class PowersgdCodec:
         for part, axes, widths in zip(parts, directions, widths_BR, strict=True):
             kept = widths[widths > 0].tolist()
             coded = [_direction_symbols(axis, width) for axis, width in zip(axes, kept, strict=False)]
-            symbols += [(s, _UNIFORM[_direction_bits(w)]) for s, w in zip(coded, kept, strict=True)]
+            symbols += [(s, uniform_table(_direction_bits(w))) for s, w in zip(coded, kept, strict=True)]
             if kept:
                 sent_KR = np.stack([_direction(s, w) for s, w in zip(coded, kept, strict=True)]).astype(np.float64)
                 rows_KW = np.linalg.lstsq(sent_KR.T, part, rcond=None)[0].astype(np.float32)
@@ -204,7 +198,7 @@ def _direction(symbols: Symbols, width: int) -> Floats:
 
 
 def _read_direction(reader: SymbolReader, width: int, rank: int) -> Floats:
-    return _direction(reader.read(rank, _UNIFORM[_direction_bits(width)]), width)
+    return _direction(reader.read(rank, uniform_table(_direction_bits(width))), width)
 
 
 def _row_parts(row: Floats, width: int) -> list[tuple[Symbols, Table]]:
@@ -213,15 +207,15 @@ def _row_parts(row: Floats, width: int) -> list[tuple[Symbols, Table]]:
     indices = nearest(row / rms if rms > 0 else row, book)
     scale = int(np.float32(least_squares_scale(row, book[indices])).view(np.uint32) >> 16)
     halves = np.array([scale >> 8, scale & 255], np.int32)
-    return [(halves, _UNIFORM[8]), (indices.astype(np.int32), _UNIFORM[width])]
+    return [(halves, uniform_table(8)), (indices.astype(np.int32), uniform_table(width))]
 
 
 def _read_row(reader: SymbolReader, width: int, num_values: int) -> Floats:
-    high, low = reader.read(2, _UNIFORM[8]).tolist()
+    high, low = reader.read(2, uniform_table(8)).tolist()
     scale = np.array([(high << 24) | (low << 16)], np.uint32).view(np.float32)
     if not np.abs(scale) <= _LARGEST_SCALE:
         raise CodecError(f"a row's scale of {scale.item()} is out of range")
-    return gaussian_codebook(width)[reader.read(num_values, _UNIFORM[width])] * scale
+    return gaussian_codebook(width)[reader.read(num_values, uniform_table(width))] * scale
 
 
 def _share_of_zeros(widths_BR: Widths) -> int:

@@ -31,12 +31,11 @@ from torch import Tensor
 from gradcodec.autoencoder.transform import Transform
 from gradcodec.codec import codec_id
 from gradcodec.errors import BudgetError, CodecError
-from gradcodec.exchange import max_payload_bytes
 from gradcodec.frame import Codes
 from gradcodec.gauge import principal_axes
 from gradcodec.layout import Layout
 from gradcodec.peers.levels import MAX_LEVEL, Classes, Columns, Levels, Model, fit, pack_levels, unpack_levels
-from gradcodec.peers.packing import OWN_BITS, Floats, finite
+from gradcodec.peers.packing import Floats, budget_of, finite
 
 PRICE_OF_A_BIT = 0.115
 """In squared steps: ln(2) / 6, at which uniform thresholds trade at a high rate; lower rates mind it little."""
@@ -85,8 +84,7 @@ class RotatedCodec:
         return principal_axes(global_update_RC, self.layout)
 
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
-        if max_bytes is None:
-            max_bytes = max_payload_bytes(OWN_BITS, self.layout.num_parameters)
+        max_bytes = budget_of(max_bytes, self.layout.num_parameters)
         coefficients_RC: Floats = self._transform.analyse(blocks_RC, side).cpu().numpy()
         return (self._fill(coefficients_RC, max_bytes),)
 

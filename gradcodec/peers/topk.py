@@ -20,13 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradcodec.codec import codec_id
-from gradcodec.entropy import SymbolReader, Symbols, Table, bits_of, encode_symbols, integer_table
+from gradcodec.codec import WithoutSideInformation, codec_id
+from gradcodec.entropy import SymbolReader, Symbols, Table, bits_of, encode_symbols, integer_table, uniform_table
 from gradcodec.errors import BudgetError, CodecError
-from gradcodec.exchange import max_payload_bytes
 from gradcodec.frame import Codes
 from gradcodec.layout import Layout
-from gradcodec.peers.packing import OWN_BITS, Floats, finite
+from gradcodec.peers.packing import Floats, budget_of, finite
 
 MAX_MAGNITUDE_BITS = 3
 NUM_CLASSES = 32
@@ -48,23 +47,18 @@ _PLACES = _place_tables()
 _PLACE_BITS = np.stack([bits_of(table) for table in _PLACES])
 _FIRST_CLASS = integer_table(np.ones(NUM_CLASSES))
 _NEXT_CLASS = integer_table(np.array([2.0 ** -min(abs(step), 12) for step in range(-NUM_CLASSES + 1, NUM_CLASSES)]))
-_COIN = integer_table(np.ones(2))
 
 
 @dataclass(frozen=True)
-class TopkCodec:
+class TopkCodec(WithoutSideInformation):
     """``topk``: any rate up to what sends all values, about 5 bits."""
 
     layout: Layout
     id: bytes = codec_id("topk/1")
     num_streams: int = 1
 
-    def side_information(self, global_update_RC: Tensor) -> Tensor | None:
-        return None
-
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
-        if max_bytes is None:
-            max_bytes = max_payload_bytes(OWN_BITS, self.layout.num_parameters)
+        max_bytes = budget_of(max_bytes, self.layout.num_parameters)
         values: Floats = self.layout.flatten(blocks_RC).cpu().numpy()
         if len(silence := self._write(values, np.empty(0, np.int64), np.zeros(1, np.float32))) > max_bytes:
             raise BudgetError(f"{max_bytes} bytes for the codes; topk needs at least {len(silence)}")
@@ -96,8 +90,8 @@ class TopkCodec:
             for q, block in zip(classes, self.layout.blocks, strict=True)
         ]
         places = np.flatnonzero(np.concatenate(sent))
-        magnitudes = reader.read(len(places), _uniform(bits)) if bits else np.zeros(len(places), np.int32)
-        signs = reader.read(len(places), _COIN)
+        magnitudes = reader.read(len(places), uniform_table(bits)) if bits else np.zeros(len(places), np.int32)
+        signs = reader.read(len(places), uniform_table(1))
         values = np.zeros(self.layout.num_parameters, np.float32)
         values[places] = centroids[magnitudes] * (1 - 2 * signs)
         return self.layout.unflatten(torch.from_numpy(values))
@@ -115,8 +109,8 @@ class TopkCodec:
         parts = _class_parts(classes)
         parts += [(p, _PLACES[q]) for p, q in zip(pieces, classes.tolist(), strict=True) if q < NUM_CLASSES - 1]
         if bits:
-            parts.append((magnitudes, _uniform(bits)))
-        parts.append(((chosen < 0).astype(np.int32), _COIN))
+            parts.append((magnitudes, uniform_table(bits)))
+        parts.append(((chosen < 0).astype(np.int32), uniform_table(1)))
         return bytes([bits]) + _to_halves(centroids) + encode_symbols(parts)
 
 
@@ -180,10 +174,6 @@ def _read_classes(reader: SymbolReader, count: int) -> list[int]:
         raise CodecError("a tensor's share of sent values is out of range")
     found: list[int] = classes.tolist()
     return found
-
-
-def _uniform(bits: int) -> Table:
-    return integer_table(np.ones(1 << bits))
 
 
 def _to_halves(values: Floats) -> bytes:
