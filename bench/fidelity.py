@@ -42,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     try:
-        rates = [float(rate) for rate in args.bits.split(",")]
+        rates = rates_of(args.bits)
         recording = load_recording(args.updates)
         train, heldout = first_third(recording)
         names = args.codecs.split(",")
@@ -65,12 +65,26 @@ def first_third(recording: Recording) -> tuple[list[Update], list[Update]]:
     Raises:
         ValueError: fewer than three rounds are recorded.
     """
-    rounds = sorted({update.round for update in recording.updates})
-    if len(rounds) < 3:
-        raise ValueError(f"{len(rounds)} rounds are recorded; training on a third of them needs at least three")
+    rounds = rounds_of(recording, at_least=3)
     early = set(rounds[: len(rounds) // 3])
     train = [update for update in recording.updates if update.round in early]
     return train, [update for update in recording.updates if update.round not in early]
+
+
+def rounds_of(recording: Recording, at_least: int) -> list[int]:
+    """The recorded rounds, ascending. Raises ValueError: there are fewer."""
+    rounds = sorted({update.round for update in recording.updates})
+    if len(rounds) < at_least:
+        raise ValueError(f"{len(rounds)} rounds are recorded; this bench needs at least {at_least}")
+    return rounds
+
+
+def rates_of(text: str) -> list[float]:
+    """Comma-separated bits per parameter. Raises ValueError: one is no positive number."""
+    rates = [float(rate) for rate in text.split(",")]
+    if not all(rate > 0 for rate in rates):
+        raise ValueError(f"--bits {text}: bits per parameter are positive")
+    return rates
 
 
 def measure_all(
@@ -128,7 +142,7 @@ def print_table(rows: list[Row], recording: Recording) -> None:
             row.codec,
             f"{row.bits:.3f}",
             f"{row.cosine:.3f}",
-            f"{10 ** (-row.snr_db / 10):.4f}",
+            f"{row.error_energy:.4f}",
             f"{row.snr_db:.2f}",
             f"{row.aggregate_cosine:.3f}",
             f"{row.gaussian_bound_cosine:.3f}",

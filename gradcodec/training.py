@@ -52,6 +52,11 @@ class Row:
     gaussian_bound_cosine: float
     num_updates: int
 
+    @property
+    def error_energy(self) -> float:
+        """Of the error, over the update's: from 0 to 1."""
+        return float(10 ** (-self.snr_db / 10))
+
 
 def train_codec(
     name: str,
@@ -66,7 +71,7 @@ def train_codec(
     """Trains one of ``TRAINABLE`` on these updates of the recording."""
     layout = recording.layout
     if name == "learned":
-        sides = _sides(recording, partial(principal_axes, layout=layout))
+        sides = sides_of(recording)
         samples = [Sample(update.blocks_RC, sides[update.round]) for update in updates]
         tables = fit_learned(samples, layout, directions=settings.directions, passes=settings.passes, progress=progress)
         return Artifact("learned", tables.to_tensors(), {"codec": {}, "trained": provenance})
@@ -89,7 +94,7 @@ def measure(
     name: str, codec: Codec, recording: Recording, heldout: dict[str, list[Update]], rates: Sequence[float | None]
 ) -> list[Row]:
     """Fidelity of single updates, each encoded to a payload and decoded again, without error feedback."""
-    sides = _sides(recording, codec.side_information)
+    sides = sides_of(recording, codec.side_information)
     return [_measured(name, part, codec, updates, sides, rate) for part, updates in heldout.items() for rate in rates]
 
 
@@ -131,8 +136,12 @@ def rows_to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
 
 
-def _sides(recording: Recording, side_information: Callable[[Tensor], Tensor | None]) -> dict[int, Tensor | None]:
-    """Per round what the codec may know of it: side information from the global update of the round before."""
+def sides_of(
+    recording: Recording, side_information: Callable[[Tensor], Tensor | None] | None = None
+) -> dict[int, Tensor | None]:
+    """Per round what a codec may know of it: side information from the global update of the round before; without a
+    function that of ``learned``, principal axes."""
+    side_information = side_information or partial(principal_axes, layout=recording.layout)
     sides: dict[int, Tensor | None] = {}
     for number in {update.round for update in recording.updates}:
         before = recording.mean_of_round(number - 1)

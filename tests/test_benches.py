@@ -48,7 +48,7 @@ def test_fidelity_trains_on_the_first_third_and_measures_on_the_rest(recording: 
 
 
 def test_fidelity_needs_three_rounds(recording: Recording) -> None:
-    with pytest.raises(ValueError, match="at least three"):
+    with pytest.raises(ValueError, match="at least 3"):
         first_third(Recording(recording.layout, recording.updates[:4]))
 
 
