@@ -1,6 +1,6 @@
 """How fast the codecs encode and decode one update here, and what memory they take, beside each other in one run.
 
-    python -m bench.speed [--geometry tiny|7b|70b] [--bits 0.1,0.5] [--codecs learned,rotated,...] [--json OUT]
+    python -m bench.speed [--geometry tiny|7b|70b] [--bits 0.1,0.5] [--codecs learned,...] [--device cpu] [--json OUT]
 
 ``7b`` is LLaMA-7B with rank 8 on q, k, v, o: 8,388,608 values; ``70b`` LLaMA-2-70B with the same adapter. Every codec
 runs in a process of its own, which holds the update when the clock starts; its peak memory is counted from there, the
@@ -49,12 +49,17 @@ def main() -> None:
     parser.add_argument("--bits", default="0.1,0.5", help="budgets of the codecs that have a rate")
     parser.add_argument("--codecs", default=",".join(CODECS_FOR_ANY_LAYOUT), help="which codecs")
     parser.add_argument("--artifact", default="assets/codec")
+    parser.add_argument("--device", default="cpu", help="where `learned` works, as torch says it: cpu, cuda")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
     names = args.codecs.split(",")
     layout = layout_of(args.geometry, args.rank)
+    try:
+        device = device_name(args.device)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     rows: list[dict[str, Any]] = []
     spawn = multiprocessing.get_context("spawn")
     try:
@@ -62,16 +67,16 @@ def main() -> None:
             for bits in [float(rate) for rate in args.bits.split(",")] if name in CODECS_WITH_A_RATE else [None]:
                 Console(stderr=True).print(f"{name}{'' if bits is None else f' at {bits:g} bits'} ...")
                 with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # a process each: peak memory never falls
-                    one = partial(measure, name, layout, bits, args.artifact, args.repeats, args.threads)
+                    one = partial(measure, name, layout, bits, args.artifact, args.repeats, args.threads, args.device)
                     rows.append(pool.submit(one).result())
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped")
-    print_table(rows, args.geometry, layout, args.threads)
+    print_table(rows, f"{args.geometry}: {layout.num_parameters:,} values, {args.threads} threads, {args.device}")
     if args.json is not None:
         about = {"geometry": args.geometry, "num_parameters": layout.num_parameters, "threads": args.threads}
-        write_json({"rows": rows, **about, "device": "cpu", "made_with": provenance()}, args.json)
+        write_json({"rows": rows, **about, "device": device, "made_with": provenance()}, args.json)
 
 
 def layout_of(geometry: str, rank: int) -> Layout:
@@ -82,6 +87,15 @@ def layout_of(geometry: str, rank: int) -> Layout:
             shapes[f"{layer}.{module}.lora_A.weight"] = (rank, inputs)
             shapes[f"{layer}.{module}.lora_B.weight"] = (outputs, rank)
     return Layout.of(shapes)
+
+
+def device_name(device: str) -> str:
+    """As results say it. Raises ValueError: there is none."""
+    if not device.startswith("cuda"):
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: this machine has no CUDA device that torch sees")
+    return torch.cuda.get_device_name(device)
 
 
 def update_of(layout: Layout, seed: int = 0) -> dict[str, Tensor]:
@@ -96,10 +110,12 @@ def update_of(layout: Layout, seed: int = 0) -> dict[str, Tensor]:
     return update
 
 
-def measure(name: str, layout: Layout, bits: float | None, artifact: str, repeats: int, threads: int) -> dict[str, Any]:
+def measure(
+    name: str, layout: Layout, bits: float | None, artifact: str, repeats: int, threads: int, device: str
+) -> dict[str, Any]:
     """One codec at one rate."""
     torch.set_num_threads(threads)
-    codec = build_codec(CodecSettings(name=name, artifact=artifact), layout)
+    codec = build_codec(CodecSettings(name=name, artifact=artifact), layout, device)
     before = layout.to_blocks(update_of(layout, seed=1))
     side = codec.side_information(before)
     del before
@@ -132,8 +148,8 @@ def timed(work: Callable[[], Result], repeats: int) -> tuple[float, Result]:
     return median(seconds), result
 
 
-def print_table(rows: list[dict[str, Any]], geometry: str, layout: Layout, threads: int) -> None:
-    table = Table(title=f"{geometry}: {layout.num_parameters:,} values, {threads} threads, CPU")
+def print_table(rows: list[dict[str, Any]], title: str) -> None:
+    table = Table(title=title)
     for column in ("codec", "bits", "payload", "encode s", "decode s", "encode MB/s", "decode MB/s", "peak, updates"):
         table.add_column(column, justify="left" if column == "codec" else "right", no_wrap=True)
     for row in rows:

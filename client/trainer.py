@@ -61,7 +61,7 @@ class Trainer:
     @cached_property
     def codec(self) -> Codec:
         layout = Layout.of({name: tuple(tensor.shape) for name, tensor in get_adapter(self.model).items()})
-        return build_codec(self.settings.codec, layout)
+        return build_codec(self.settings.codec, layout, self.model.device)
 
     def shard(self, partition: int) -> Shard:
         if partition not in self._shards:

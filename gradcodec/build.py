@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from gradcodec.artifact import Artifact, load_artifact
 from gradcodec.autoencoder.learned import LearnedCodec
 from gradcodec.autoencoder.resnet import ResnetCodec
@@ -73,8 +75,11 @@ def check_codec(settings: CodecSettings) -> None:
         raise CodecError(f"codec.name={settings.name} needs codec.artifact: train one with `python -m tgap`")
 
 
-def build_codec(settings: CodecSettings, layout: Layout) -> Codec:
+def build_codec(settings: CodecSettings, layout: Layout, device: torch.device | str = "cpu") -> Codec:
     """The codec for a layout.
+
+    Args:
+        device: where ``learned`` works; all others work on the CPU.
 
     Raises:
         CodecError: unknown name, no or another artifact than ``settings.digest`` says, an artifact that does not
@@ -90,13 +95,13 @@ def build_codec(settings: CodecSettings, layout: Layout) -> Codec:
             f"codec artifact {settings.artifact} has digest {artifact.digest[:16]}, the run uses "
             f"{settings.digest[:16]}: copy the server's artifact to this node"
         )
-    return codec_of(artifact, layout)
+    return codec_of(artifact, layout, device)
 
 
-def codec_of(artifact: Artifact, layout: Layout) -> Codec:
+def codec_of(artifact: Artifact, layout: Layout, device: torch.device | str = "cpu") -> Codec:
     """The codec that an artifact holds. Raises CodecError: it does not serve this layout."""
     if artifact.kind == "learned":
-        return LearnedCodec.from_artifact(artifact, layout)
+        return LearnedCodec.from_artifact(artifact, layout, device)
     return ResnetCodec.from_artifact(artifact, layout)
 
 

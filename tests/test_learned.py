@@ -137,7 +137,7 @@ def test_what_is_expected_needs_no_correction_and_what_is_not_does(layout: Layou
     spectrum = spectrum_of(layout)
     generator = torch.Generator().manual_seed(0)
     noise_RC = torch.randn(layout.rank, layout.num_columns, generator=generator)
-    levels_RC = torch.from_numpy(spectrum.levels(spectrum.nothing()).astype(np.float32))
+    levels_RC = torch.from_numpy(np.stack([*spectrum.levels(spectrum.nothing())]).astype(np.float32))
     as_expected_RC = noise_RC * torch.exp2(levels_RC / 4)
     corrections, loudness = spectrum.fit(spectrum.energies(as_expected_RC.numpy()), step=1e-3)
     assert loudness == pytest.approx(1.0, abs=0.15)
@@ -153,7 +153,8 @@ def test_levels_of_every_so_many_th_column_are_those_columns_levels(layout: Layo
     spectrum = spectrum_of(layout)
     rows = np.arange(spectrum.num_rows, dtype=np.int16) % 5
     corrections = Corrections(np.arange(16, dtype=np.int16).reshape(2, 8), rows)
-    assert np.array_equal(spectrum.levels(corrections, 7), spectrum.levels(corrections)[:, ::7])
+    for part, whole in zip(spectrum.levels(corrections, 7), spectrum.levels(corrections), strict=True):
+        assert np.array_equal(part, whole[::7])
 
 
 def test_training_is_the_same_every_time(layout: Layout) -> None:
@@ -210,7 +211,7 @@ def test_a_wild_shift_is_refused(layout: Layout) -> None:
             codec.decode((np.array([step, shift], "<i2").tobytes() + b"abc",), None)
 
 
-def test_the_golden_payload_of_learned_2_decodes_to_its_symbols() -> None:
+def test_the_golden_payload_of_learned_3_decodes_to_its_symbols() -> None:
     """Integer tables: the same bytes are the same symbols on every machine. A change here is a new codec id."""
     layout = Layout.of({"x.lora_A.weight": (2, 16)})
     blocks = torch.tensor([[math.sin(i) * 4 for i in range(16)], [math.cos(3 * i) for i in range(16)]])
@@ -231,7 +232,7 @@ def _exact_tables() -> LearnedTables:
     return LearnedTables.from_tensors(tensors)
 
 
-GOLDEN = bytes.fromhex("1a000400353a4f5bfb1f45971e7b1c1b")
+GOLDEN = bytes.fromhex("1a0004002c9a4c5b83d43172db0fde49")
 GOLDEN_SYMBOLS = [
     [0, 2, 3, 0, -2, -3, -1, 2, 3, 1, -2, -3, -2, 1, 3, 2],
     [1, -1, 1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],

@@ -86,7 +86,7 @@ def fit_learned(
         for block in layout.blocks
     }
     spectrum = Spectrum(layout, expected, (0,))
-    levels_RC = torch.from_numpy(spectrum.levels(spectrum.nothing())).int()
+    levels_RC = torch.from_numpy(np.stack([*spectrum.levels(spectrum.nothing())])).int()
     coders = {c: first_coder(c) for c in CLASSES}
     for number in range(1, passes + 1):
         coders, cost = _refit(coders, coefficients, levels_RC)

@@ -10,8 +10,8 @@ One artifact serves every budget and every geometry: only the step changes. The 
     offset  size  field
     0       2     step: base-2 logarithm in 1/64 (int16)
     2       2     shift: what is added to a level to give a class (int16)
-    4       -     corrections of the spectrum, symbols from the lowest class to the highest, range-coded; nothing at
-                  all if the shift leaves every coefficient silent
+    4       -     corrections of the spectrum, then row by row the symbols from the lowest class to the highest,
+                  range-coded; nothing at all if the shift says that every coefficient is silent
 
 Departures from the paper: its ResNet over a picture of all factors carries no client information
 (``docs/negative-results.md``). Shape suffixes: R rank, C columns, N coefficients.
@@ -152,18 +152,21 @@ class LearnedCodec:
 
     num_streams = 1
 
-    def __init__(self, layout: Layout, tables: LearnedTables, weights_digest: bytes) -> None:
+    def __init__(
+        self, layout: Layout, tables: LearnedTables, weights_digest: bytes, device: torch.device | str = "cpu"
+    ) -> None:
+        """``device`` is where transform and quantiser work; the entropy coder works on the CPU."""
         self.layout = layout
         self.tables = tables
-        self.id = codec_id("learned/2", weights_digest)
-        self._transform = Transform(layout, tables.leading)
+        self.id = codec_id("learned/3", weights_digest)
+        self._transform = Transform(layout, tables.leading, device)
         self._spectrum = Spectrum(layout, tables.expected, tables.any_rows)
-        self._quantizer = Quantizer(dict(tables.coders))
+        self._quantizer = Quantizer(dict(tables.coders), device)
 
     @classmethod
-    def from_artifact(cls, artifact: Artifact, layout: Layout) -> LearnedCodec:
+    def from_artifact(cls, artifact: Artifact, layout: Layout, device: torch.device | str = "cpu") -> LearnedCodec:
         """Serves any layout. Raises CodecError: the artifact's tensors are not this codec's."""
-        return cls(layout, LearnedTables.from_tensors(artifact.tensors), bytes.fromhex(artifact.digest))
+        return cls(layout, LearnedTables.from_tensors(artifact.tensors), bytes.fromhex(artifact.digest), device)
 
     def side_information(self, global_update_RC: Tensor) -> Tensor | None:
         """Principal axes of the last global update, ``[B, R, R]`` float32."""
@@ -183,19 +186,20 @@ class LearnedCodec:
         if len(data) < _HEADER.size:
             raise CodecError(f"{len(data)} bytes of codes: the header alone takes {_HEADER.size}")
         step, shift = _HEADER.unpack_from(data)
-        coefficients_RC = torch.zeros(self.layout.rank, self.layout.num_columns)
+        coefficients_RC = torch.zeros(self.layout.rank, self.layout.num_columns, device=self._transform.device)
         if shift == _SILENT_SHIFT:
-            return coefficients_RC
+            return coefficients_RC.cpu()
         if not _FINEST <= step <= _COARSEST or abs(shift) > _MAX_SHIFT:
             raise CodecError(f"a step of 2 ** {step / _STEPS_PER_OCTAVE} or a shift of {shift} is out of range")
         reader = SymbolReader(data[_HEADER.size :])
         plan = _Plan(step, shift, self._spectrum.unpack(reader))
-        coefficients_N = coefficients_RC.view(-1)
-        for symbol_class, places_N in _places(self._spectrum, plan):
+        for row, symbol_class, places_N in _places(self._spectrum, plan):
             symbols_N, low_N = self._quantizer.unpack(reader, len(places_N), symbol_class)
-            coefficients_N[places_N] = self._quantizer.restore(symbols_N, low_N, symbol_class)
+            coefficients_RC[row, places_N.to(coefficients_RC.device)] = self._quantizer.restore(
+                symbols_N, low_N, symbol_class
+            )
         coefficients_RC *= _width_of(step)
-        return self._transform.synthesise(coefficients_RC, side)
+        return self._transform.synthesise(coefficients_RC, side).cpu()
 
 
 class _Encoder:
@@ -205,7 +209,7 @@ class _Encoder:
         self._spectrum = spectrum
         self._quantizer = quantizer
         self._coefficients_RC = coefficients_RC
-        self._energies_NS = spectrum.energies(coefficients_RC.numpy())
+        self._energies_NS = spectrum.energies(coefficients_RC.cpu().numpy())
         self._coarsest = min(_step_of(peak) + _STEPS_PER_OCTAVE, _COARSEST)
         self._stride = max(1, coefficients_RC.numel() // _PILOT_VALUES)
 
@@ -267,33 +271,35 @@ class _Encoder:
     def _num_bits(self, plan: _Plan, stride: int) -> float:
         """What symbols take, judged on every so many-th column."""
         scale = 1 / _width_of(plan.step)
-        part_N = self._coefficients_RC[:, ::stride].reshape(-1)
+        part_RC = self._coefficients_RC[:, ::stride]
         bits = 0.0
-        for symbol_class, places_N in _places(self._spectrum, plan, stride):
-            symbols_N, _ = self._quantizer.quantize(part_N[places_N] * scale, symbol_class)
+        for row, symbol_class, places_N in _places(self._spectrum, plan, stride):
+            symbols_N, _ = self._quantizer.quantize(part_RC[row, places_N.to(part_RC.device)] * scale, symbol_class)
             bits += self._quantizer.num_bits(symbols_N, symbol_class)
-        return bits * self._coefficients_RC.numel() / len(part_N)
+        return bits * self._coefficients_RC.shape[1] / part_RC.shape[1]
 
     def _write(self, plan: _Plan) -> bytes:
-        parts: list[tuple[Symbols, Table]] = self._spectrum.pack(plan.corrections)
-        coefficients_N = self._coefficients_RC.view(-1)
+        return _HEADER.pack(plan.step, plan.shift) + encode_symbols(self._parts(plan))
+
+    def _parts(self, plan: _Plan) -> Iterator[tuple[Symbols, Table]]:
+        yield from self._spectrum.pack(plan.corrections)
         scale = 1 / _width_of(plan.step)
-        for symbol_class, places_N in _places(self._spectrum, plan):
-            symbols_N, low_N = self._quantizer.quantize(coefficients_N[places_N] * scale, symbol_class)
-            parts += self._quantizer.pack(symbols_N, low_N, symbol_class)
-        return _HEADER.pack(plan.step, plan.shift) + encode_symbols(parts)
+        for row, symbol_class, places_N in _places(self._spectrum, plan):
+            values_N = self._coefficients_RC[row, places_N.to(self._coefficients_RC.device)] * scale
+            symbols_N, low_N = self._quantizer.quantize(values_N, symbol_class)
+            yield from self._quantizer.pack(symbols_N, low_N, symbol_class)
 
 
-def _places(spectrum: Spectrum, plan: _Plan, stride: int = 1) -> Iterator[tuple[int, Tensor]]:
-    """Classes from the lowest to the highest, each with the places of its coefficients in ``[R, C]``, flattened;
-    with a stride, in every so many-th column."""
-    levels_N = spectrum.levels(plan.corrections, stride).reshape(-1)
-    np.clip(levels_N, MIN_CLASS - 1 - plan.shift, MAX_CLASS - plan.shift, out=levels_N)
-    classes_N: NDArray[np.int8] = (levels_N + plan.shift).astype(np.int8)
-    for place, count in enumerate(np.bincount(classes_N - (MIN_CLASS - 1)).tolist()):
-        if place and count:
-            symbol_class = place + MIN_CLASS - 1
-            yield symbol_class, torch.from_numpy(np.flatnonzero(classes_N == symbol_class))
+def _places(spectrum: Spectrum, plan: _Plan, stride: int = 1) -> Iterator[tuple[int, int, Tensor]]:
+    """Row by row, and in a row from the lowest class to the highest: row, class, and the columns of its coefficients;
+    with a stride, among every so many-th column. A row at a time, so that memory stays that of a row."""
+    for row, levels_C in enumerate(spectrum.levels(plan.corrections, stride)):
+        np.clip(levels_C, MIN_CLASS - 1 - plan.shift, MAX_CLASS - plan.shift, out=levels_C)
+        classes_C: NDArray[np.int8] = (levels_C + plan.shift).astype(np.int8)
+        for place, count in enumerate(np.bincount(classes_C - (MIN_CLASS - 1)).tolist()):
+            if place and count:
+                symbol_class = place + MIN_CLASS - 1
+                yield row, symbol_class, torch.from_numpy(np.flatnonzero(classes_C == symbol_class))
 
 
 def _silence() -> bytes:

@@ -67,11 +67,14 @@ class ClassCoder:
 class Quantizer:
     """All classes. ``quantize`` and ``restore`` are inverse up to the step."""
 
-    def __init__(self, coders: dict[int, ClassCoder]) -> None:
+    def __init__(self, coders: dict[int, ClassCoder], device: torch.device | str = "cpu") -> None:
+        """Values and symbols lie on ``device``."""
         assert coders.keys() == set(CLASSES)
         self.coders = coders
-        self._thresholds = {c: coder.thresholds() for c, coder in coders.items()}
-        self._bits = {c: torch.from_numpy(bits_of(coder.table)).float() for c, coder in coders.items()}
+        self.device = device
+        self._thresholds = {c: coder.thresholds().to(device) for c, coder in coders.items()}
+        self._centroids = {c: coder.centroids_M.to(device) for c, coder in coders.items()}
+        self._bits = {c: torch.from_numpy(bits_of(coder.table)).float().to(device) for c, coder in coders.items()}
 
     def quantize(self, values_N: Tensor, symbol_class: int) -> tuple[Tensor, Tensor | None]:
         """Values in steps -> symbols, and the low bits of the highest classes, both ``[N]`` integers."""
@@ -83,7 +86,7 @@ class Quantizer:
         sizes_N = values_N.abs()
         magnitudes_N = torch.bucketize(sizes_N, self._thresholds[symbol_class], out_int32=True)
         outliers = magnitudes_N == coder.largest
-        excess = (sizes_N[outliers] - coder.centroids_M[-1]).round().clamp(0, MAX_EXCESS)
+        excess = (sizes_N[outliers] - self._centroids[symbol_class][-1]).round().clamp(0, MAX_EXCESS)
         magnitudes_N[outliers] += excess.int()
         return torch.where(values_N < 0, -magnitudes_N, magnitudes_N), None
 
@@ -94,7 +97,7 @@ class Quantizer:
             return ((symbols_N << low_bits) + low_N - (1 << low_bits - 1)).float()
         coder = self.coders[symbol_class]
         magnitudes_N = symbols_N.abs()
-        sizes_N = coder.centroids_M[magnitudes_N.clamp_max(coder.largest)]
+        sizes_N = self._centroids[symbol_class][magnitudes_N.clamp_max(coder.largest)]
         return (sizes_N + (magnitudes_N - coder.largest).clamp_min(0)) * symbols_N.sign()
 
     def num_bits(self, symbols_N: Tensor, symbol_class: int) -> float:
@@ -125,8 +128,8 @@ class Quantizer:
         outliers = np.flatnonzero(np.abs(signed) == coder.largest)
         excess = read_gamma(reader, len(outliers), _EXCESS_LENGTHS) - 1
         signed[outliers] += np.sign(signed[outliers]) * excess
-        low_N = torch.from_numpy(reader.read(count, uniform_table(low_bits))) if low_bits else None
-        return torch.from_numpy(signed), low_N
+        low_N = torch.from_numpy(reader.read(count, uniform_table(low_bits))).to(self.device) if low_bits else None
+        return torch.from_numpy(signed).to(self.device), low_N
 
 
 def num_low_bits(symbol_class: int) -> int:

@@ -10,7 +10,7 @@ Shape suffixes: R rank, C columns of all blocks, W width of one block, N rows of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -74,14 +74,14 @@ class Spectrum:
         self._block_N = np.repeat(np.arange(len(self.layout.blocks)), [block.rank for block in self.layout.blocks])
         self.rank_N = np.concatenate([np.arange(block.rank) for block in self.layout.blocks])
 
-    def levels(self, corrections: Corrections, stride: int = 1) -> Levels:
-        """Expected levels of the coefficients in every so many-th column, ``[R, C]`` if ``stride`` is 1; rows that a
-        block lacks have the lowest level."""
+    def levels(self, corrections: Corrections, stride: int = 1) -> Iterator[Levels]:
+        """Row by row the expected levels of the coefficients in every so many-th column, ``[C]`` if ``stride`` is 1;
+        where a block lacks the row it is the lowest level."""
         columns_C = (self._columns_C + corrections.tilt[self._kind_C, self._segment_C])[::stride]
         rows_RB = np.full((self.layout.rank, len(self.layout.blocks)), LOWEST_LEVEL, np.int16)
         rows_RB[self.rank_N, self._block_N] = self._rows_N + corrections.rows
-        levels: Levels = rows_RB[:, self._block_C[::stride]] + columns_C
-        return levels
+        for row_B in rows_RB:
+            yield row_B[self._block_C[::stride]] + columns_C
 
     @property
     def num_rows(self) -> int:

@@ -32,15 +32,15 @@ class Reflection:
     Householder: Schreiber and Parlett 1988, "Block reflectors: theory and computation").
     """
 
-    def __init__(self, leading_WK: Tensor) -> None:
+    def __init__(self, leading_WK: Tensor, device: torch.device | str = "cpu") -> None:
         width, count = leading_WK.shape
         orthonormal_WK, upper_KK = torch.linalg.qr(leading_WK.double())  # undoes the rounding to float16
         orthonormal_WK = orthonormal_WK * torch.sign(upper_KK.diagonal())
         # the sign of a direction is free: a negative diagonal keeps S far from singular
         orthonormal_WK = orthonormal_WK * -torch.where(orthonormal_WK.diagonal() < 0, -1.0, 1.0)
         difference_WK = torch.eye(width, count, dtype=torch.float64) - orthonormal_WK
-        self._difference_WK = difference_WK.float()
-        self._inner_KK = torch.linalg.inv(difference_WK[:count]).T.float()
+        self._difference_WK = difference_WK.float().to(device)
+        self._inner_KK = torch.linalg.inv(difference_WK[:count]).T.float().to(device)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Rows ``[..., W]`` -> their coordinates: the leading directions first."""
@@ -56,18 +56,20 @@ class Reflection:
 class Transform:
     """Analysis and synthesis for one layout."""
 
-    def __init__(self, layout: Layout, leading: Mapping[str, Tensor]) -> None:
-        """``leading``: tensor name -> its strongest directions along the width, ``[W, K]``."""
+    def __init__(self, layout: Layout, leading: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        """``leading``: tensor name -> its strongest directions along the width, ``[W, K]``. What both directions give
+        lies on ``device``."""
         self.layout = layout
+        self.device = device
         self._reflections: list[Reflection | None] = []
         for block in layout.blocks:
             basis_WK = leading.get(block.name)
             fits = basis_WK is not None and len(basis_WK) == block.width
-            self._reflections.append(Reflection(basis_WK) if fits and basis_WK is not None else None)
+            self._reflections.append(Reflection(basis_WK, device) if fits and basis_WK is not None else None)
 
     def analyse(self, blocks_RC: Tensor, side: Tensor | None) -> Tensor:
         """Blocks -> coefficients, ``[R, C]`` both."""
-        rotated_RC = rotate(blocks_RC, self._axes(side), self.layout)
+        rotated_RC = rotate(blocks_RC.to(self.device), self._axes(side), self.layout)
         for block, reflection in zip(self.layout.blocks, self._reflections, strict=True):
             if reflection is not None:
                 part = rotated_RC[:, block.start : block.stop]
@@ -86,10 +88,10 @@ class Transform:
     def _axes(self, side: Tensor | None) -> Tensor:
         shape = (len(self.layout.blocks), self.layout.rank, self.layout.rank)
         if side is None:
-            return torch.eye(self.layout.rank).expand(shape)
+            return torch.eye(self.layout.rank, device=self.device).expand(shape)
         if tuple(side.shape) != shape or not bool(torch.isfinite(side).all()):
             raise CodecError(f"side information of shape {tuple(side.shape)}: finite values of shape {shape} expected")
-        return side
+        return side.to(self.device)
 
 
 def leading_directions(rows_NW: Tensor, most: int) -> Tensor:
