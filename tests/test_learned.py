@@ -222,6 +222,22 @@ def test_the_golden_payload_of_learned_3_decodes_to_its_symbols() -> None:
     assert torch.equal(symbols_RC.round(), symbols_RC)
 
 
+def test_a_payload_decodes_alike_on_any_number_of_threads(layout: Layout, learned: LearnedCodec) -> None:
+    """The symbols to the bit, which a codec without bases shows; the matrix products behind them to rounding."""
+    update, before = heavy_tailed_update(4), torch.get_num_threads()
+    for codec, rounding in ((LearnedCodec(layout, UNTRAINED, b"test"), 0.0), (learned, 1e-6)):
+        payload, _ = encode_update(update, None, codec=codec, max_bytes=300)
+        try:
+            found = []
+            for threads in (1, 2, 4):
+                torch.set_num_threads(threads)
+                found.append(layout.to_blocks(decode_update(payload, codec=codec)))
+        finally:
+            torch.set_num_threads(before)
+        for blocks_RC in found[1:]:
+            torch.testing.assert_close(blocks_RC, found[0], rtol=0, atol=rounding * float(found[0].abs().max()))
+
+
 def _exact_tables() -> LearnedTables:
     """Tables of powers of two: no float decides them."""
     tensors = UNTRAINED.to_tensors()
