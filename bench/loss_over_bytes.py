@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def run_seed(seed: int, runs: list[Run], output: Path, overrides: list[str]) -> 
     for run in runs:
         own = ["arm=coded", *run.overrides, *common]
         own += [f"codec.artifact={artifact}"] if run.needs_artifact else []
-        found[run.name] = _federate(own, output / run.name.replace("/", "_"))
+        found[run.name] = _federate(own, output / re.sub(r"[^A-Za-z0-9@._-]", "_", run.name))
     return found
 
 
