@@ -1,51 +1,115 @@
-"""The error-feedback residual on disk: what a client's last payload left, between messages and after restarts.
+"""The error-feedback residual on disk: what a client's last payloads left, between messages and after restarts.
 
-One file a federation (run) and partition, written whole or not at all. A file that cannot be read or belongs to
-another layout is dropped with a warning: the client then goes on without the old residual.
+Two files a federation (run) and partition, each written whole or not at all and checked by a digest: what the last
+round left, and what the round before it left. A server that died in a round asks for that round again; the client then
+goes on from what the round before left, so that the second answer is the first one to the bit. A file that cannot be
+read, is damaged or belongs to another layout is dropped with a warning: the client goes on without it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
 import os
+import shutil
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from gradcodec.exchange import Residual
 from gradcodec.layout import Layout
 
 _LOG = logging.getLogger(__name__)
+KEEP_DAYS = 30
+"""Memory of other runs that nobody touched for so long is removed."""
 
 
-def load_residual(folder: Path, partition: int, layout: Layout) -> Residual | None:
-    """The residual of this partition, or None if there is none that fits."""
-    path = _path(folder, partition)
+@dataclass(frozen=True)
+class _Kept:
+    server_round: int
+    residual: Residual
+
+
+def load_residual(folder: Path, partition: int, layout: Layout, server_round: int) -> Residual | None:
+    """What the last round before ``server_round`` left of this partition, or None if there is nothing that fits."""
+    last, before = _paths(folder, partition)
+    kept = _read(last, layout)
+    if kept is not None and kept.server_round >= server_round:  # this round is asked for again
+        kept = _read(before, layout)
+    return kept.residual if kept is not None and kept.server_round < server_round else None
+
+
+def save_residual(folder: Path, partition: int, layout: Layout, server_round: int, residual: Residual) -> None:
+    """Inverse of ``load_residual``; the last thing a client does before it replies.
+
+    Raises:
+        OSError: the disk is full or cannot be written; what was there before still is.
+    """
+    last, before = _paths(folder, partition)
+    folder.mkdir(parents=True, exist_ok=True)
+    _prune(folder)
+    part = last.with_suffix(f".part{os.getpid()}")
+    left_RC = residual.left_RC.contiguous()
+    metadata = {
+        "layout": layout.id.hex(),
+        "digest": residual.payload_digest,
+        "round": str(server_round),
+        "checksum": _checksum(residual.target_RC, left_RC),
+    }
+    try:
+        save_file({"target": residual.target_RC, "left": left_RC}, part, metadata)
+        if last.is_file() and (kept := _read(last, layout)) is not None and kept.server_round < server_round:
+            os.replace(last, before)
+        os.replace(part, last)
+    except SafetensorError as error:  # its word for a full disk, too
+        raise OSError(f"the residual cannot be written to {folder}: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _read(path: Path, layout: Layout) -> _Kept | None:
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            residual = Residual(file.get_tensor("target"), file.get_tensor("left"), metadata.get("digest", ""))
-    except (SafetensorError, OSError) as error:
-        _LOG.warning("the residual in %s cannot be read and is dropped: %s", path, error)
+            target_RC, left_RC = file.get_tensor("target"), file.get_tensor("left")
+        kept = _Kept(int(metadata["round"]), Residual(target_RC, left_RC, metadata["digest"]))
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        _LOG.warning("the residual in %s cannot be read and is dropped: %r", path, error)
         return None
     if metadata.get("layout") != layout.id.hex():
         _LOG.warning("the residual in %s is of another model or adapter and is dropped", path)
         return None
-    return residual
+    if metadata.get("checksum") != _checksum(target_RC, left_RC):
+        _LOG.warning("the residual in %s is damaged and is dropped", path)
+        return None
+    return kept
 
 
-def save_residual(folder: Path, partition: int, layout: Layout, residual: Residual) -> None:
-    """Inverse of ``load_residual``; the last thing a client does before it replies."""
-    path = _path(folder, partition)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".part{os.getpid()}")
-    metadata = {"layout": layout.id.hex(), "digest": residual.payload_digest}
-    save_file({"target": residual.target_RC, "left": residual.left_RC.contiguous()}, part, metadata)
-    os.replace(part, path)
+def _checksum(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
-def _path(folder: Path, partition: int) -> Path:
-    return folder / f"partition-{partition}.safetensors"
+def _paths(folder: Path, partition: int) -> tuple[Path, Path]:
+    """Files of the last round and of the round before."""
+    return folder / f"partition-{partition}.safetensors", folder / f"partition-{partition}.before.safetensors"
+
+
+def _prune(folder: Path) -> None:
+    """Removes what other runs left long ago."""
+    oldest = time.time() - KEEP_DAYS * 86400
+    with contextlib.suppress(OSError):
+        for other in folder.parent.iterdir():
+            files = list(other.glob("partition-*.safetensors")) if other.is_dir() and other != folder else []
+            if files and max(file.stat().st_mtime for file in files) < oldest:
+                shutil.rmtree(other, ignore_errors=True)

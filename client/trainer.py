@@ -104,7 +104,7 @@ class Trainer:
         trained = time.perf_counter()
         payload = None
         if settings.arm == "coded":
-            payload = self._encode(update, partition, side, accepted, memory)
+            payload = self._encode(update, partition, server_round, side, accepted, memory)
         return Trained(
             adapter=None if payload is not None else {name: tensor + update[name] for name, tensor in adapter.items()},
             payload=payload,
@@ -114,17 +114,19 @@ class Trainer:
             seconds_encode=time.perf_counter() - trained,
         )
 
-    def _encode(self, update: Adapter, partition: int, side: Tensor | None, accepted: str, memory: Path) -> bytes:
+    def _encode(
+        self, update: Adapter, partition: int, server_round: int, side: Tensor | None, accepted: str, memory: Path
+    ) -> bytes:
         layout, feedback = self.codec.layout, self.settings.codec.feedback
         carried = None
-        if feedback > 0 and (old := load_residual(memory, partition, layout)) is not None:
+        if feedback > 0 and (old := load_residual(memory, partition, layout, server_round)) is not None:
             carried = old.carried(accepted, feedback)
         budget = byte_budget(self.settings.codec, layout)
         payload, residual = encode_update(
             update, carried, codec=self.codec, max_bytes=budget, snr_db=self.settings.codec.snr_db, side=side
         )
         if feedback > 0:
-            save_residual(memory, partition, layout, residual)
+            save_residual(memory, partition, layout, server_round, residual)
         return payload
 
 

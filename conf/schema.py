@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +35,12 @@ class FederationSettings:
     num_clients: int = 10
     clients_per_round: int = 5
     wait_seconds: float = 180.0  # for the nodes to come and to answer the roll call
-    round_seconds: float = 3600.0  # for the clients of one round to answer
+    round_seconds: float = 3600.0  # for the clients of one round to answer; later replies do not count
+    min_replies: int = 1  # a round with fewer usable replies is tried again
+    retries: int = 2  # how often, before the run ends with an error
+    max_failures: int = 3  # a client that fails so often in a row is left out for `rest_rounds` rounds
+    rest_rounds: int = 5
+    metrics_port: int | None = None  # Prometheus text on 127.0.0.1, while the run lasts
 
 
 @dataclass
@@ -55,6 +61,7 @@ class Settings:
     arm: str = "coded"  # base | centralised | dense | coded
     output: str = "outputs/federate"
     run_id: str = ""  # set at the start; names the run in the clients' memory
+    resume: str | None = None  # folder of a run that did not end: go on from its last finished round
     record: str | None = None  # dense only: writes every client's updates to this file
     model: ModelSettings = field(default_factory=ModelSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -108,6 +115,13 @@ def settings_of(config: DictConfig) -> Settings:
     return _absolute(_typed(Settings, config))
 
 
+def changed(settings: Settings, overrides: Sequence[str]) -> Settings:
+    """The settings with ``key=value`` changes. Raises ValueError naming the key."""
+    config = OmegaConf.merge(OmegaConf.create(dataclasses.asdict(settings)), OmegaConf.from_dotlist(list(overrides)))
+    assert isinstance(config, DictConfig)
+    return _typed(Settings, config)
+
+
 def tgap_run_of(config: DictConfig) -> TgapRun:
     run = _absolute(_typed(TgapRun, config))
     run.tgap.artifact = str(Path(run.tgap.artifact).absolute())
@@ -129,6 +143,23 @@ def check_settings(settings: Settings) -> None:
             f"federation.clients_per_round={federation.clients_per_round} is more than "
             f"federation.num_clients={federation.num_clients}"
         )
+    if not 1 <= federation.min_replies <= federation.clients_per_round:
+        raise ValueError(
+            f"federation.min_replies={federation.min_replies} must lie between 1 and "
+            f"federation.clients_per_round={federation.clients_per_round}"
+        )
+    for key in ("retries", "rest_rounds"):
+        if getattr(federation, key) < 0:
+            raise ValueError(f"federation.{key}={getattr(federation, key)} must be at least 0")
+    if federation.max_failures < 1:
+        raise ValueError(f"federation.max_failures={federation.max_failures} must be at least 1")
+    for key in ("wait_seconds", "round_seconds"):
+        if not getattr(federation, key) > 0:
+            raise ValueError(f"federation.{key}={getattr(federation, key)} must be greater than 0")
+    if settings.record is not None and settings.resume is not None:
+        raise ValueError("record=... and resume=... do not go together: the rounds before were not kept")
+    if settings.resume is not None and settings.arm not in ("dense", "coded"):
+        raise ValueError(f"resume=... needs arm=dense or arm=coded, not arm={settings.arm}")
     if settings.record is not None and settings.arm != "dense":
         raise ValueError(f"record=... needs arm=dense, not arm={settings.arm}: payloads are no updates")
     check_model(settings.model)

@@ -3,6 +3,7 @@
 python -m server.federate [arm=coded|dense|centralised|base] [codec=learned|identity|rotated|...] [key=value ...]
 python -m server.federate -m codec=learned,identity seed=0,1        # a sweep
 python -m server.federate backend=superlink                          # on a running SuperLink, over gRPC
+python -m server.federate resume=outputs/federate/2026-01-31/12-00-00  # a run that did not end, bit for bit
 python -m server.federate --cfg job                                  # every setting and its value
 """
 
@@ -10,17 +11,23 @@ from __future__ import annotations
 
 import sys
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from conf.output import open_output
-from conf.schema import Settings, check_settings, register_schemas, settings_of
+from conf.schema import Settings, changed, check_settings, register_schemas, settings_of
+from server.checkpoint import load_checkpoint
 from server.quiet import quiet
 from server.results import RunResults
 
 register_schemas()
+
+FIXED = ("federation.num_clients", "federation.clients_per_round")
+"""Of the settings of a federation, those that a resumed run cannot change."""
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="federate")
@@ -29,7 +36,10 @@ def main(config: DictConfig) -> float:
     quiet()
     try:
         settings = settings_of(config)
-        settings.run_id = uuid.uuid4().hex[:12]
+        if settings.resume is not None:
+            settings = resumed(Path(settings.resume), HydraConfig.get().overrides.task)
+        else:
+            settings.run_id = uuid.uuid4().hex[:12]
         results = run(settings)
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -42,6 +52,29 @@ def main(config: DictConfig) -> float:
         f"{results.seconds:.0f} s, results in {settings.output}"
     )
     return losses[-1]
+
+
+def resumed(folder: Path, overrides: Sequence[str]) -> Settings:
+    """The settings of a run that did not end, those of ``federation`` and ``backend`` changed as asked for.
+
+    Raises:
+        ValueError: there is no checkpoint, or an override would make it another run.
+    """
+    checkpoint = load_checkpoint(folder)
+    settings = checkpoint.settings
+    own = [text for text in overrides if text.split("=")[0] not in ("resume", "output")]
+    for text in own:
+        key = text.split("=")[0]
+        if not key.startswith(("federation.", "backend.")) or key in FIXED:
+            raise ValueError(f"resume={folder} goes on with the settings of that run: {text} cannot be changed")
+    settings = changed(settings, own)
+    settings.resume = settings.output = str(folder.absolute())
+    if checkpoint.server_round >= settings.federation.rounds:
+        raise ValueError(
+            f"resume={folder}: all {settings.federation.rounds} rounds are done; federation.rounds=N adds some"
+        )
+    print(f"resuming {folder} after round {checkpoint.server_round} of {settings.federation.rounds}", file=sys.stderr)
+    return settings
 
 
 def run(settings: Settings) -> RunResults:

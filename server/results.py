@@ -11,6 +11,7 @@ from typing import Any
 from conf.output import provenance
 from conf.schema import Settings
 from strategies.ledger import Uplink
+from strategies.sampling import Fault
 
 
 @dataclass
@@ -21,7 +22,9 @@ class RunResults:
     num_parameters: int = 0
     heldout_loss: list[float] = field(default_factory=list)  # before the first round, and after each
     uplinks: list[Uplink] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
     seconds: float = 0.0
+    downlink_bytes: int = 0  # of the arrays that went to clients
 
     @property
     def payload_bytes_per_client_round(self) -> float:
@@ -38,7 +41,9 @@ class RunResults:
             "uplink_payload_bytes_per_client_round": per_client_round,
             "bits_per_parameter": 8 * per_client_round / self.num_parameters if self.num_parameters else 0.0,
             "uplink_payload_bytes": sum(uplink.payload_bytes for uplink in self.uplinks),
+            "downlink_array_bytes": self.downlink_bytes,
             "seconds": self.seconds,
+            "faults": [dataclasses.asdict(fault) for fault in self.faults],
             "uplinks": [dataclasses.asdict(uplink) for uplink in self.uplinks],
             "settings": dataclasses.asdict(self.settings),
             "made_with": provenance(),
@@ -55,5 +60,7 @@ def load_results(path: Path, settings: Settings) -> RunResults:
         content["num_parameters"],
         content["heldout_loss"],
         [Uplink(**uplink) for uplink in content["uplinks"]],
+        [Fault(**fault) for fault in content["faults"]],
         content["seconds"],
+        content["downlink_array_bytes"],
     )

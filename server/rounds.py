@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
+from collections.abc import Mapping
+from logging import WARNING
 from pathlib import Path
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from flwr.supercore import log
+from torch import Tensor
 
 from adapters.finetune import num_examples
 from conf.output import open_output, write_json
@@ -17,81 +20,188 @@ from conf.schema import Settings, check_settings
 from gradcodec.artifact import load_artifact
 from gradcodec.build import TRAINED, build_codec
 from gradcodec.layout import Layout
+from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.evaluate import Evaluator
+from server.events import EventLog
+from server.metrics import serve_metrics
 from server.progress import bytes_text, progress_bar
 from server.results import RunResults
 from strategies.build import build_inner
 from strategies.coded import CodedStrategy
 from strategies.dense import DenseStrategy
 from strategies.ledger import LedgerStrategy, Uplink
+from strategies.messages import replies_to
+from strategies.optimizer import optimizer_state, restore_optimizer
 from strategies.recording import RecordingStrategy
 from strategies.records import SETTINGS, from_record, to_record
-from strategies.sampling import SeededStrategy, call_roll
+from strategies.sampling import Fault, Roster, SeededStrategy, call_roll
+from strategies.wrapping import RoundError
 
 
 def run_federation(grid: Grid, settings: Settings) -> RunResults:
-    """Runs all rounds and writes ``results.json`` and the final adapter into ``settings.output``.
+    """Runs all rounds, or those that are left of ``settings.resume``, and writes ``results.json`` and the final
+    adapter into ``settings.output``; after every round a checkpoint.
 
     Raises:
         ValueError: a setting, a file or a node is not as the run needs it; the message says which.
     """
     check_settings(settings)
     output = open_output(Path(settings.output))
-    if settings.arm == "coded" and settings.codec.name in TRAINED:
-        assert settings.codec.artifact is not None
-        settings.codec.digest = load_artifact(Path(settings.codec.artifact), settings.codec.name).digest
-    evaluator = Evaluator(settings)
-    layout = Layout.of({name: tuple(tensor.shape) for name, tensor in evaluator.initial.items()})
-    results = RunResults(settings, layout.num_parameters)
+    before = load_checkpoint(Path(settings.resume)) if settings.resume is not None else None
     if settings.record is not None:
         open_output(Path(settings.record).parent)
-    uplinks = output / "uplinks.jsonl"
-    for old in (uplinks, output / "results.json"):  # of an earlier run in the same folder
-        old.unlink(missing_ok=True)
-    start = time.monotonic()
-    federation = settings.federation
-    config = ConfigRecord({SETTINGS: settings.to_json()})
-    with progress_bar() as progress:
-        bar = progress.add_task("waiting for clients", total=federation.rounds * federation.clients_per_round, note="")
+    if before is None:
+        (output / "results.json").unlink(missing_ok=True)  # of an earlier run in the same folder
+    events = EventLog(output, keep=before is not None)
+    try:
+        with serve_metrics(settings.federation.metrics_port, events):
+            return _Run(grid, settings, output, events, before).go()
+    except ValueError as error:
+        events.write("run_failed", reason=str(error))
+        raise
 
-        def waiting(num_nodes: int) -> None:
-            progress.update(bar, description=f"waiting for clients: {num_nodes} of {federation.num_clients}")
 
-        def on_uplink(uplink: Uplink) -> None:
-            results.uplinks.append(uplink)
-            with uplinks.open("a") as file:
-                file.write(json.dumps(dataclasses.asdict(uplink)) + "\n")
-            progress.update(bar, advance=1)
+class _Run:
+    """What a run holds between its rounds."""
 
-        def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-            loss = evaluator.loss(from_record(arrays))
-            results.heldout_loss.append(loss)
-            sent = f"{bytes_text(results.payload_bytes_per_client_round)} a client and round, " if server_round else ""
-            progress.update(bar, description=f"{settings.arm}, round {server_round}", note=f"{sent}loss {loss:.3f}")
-            return MetricRecord({"heldout-loss": loss})
+    def __init__(
+        self, grid: Grid, settings: Settings, output: Path, events: EventLog, before: Checkpoint | None
+    ) -> None:
+        if settings.arm == "coded" and settings.codec.name in TRAINED:
+            assert settings.codec.artifact is not None
+            settings.codec.digest = load_artifact(Path(settings.codec.artifact), settings.codec.name).digest
+        self.grid = grid
+        self.settings = settings
+        self.output = output
+        self.events = events
+        self.before = before
+        self.evaluator = Evaluator(settings)
+        self.layout = Layout.of({name: tuple(tensor.shape) for name, tensor in self.evaluator.initial.items()})
+        self.results = before.results if before is not None else RunResults(settings, self.layout.num_parameters)
+        self.results.settings = settings
+        self.adapter: Mapping[str, Tensor] = self.evaluator.initial
+        if before is not None:
+            if before.adapter.keys() != self.adapter.keys():
+                raise ValueError(
+                    f"resume={settings.resume}: its adapter is not that of model.path={settings.model.path}"
+                )
+            self.adapter = {name: before.adapter[name] for name in self.adapter}  # strategies zip them by position
+        self.first_round = 1 if before is None else before.server_round + 1
+        self.started = time.monotonic() - self.results.seconds
+        self.progress = progress_bar()
 
-        roster = call_roll(grid, federation.num_clients, config, federation.wait_seconds, waiting)
-        inner = build_inner(settings.strategy)
-        recording = RecordingStrategy(inner) if settings.record is not None else None
+    def go(self) -> RunResults:
+        federation = self.settings.federation
+        config = ConfigRecord({SETTINGS: self.settings.to_json()})
+        started = "run_started" if self.before is None else "run_resumed"
+        self.events.write(started, arm=self.settings.arm, rounds=federation.rounds, run_id=self.settings.run_id)
+        with self.progress:
+            total, done = (n * federation.clients_per_round for n in (federation.rounds, self.first_round - 1))
+            self.bar = self.progress.add_task("waiting for clients", total=total, completed=done, note="")
+            roster = call_roll(self.grid, federation.num_clients, config, federation.wait_seconds, self._waiting)
+            self.events.write("nodes", count=len(roster))
+            self._build(roster)
+            if self.before is None:
+                self._judge(0)
+            for server_round in range(self.first_round, federation.rounds + 1):
+                self.adapter = from_record(self._round(server_round, config))
+                self._judge(server_round)
+                self._save(server_round, roster)
+        if self.recording is not None and self.settings.record is not None:
+            self.recording.save(Path(self.settings.record))
+        self.evaluator.save(self.adapter, self.output / "adapter")
+        write_json(self.results.to_json(), self.output / "results.json")
+        self.events.write("run_finished", seconds=self.results.seconds)
+        return self.results
+
+    def _build(self, roster: Roster) -> None:
+        """The strategies, one around the other, with the state of the checkpoint if there is one."""
+        settings, federation, before = self.settings, self.settings.federation, self.before
+        self.inner = build_inner(settings.strategy)
+        self.recording = RecordingStrategy(self.inner) if settings.record is not None else None
+        self.coded: CodedStrategy | None = None
         if settings.arm == "coded":
-            receiving: Strategy = CodedStrategy(inner, build_codec(settings.codec, layout))
-        else:
-            receiving = DenseStrategy(recording or inner)
-        ledger = LedgerStrategy(receiving, on_uplink)
-        strategy = SeededStrategy(
-            ledger, roster, federation.clients_per_round, settings.seed, num_examples(settings.train)
+            codec = build_codec(settings.codec, self.layout)
+            self.coded = CodedStrategy(self.inner, codec, federation.min_replies)
+        receiving: Strategy = self.coded or DenseStrategy(self.recording or self.inner, federation.min_replies)
+        self.strategy = SeededStrategy(
+            LedgerStrategy(receiving, self._uplink),
+            roster,
+            federation.clients_per_round,
+            settings.seed,
+            num_examples(settings.train),
+            federation.max_failures,
+            federation.rest_rounds,
+            self._fault,
         )
-        final = strategy.start(
-            grid,
-            to_record(evaluator.initial),
-            num_rounds=federation.rounds,
-            timeout=federation.round_seconds,
-            train_config=config,
-            evaluate_fn=evaluate,
+        if before is not None:
+            restore_optimizer(self.inner, before.optimizer)
+            self.strategy.failures, self.strategy.resting = before.failures, before.resting
+            if self.coded is not None:
+                self.coded.side = before.side
+                self.coded.accepted = {roster[p]: digest for p, digest in before.accepted.items() if p in roster}
+
+    def _round(self, server_round: int, config: ConfigRecord) -> ArrayRecord:
+        """The next adapter. A round that comes to nothing is tried again.
+
+        Raises:
+            RoundError: it came to nothing every time.
+        """
+        federation = self.settings.federation
+        for attempt in range(federation.retries + 1):
+            arrays = to_record(dict(self.adapter))
+            messages = list(self.strategy.configure_train(server_round, arrays, ConfigRecord({**config}), self.grid))
+            size = sum(len(a.data) for m in messages for r in m.content.array_records.values() for a in r.values())
+            self.events.write("round_started", server_round=server_round, clients=len(messages), bytes_down=size)
+            self.results.downlink_bytes += size
+            replies = replies_to(self.grid, messages, federation.round_seconds)
+            try:
+                new, _ = self.strategy.aggregate_train(server_round, replies)
+            except RoundError as error:
+                if attempt == federation.retries:
+                    raise RoundError(f"{error}; tried {attempt + 1} times (federation.retries={attempt})") from None
+                log(WARNING, "%s; the round is tried again", error)
+                continue
+            assert new is not None
+            return new
+        raise AssertionError
+
+    def _judge(self, server_round: int) -> None:
+        loss = self.evaluator.loss(self.adapter)
+        self.results.heldout_loss.append(loss)
+        self.events.write("round_finished", server_round=server_round, heldout_loss=loss)
+        sent = f"{bytes_text(self.results.payload_bytes_per_client_round)} a client and round, " if server_round else ""
+        self.progress.update(
+            self.bar, description=f"{self.settings.arm}, round {server_round}", note=f"{sent}loss {loss:.3f}"
         )
-    if recording is not None and settings.record is not None:
-        recording.save(Path(settings.record))
-    results.seconds = time.monotonic() - start
-    evaluator.save(from_record(final.arrays), output / "adapter")
-    write_json(results.to_json(), output / "results.json")
-    return results
+
+    def _save(self, server_round: int, roster: Roster) -> None:
+        self.results.seconds = time.monotonic() - self.started
+        partition_of = {node: partition for partition, node in roster.items()}
+        accepted = self.coded.accepted if self.coded is not None else {}
+        checkpoint = Checkpoint(
+            self.settings,
+            server_round,
+            dict(self.adapter),
+            self.results,
+            optimizer_state(self.inner),
+            self.coded.side if self.coded is not None else None,
+            {partition_of[node]: digest for node, digest in accepted.items()},
+            self.strategy.failures,
+            self.strategy.resting,
+        )
+        save_checkpoint(checkpoint, self.output)
+
+    def _waiting(self, num_nodes: int) -> None:
+        self.progress.update(
+            self.bar, description=f"waiting for clients: {num_nodes} of {self.settings.federation.num_clients}"
+        )
+
+    def _uplink(self, uplink: Uplink) -> None:
+        self.results.uplinks.append(uplink)
+        self.events.write("uplink", **dataclasses.asdict(uplink))
+        self.progress.update(self.bar, advance=1)
+
+    def _fault(self, fault: Fault) -> None:
+        self.results.faults.append(fault)
+        self.events.write("fault", **dataclasses.asdict(fault))

@@ -15,7 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.progress import Progress, TaskID
+
 from conf.schema import Settings
+from server.events import read_status
 from server.progress import progress_bar
 from server.results import RunResults, load_results
 
@@ -40,10 +43,9 @@ def run_on_superlink(settings: Settings) -> RunResults:
     with progress_bar() as progress:
         bar = progress.add_task(f"run {run_id} on {connection}", total=expected, note="")
         while not (status := _status(connection, str(run_id))).startswith("finished"):
-            seen = _uplinks_so_far(Path(settings.output))
-            progress.update(bar, description=f"run {run_id}: {status}", completed=seen)
+            _show(progress, bar, f"run {run_id}: {status}", Path(settings.output))
             time.sleep(POLL_SECONDS)
-        progress.update(bar, description=f"run {run_id}: {status}", completed=_uplinks_so_far(Path(settings.output)))
+        _show(progress, bar, f"run {run_id}: {status}", Path(settings.output))
     if status != "finished:completed":
         log = _log_tail(connection, str(run_id))
         raise ValueError(f"run {run_id} ended with {status}; its log ends with:\n{log}")
@@ -57,10 +59,15 @@ def _status(connection: str, run_id: str) -> str:
     return str(runs[0]["status"])
 
 
-def _uplinks_so_far(output: Path) -> int:
-    """How many payloads the server app has noted (``uplinks.jsonl``), where its disk is this one."""
-    path = output / "uplinks.jsonl"
-    return len(path.read_text().splitlines()) if path.is_file() else 0
+def _show(progress: Progress, bar: TaskID, description: str, output: Path) -> None:
+    """What the server app has noted in its event log, where its disk is this one."""
+    try:
+        status = read_status(output)
+    except ValueError:
+        progress.update(bar, description=description)
+        return
+    note = f"round {status.server_round}, loss {status.heldout_loss[-1]:.3f}" if status.heldout_loss else ""
+    progress.update(bar, description=description, completed=status.uplinks, note=note)
 
 
 def _flwr(*arguments: str) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedTrimmedAvg, Strategy
 
+from strategies.mean import MeanStrategy
 from strategies.records import ARRAYS, CONFIG, NUM_EXAMPLES
-from strategies.sampling import FederationError
+from strategies.wrapping import FederationError
 
 
 @dataclass
@@ -33,7 +34,17 @@ def check_strategy(settings: StrategySettings) -> None:
         raise FederationError(f"strategy.lr={settings.lr} must be greater than 0")
 
 
+OF_THE_MEAN = ("fedavg", "fedavgm", "fedadam")
+"""Strategies that need nothing of a round's replies but their weighted mean."""
+
+
 def build_inner(settings: StrategySettings) -> Strategy:
+    """Flower's own strategy, behind ``MeanStrategy`` where the mean is all that it needs."""
+    strategy = build_flower(settings)
+    return MeanStrategy(strategy) if settings.name in OF_THE_MEAN else strategy
+
+
+def build_flower(settings: StrategySettings) -> Strategy:
     """Flower's own strategy. It takes every node that it is shown; which ones is ``SeededStrategy``'s business."""
     check_strategy(settings)
     common = {

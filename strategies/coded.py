@@ -6,7 +6,7 @@ from, and hands that to FedAvg: the inner strategy never learns that the wire wa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from logging import INFO, WARNING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -30,47 +30,48 @@ class CodedStrategy(AdapterStrategy):
     with a warning; it never ends the run.
     """
 
-    def __init__(self, inner: Strategy, codec: Codec) -> None:
-        super().__init__(inner)
+    def __init__(self, inner: Strategy, codec: Codec, min_replies: int = 1) -> None:
+        super().__init__(inner, min_replies)
         self.codec = codec
-        self._accepted: dict[int, str] = {}  # node id -> digest of its last accepted payload
-        self._side: Tensor | None = None
+        self.accepted: dict[int, str] = {}  # node id -> digest of its last accepted payload
+        self.side: Tensor | None = None  # the codec's side information of the next round
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        side = ArrayRecord() if self._side is None else to_record({SIDE: self._side})
+        side = ArrayRecord() if self.side is None else to_record({SIDE: self.side})
         for message in super().configure_train(server_round, arrays, config, grid):
             node = message.metadata.dst_node_id
-            own_config = ConfigRecord(
-                {**message.content.config_records[CONFIG], ACCEPTED: self._accepted.get(node, "")}
-            )
+            own_config = ConfigRecord({**message.content.config_records[CONFIG], ACCEPTED: self.accepted.get(node, "")})
             content = RecordDict({**message.content, SIDE: side, CONFIG: own_config})
             yield Message(content, node, message.metadata.message_type)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        arrays, metrics = super().aggregate_train(server_round, list(self._decoded(replies)))
+        taken: dict[int, str] = {}
+        decoded = self.enough(server_round, self._decoded(replies, taken))
+        arrays, metrics = super().aggregate_train(server_round, decoded)
+        self.accepted |= taken  # only now: if the round failed, every client's mass stays with it
         if arrays is not None:
             new = from_record(arrays)
             step = {name: new[name] - tensor for name, tensor in self.current.items()}
-            self._side = self.codec.side_information(self.codec.layout.to_blocks(step))
+            self.side = self.codec.side_information(self.codec.layout.to_blocks(step))
         return arrays, metrics
 
-    def _decoded(self, replies: Iterable[Message]) -> Iterable[Message]:
-        """Every reply that can be decoded, its payload replaced by the adapter it stands for."""
+    def _decoded(self, replies: Iterable[Message], taken: dict[int, str]) -> Iterator[Message]:
+        """Every reply that can be decoded, its payload replaced by the adapter it stands for. Notes its digest."""
         for reply in replies:
             node = reply.metadata.src_node_id
             try:
                 payload = unwrap_payload(reply.content)
-                update = decode_update(payload, codec=self.codec, side=self._side)
+                update = decode_update(payload, codec=self.codec, side=self.side)
                 adapter = {name: tensor + update[name] for name, tensor in self.current.items()}
                 check_values(adapter)
             except CodecError as error:
                 log(WARNING, "the payload of node %s is refused: %s. Its mass stays with the client.", node, error)
                 continue
-            self._accepted[node] = digest_of(payload)
+            taken[node] = digest_of(payload)
             reply.content = RecordDict({**reply.content, ARRAYS: to_record(adapter)})
             yield reply
 

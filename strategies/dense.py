@@ -19,7 +19,7 @@ class DenseStrategy(AdapterStrategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        return super().aggregate_train(server_round, list(self._checked(replies)))
+        return super().aggregate_train(server_round, self.enough(server_round, self._checked(replies)))
 
     def _checked(self, replies: Iterable[Message]) -> Iterable[Message]:
         """Every reply that fits, its tensors in the order of the global adapter: strategies zip them by position."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from logging import INFO, WARNING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -17,6 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 
+from strategies.messages import replies_to
 from strategies.records import (
     ARRAYS,
     CONFIG,
@@ -28,12 +30,7 @@ from strategies.records import (
     config_of,
     metric,
 )
-from strategies.wrapping import WrappingStrategy
-
-
-class FederationError(ValueError):
-    """The federation cannot run as asked for; the message says which node or setting, and what to do."""
-
+from strategies.wrapping import FederationError, WrappingStrategy
 
 Roster = Mapping[int, int]
 """Partition id -> Flower node id."""
@@ -69,8 +66,9 @@ def call_roll(
     questions = [Message(RecordDict({CONFIG: config}), node, MessageType.QUERY) for node in nodes]
     roster: dict[int, int] = {}
     refusals: list[str] = []
-    for reply in grid.send_and_receive(questions, timeout=wait_seconds):
-        node = reply.metadata.src_node_id
+    asked = dict(zip(nodes, questions, strict=True))
+    for reply in replies_to(grid, questions, wait_seconds):
+        node = next(n for n, q in asked.items() if q.metadata.message_id == reply.metadata.reply_to_message_id)
         try:
             partition = _answer(reply)
         except FederationError as error:
@@ -101,14 +99,34 @@ def _answer(reply: Message) -> int:
         raise FederationError(f"gives no answer that can be read: {error}") from None
 
 
+@dataclass(frozen=True)
+class Fault:
+    """A client that gave nothing usable in a round, and why."""
+
+    server_round: int
+    partition: int
+    reason: str
+
+
 class SeededStrategy(WrappingStrategy):
     """Samples partitions with a seed, and hands replies on in the order of partitions.
 
-    Float sums depend on their order, so a fixed order makes the same seed give the same bits. Wraps any strategy
-    that takes all the nodes it sees (``fraction_train=1``).
+    Float sums depend on their order, so a fixed order makes the same seed give the same bits; a reply waits only for
+    those before it. A client that fails ``max_failures`` times in a row is left out for ``rest_rounds`` rounds. Wraps
+    any strategy that takes all the nodes it sees (``fraction_train=1``).
     """
 
-    def __init__(self, inner: Strategy, roster: Roster, clients_per_round: int, seed: int, max_examples: int) -> None:
+    def __init__(
+        self,
+        inner: Strategy,
+        roster: Roster,
+        clients_per_round: int,
+        seed: int,
+        max_examples: int,
+        max_failures: int = 3,
+        rest_rounds: int = 5,
+        on_fault: Callable[[Fault], None] | None = None,
+    ) -> None:
         if not 1 <= clients_per_round <= len(roster):
             raise FederationError(
                 f"federation.clients_per_round={clients_per_round} of {len(roster)} clients: choose 1 to {len(roster)}"
@@ -118,12 +136,19 @@ class SeededStrategy(WrappingStrategy):
         self.clients_per_round = clients_per_round
         self.seed = seed
         self.max_examples = max_examples  # a client's weight in the mean is its own word: this bounds it
+        self.max_failures = max_failures
+        self.rest_rounds = rest_rounds
+        self.on_fault = on_fault
+        self.failures: dict[int, int] = {}  # partition -> failures in a row
+        self.resting: dict[int, int] = {}  # partition -> the last round that it is left out of
         self._partition_of = {node: partition for partition, node in roster.items()}
+        self._messages: list[Message] = []
 
     def sample(self, server_round: int) -> list[int]:
-        """The partitions of a round, ascending; depends on nothing but seed and round."""
+        """The partitions of a round, ascending; depends on seed, round and who rests. All rest: all are awake."""
+        awake = [p for p in sorted(self.roster) if self.resting.get(p, 0) < server_round] or sorted(self.roster)
         order = random.Random(f"{self.seed}/{server_round}")
-        return sorted(order.sample(sorted(self.roster), self.clients_per_round))
+        return sorted(order.sample(awake, min(self.clients_per_round, len(awake))))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -131,29 +156,54 @@ class SeededStrategy(WrappingStrategy):
         chosen = {self.roster[partition] for partition in self.sample(server_round)}
         messages = super().configure_train(server_round, arrays, config, grid)
         sampled = [message for message in messages if message.metadata.dst_node_id in chosen]
-        return sorted(sampled, key=lambda message: self._partition_of[message.metadata.dst_node_id])
+        self._messages = sorted(sampled, key=lambda message: self._partition_of[message.metadata.dst_node_id])
+        return self._messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        answered: dict[int, Message] = {}
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            if problem := self._problem(reply):
-                log(WARNING, "node %s is left out of round %s: %s", node, server_round, problem)
-            else:
-                answered[self._partition_of[node]] = reply
-        if not answered:
-            raise FederationError(f"round {server_round}: none of {self.clients_per_round} clients answered; see above")
-        return super().aggregate_train(server_round, [answered[p] for p in sorted(answered)])
+        return super().aggregate_train(server_round, self._in_order(server_round, replies))
 
-    def _problem(self, reply: Message) -> str:
+    def _in_order(self, server_round: int, replies: Iterable[Message]) -> Iterator[Message]:
+        """Usable replies by ascending partition; only those that come early are kept."""
+        asked = {m.metadata.message_id: self._partition_of[m.metadata.dst_node_id] for m in self._messages}
+        waiting = sorted(asked.values())
+        early: dict[int, Message | None] = {}
+        for reply in replies:
+            partition = asked.get(reply.metadata.reply_to_message_id)
+            if partition is None or partition not in waiting or partition in early:
+                log(WARNING, "a reply in round %s that nobody asked for is left out", server_round)
+                continue
+            problem = self._problem(reply, partition)
+            self._note(server_round, partition, problem)
+            early[partition] = None if problem else reply
+            while waiting and waiting[0] in early:
+                ready = early.pop(waiting.pop(0))
+                if ready is not None:
+                    yield ready
+        for partition in waiting:
+            if partition not in early:
+                self._note(server_round, partition, "no answer within federation.round_seconds")
+            elif (late := early[partition]) is not None:
+                yield late
+
+    def _note(self, server_round: int, partition: int, problem: str) -> None:
+        """Counts failures in a row, and lets a client rest that has too many."""
+        if not problem:
+            self.failures.pop(partition, None)
+            return
+        log(WARNING, "partition %s is left out of round %s: %s", partition, server_round, problem)
+        self.failures[partition] = self.failures.get(partition, 0) + 1
+        if self.failures[partition] >= self.max_failures:
+            self.resting[partition] = server_round + self.rest_rounds
+            problem += f"; it failed {self.failures[partition]} times in a row and rests for {self.rest_rounds} rounds"
+        if self.on_fault is not None:
+            self.on_fault(Fault(server_round, partition, problem))
+
+    def _problem(self, reply: Message, partition: int) -> str:
         """Why a reply cannot be used; empty if it can. Nothing that a client sends may end the run."""
         if reply.has_error():
-            return reply.error.reason or "no reason given"
-        partition = self._partition_of.get(reply.metadata.src_node_id)
-        if partition is None:
-            return "it is not on the roster"
+            return reply.error.reason or f"Flower's error {reply.error.code}"
         arrays, metrics = reply.content.array_records.get(ARRAYS), reply.content.metric_records.get(METRICS)
         if not arrays or metrics is None or len(reply.content) != 2:
             return f"its reply holds no arrays, no metrics, or more: {sorted(reply.content)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -38,12 +38,32 @@ class WrappingStrategy(Strategy):
         self.inner.summary()
 
 
+class FederationError(ValueError):
+    """The federation cannot run as asked for; the message says which node or setting, and what to do."""
+
+
+class RoundError(FederationError):
+    """A round came to nothing. The server's state is what it was before, so that the round can be tried again."""
+
+
 class AdapterStrategy(WrappingStrategy):
     """Keeps the adapter that the round started from in ``current``: what a reply is checked against or added to."""
 
-    def __init__(self, inner: Strategy) -> None:
+    def __init__(self, inner: Strategy, min_replies: int = 1) -> None:
         super().__init__(inner)
+        self.min_replies = min_replies
         self.current: dict[str, Tensor] = {}
+
+    def enough(self, server_round: int, replies: Iterable[Message]) -> Iterator[Message]:
+        """The replies, and behind the last one RoundError if they were too few: before anything is averaged."""
+        count = 0
+        for reply in replies:
+            count += 1
+            yield reply
+        if count < self.min_replies:
+            raise RoundError(
+                f"round {server_round}: {count} usable replies, federation.min_replies={self.min_replies}; see above"
+            )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -76,23 +76,34 @@ class InProcessGrid(Grid):
             for i in range(num_nodes)
         }
         self.sent: list[Message] = []
-        self.replies: list[Message] = []
+        self.waiting: dict[str, Message] = {}
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.contexts)
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        replies = []
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
         for message in messages:
+            message.metadata.__dict__["_message_id"] = f"message-{len(self.sent)}"  # as Flower's own grids do
             self.sent.append(message)
-            node = message.metadata.dst_node_id
-            try:
-                reply = self.app(message, self.contexts[node])
-            except Exception as error:
-                reply = Message(Error(code=2, reason=repr(error)), reply_to=message)
-            replies.append(reply)
-        self.replies += replies
-        return reversed(replies)  # as on a network, the order of replies is not that of messages
+            ids.append(message.metadata.message_id)
+            if (reply := self.answer(message)) is not None:
+                self.waiting[message.metadata.message_id] = reply
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """All that are ready; as on a network, their order is not that of the messages."""
+        return [self.waiting.pop(i) for i in sorted(set(message_ids) & self.waiting.keys(), reverse=True)]
+
+    def answer(self, message: Message) -> Message | None:
+        """The ClientApp's reply; None: it is lost."""
+        try:
+            return self.app(message, self.contexts[message.metadata.dst_node_id])
+        except Exception as error:
+            return Message(Error(code=2, reason=repr(error)), reply_to=message)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise AssertionError("not used: it collects a round's replies in a list")
 
     def set_run(self, run: Any) -> None:
         raise AssertionError("not used")
@@ -103,10 +114,4 @@ class InProcessGrid(Grid):
         raise AssertionError("not used")
 
     def get_nodes(self) -> Any:
-        raise AssertionError("not used")
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise AssertionError("not used")
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         raise AssertionError("not used")

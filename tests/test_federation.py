@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -20,11 +23,14 @@ from client.trainer import trainer_for
 from conf.schema import Settings
 from gradcodec.artifact import Artifact, load_artifact, save_artifact
 from gradcodec.autoencoder.learned import LearnedTables
+from server.checkpoint import NAME, load_checkpoint
 from server.evaluate import Evaluator
+from server.events import read_status
+from server.federate import resumed
 from server.results import RunResults
 from server.rounds import run_federation
 from strategies.records import ACCEPTED, ARRAYS, CONFIG, METRICS, wrap_payload
-from strategies.sampling import FederationError
+from strategies.wrapping import FederationError
 from tasks.windows import heldout_loss
 
 
@@ -120,7 +126,12 @@ def test_results_and_adapter_are_on_disk_and_true(coded: RunResults) -> None:
     assert content["heldout_loss"] == coded.heldout_loss
     assert content["uplink_payload_bytes"] == sum(u.payload_bytes for u in coded.uplinks)
     assert content["made_with"]["flwr"] == "1.39.0"
-    assert len((output / "uplinks.jsonl").read_text().splitlines()) == 6
+    status = read_status(output)
+    assert (status.state, status.server_round, status.uplinks, status.nodes) == ("finished", 3, 6, 3)
+    assert status.heldout_loss == coded.heldout_loss
+    assert status.payload_bytes == content["uplink_payload_bytes"]
+    assert status.bytes_down == content["downlink_array_bytes"] > 6 * 4 * coded.num_parameters
+    assert status.seconds_left == 0
     base = AutoModelForCausalLM.from_pretrained("assets/tiny-llama", dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, str(output / "adapter"))
     evaluator = Evaluator(coded.settings)
@@ -148,7 +159,7 @@ def test_a_nodes_own_file_is_all_its_own(tmp_path: Path) -> None:
 
 def test_a_server_cannot_choose_where_a_client_writes(tmp_path: Path, artifact: str) -> None:
     settings = settings_for(tmp_path, "escape", codec__artifact=artifact, run_id="../../escaped")
-    with pytest.raises(FederationError, match="none of 2 clients answered"):
+    with pytest.raises(FederationError, match="0 usable replies"):
         run(settings, tmp_path)
     assert not list(tmp_path.parent.glob("escaped*"))
 
@@ -158,16 +169,18 @@ class LossyGrid(InProcessGrid):
 
     lost = False
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        for reply in super().send_and_receive(messages, timeout=timeout):
-            if reply.metadata.message_type == "train" and reply.metadata.src_node_id == 1000 and not self.lost:
-                self.lost = True
-                continue
-            yield reply
+    def answer(self, message: Message) -> Message | None:
+        reply = super().answer(message)
+        if message.metadata.message_type == "train" and message.metadata.dst_node_id == 1000 and not self.lost:
+            self.lost = True
+            return None
+        return reply
 
 
 def test_a_lost_payload_goes_back_into_the_residual(tmp_path: Path, artifact: str) -> None:
-    settings = settings_for(tmp_path, "lossy", codec__artifact=artifact, federation__clients_per_round=3)
+    settings = settings_for(
+        tmp_path, "lossy", codec__artifact=artifact, federation__clients_per_round=3, federation__round_seconds=0.5
+    )
     grid = LossyGrid(client_app, 3, {"memory": str(tmp_path / "memory")})
     results = run_federation(grid, settings)
     told = {
@@ -195,11 +208,11 @@ class HostileGrid(InProcessGrid):
         ]
     )
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        for reply in super().send_and_receive(messages, timeout=timeout):
-            if reply.metadata.message_type == "train" and reply.metadata.src_node_id == 1007:
-                next(self.answers)(reply)
-            yield reply
+    def answer(self, message: Message) -> Message | None:
+        reply = super().answer(message)
+        if reply is not None and message.metadata.message_type == "train" and message.metadata.dst_node_id == 1007:
+            next(self.answers)(reply)
+        return reply
 
 
 def test_a_hostile_client_is_left_out_and_the_run_goes_on(tmp_path: Path, artifact: str) -> None:
@@ -221,22 +234,22 @@ class HostileDenseGrid(InProcessGrid):
         ]
     )
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        for reply in super().send_and_receive(messages, timeout=timeout):
-            if reply.metadata.message_type == "train" and reply.metadata.src_node_id == 1007:
-                kind = next(self.answers)
-                dtype = np.complex64 if kind == 1j else np.float32
-                own = reply.content.array_records[ARRAYS]
-                arrays = (
-                    kind
-                    if isinstance(kind, dict)
-                    else {
-                        name: np.full(array.shape if kind else array.shape[::-1], kind or 0.0, dtype)
-                        for name, array in own.items()
-                    }
-                )
-                reply.content[ARRAYS] = ArrayRecord({name: Array(value) for name, value in arrays.items()})
-            yield reply
+    def answer(self, message: Message) -> Message | None:
+        reply = super().answer(message)
+        if reply is not None and message.metadata.message_type == "train" and message.metadata.dst_node_id == 1007:
+            kind = next(self.answers)
+            dtype = np.complex64 if kind == 1j else np.float32
+            own = reply.content.array_records[ARRAYS]
+            arrays = (
+                kind
+                if isinstance(kind, dict)
+                else {
+                    name: np.full(array.shape if kind else array.shape[::-1], kind or 0.0, dtype)
+                    for name, array in own.items()
+                }
+            )
+            reply.content[ARRAYS] = ArrayRecord({name: Array(value) for name, value in arrays.items()})
+        return reply
 
 
 def test_a_hostile_dense_client_is_left_out_and_the_run_goes_on(tmp_path: Path) -> None:
@@ -247,7 +260,7 @@ def test_a_hostile_dense_client_is_left_out_and_the_run_goes_on(tmp_path: Path) 
 
 
 def test_too_few_nodes_end_the_run_with_their_number(tmp_path: Path) -> None:
-    settings = settings_for(tmp_path, "few", arm="dense", federation__wait_seconds=0.0)
+    settings = settings_for(tmp_path, "few", arm="dense", federation__wait_seconds=0.1)
     with pytest.raises(FederationError, match="2 of 3 nodes came"):
         run_federation(InProcessGrid(client_app, 2), settings)
 
@@ -284,12 +297,18 @@ def test_two_nodes_of_one_partition_are_refused(tmp_path: Path) -> None:
 
 def test_a_round_without_any_answer_ends_the_run(tmp_path: Path) -> None:
     class DeadGrid(InProcessGrid):
-        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-            replies = super().send_and_receive(messages, timeout=timeout)
-            return [reply for reply in replies if reply.metadata.message_type == "query"]
+        def answer(self, message: Message) -> Message | None:
+            return super().answer(message) if message.metadata.message_type == "query" else None
 
-    with pytest.raises(FederationError, match="none of 2 clients answered"):
-        run_federation(DeadGrid(client_app, 3), settings_for(tmp_path, "dead", arm="dense", federation__rounds=1))
+    settings = settings_for(tmp_path, "dead", arm="dense", federation__rounds=1, federation__round_seconds=0.01)
+    grid = DeadGrid(client_app, 3)
+    with pytest.raises(FederationError, match=r"0 usable replies.*tried 3 times"):
+        run_federation(grid, settings)
+    assert len([m for m in grid.sent if m.metadata.message_type == "train"]) == 6
+    status = read_status(tmp_path / "dead")
+    assert status.state == "failed"
+    assert status.faults == 6
+    assert "no answer within federation.round_seconds" in status.last_fault
 
 
 def test_side_information_travels_and_is_the_same_for_all(tmp_path: Path, artifact: str) -> None:
@@ -299,3 +318,132 @@ def test_side_information_travels_and_is_the_same_for_all(tmp_path: Path, artifa
     sides = [RecordDict(dict(m.content.items())).array_records["side"] for m in trains]
     assert [len(side) for side in sides] == [0, 0, 1, 1, 1, 1]
     assert sides[2]["side"].data == sides[3]["side"].data != sides[4]["side"].data
+
+
+class DyingGrid(InProcessGrid):
+    """Its server is killed in round 3, when the first client has trained and its reply is under way."""
+
+    def answer(self, message: Message) -> Message | None:
+        reply = super().answer(message)
+        if str(message.content.config_records[CONFIG].get("server-round")) == "3":
+            raise KeyboardInterrupt
+        return reply
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam"])
+def test_a_resumed_run_is_the_one_that_was_never_interrupted(tmp_path: Path, artifact: str, strategy: str) -> None:
+    changes: dict[str, object] = {
+        "codec__artifact": artifact,
+        "federation__rounds": 4,
+        "strategy__name": strategy,
+        "strategy__lr": 0.03 if strategy == "fedadam" else 1.3,
+    }
+    whole = run(settings_for(tmp_path, "whole", **changes), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings_for(tmp_path, "cut", **changes), tmp_path, DyingGrid)
+    assert load_checkpoint(tmp_path / "cut").server_round == 2
+    settings = resumed(tmp_path / "cut", ["resume=x", "federation.wait_seconds=7"])
+    assert settings.run_id == f"{tmp_path.name}-cut"
+    assert settings.federation.wait_seconds == 7
+    result = run(settings, tmp_path)
+    assert result.heldout_loss == whole.heldout_loss
+    assert [u.payload_digest for u in result.uplinks] == [u.payload_digest for u in whole.uplinks]
+    for name, tensor in adapter_of(whole).items():
+        assert torch.equal(adapter_of(result)[name], tensor)
+    assert read_status(tmp_path / "cut").state == "finished"
+    with pytest.raises(ValueError, match="all 4 rounds are done"):
+        resumed(tmp_path / "cut", [])
+    with pytest.raises(ValueError, match=r"train\.lr=1 cannot be changed"):
+        resumed(tmp_path / "cut", ["train.lr=1"])
+    (tmp_path / "cut" / NAME).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="cannot be read"):
+        resumed(tmp_path / "cut", [])
+
+
+def test_what_cannot_be_resumed_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        resumed(tmp_path, [])
+
+
+class FlakyGrid(InProcessGrid):
+    """All replies of the first attempt at round 2 are lost."""
+
+    def answer(self, message: Message) -> Message | None:
+        reply = super().answer(message)
+        asked = [str(m.content.config_records[CONFIG].get("server-round")) for m in self.sent]
+        return None if asked[-1] == "2" and asked.count("2") <= 2 else reply
+
+
+def test_a_round_that_is_tried_again_gives_what_the_first_try_would_have(tmp_path: Path, artifact: str) -> None:
+    changes: dict[str, object] = {"codec__artifact": artifact, "federation__round_seconds": 0.5}
+    smooth = run(settings_for(tmp_path, "smooth", **changes), tmp_path)
+    flaky = run(settings_for(tmp_path, "flaky", **changes), tmp_path, FlakyGrid)
+    assert flaky.heldout_loss == smooth.heldout_loss
+    assert [u.payload_digest for u in flaky.uplinks] == [u.payload_digest for u in smooth.uplinks]
+    assert len(flaky.faults) == 2
+
+
+class LateGrid(InProcessGrid):
+    """Partition 0 always answers too late."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [
+            reply
+            for reply in super().pull_messages(message_ids)
+            if reply.metadata.message_type == "query" or reply.metadata.src_node_id != 1000
+        ]
+
+
+def test_a_client_that_keeps_failing_rests_and_the_round_waits_for_it_no_longer(tmp_path: Path, artifact: str) -> None:
+    settings = settings_for(
+        tmp_path,
+        "late",
+        codec__artifact=artifact,
+        federation__rounds=6,
+        federation__clients_per_round=3,
+        federation__round_seconds=0.3,
+        federation__rest_rounds=2,
+    )
+    results = run(settings, tmp_path, LateGrid)
+    assert [(fault.server_round, fault.partition) for fault in results.faults] == [(1, 0), (2, 0), (3, 0), (6, 0)]
+    assert "failed 3 times in a row and rests for 2 rounds" in results.faults[2].reason
+    assert results.heldout_loss[-1] < results.heldout_loss[0] - 0.02
+
+
+def test_a_round_with_too_few_replies_is_not_averaged(tmp_path: Path, artifact: str) -> None:
+    settings = settings_for(
+        tmp_path,
+        "enough",
+        codec__artifact=artifact,
+        federation__clients_per_round=3,
+        federation__round_seconds=0.3,
+        federation__min_replies=3,
+        federation__retries=0,
+    )
+    with pytest.raises(FederationError, match=r"2 usable replies, federation\.min_replies=3"):
+        run(settings, tmp_path, LateGrid)
+
+
+def test_metrics_are_served_while_the_run_lasts(tmp_path: Path, artifact: str) -> None:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+
+    class WatchedGrid(InProcessGrid):
+        seen = ""
+
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            WatchedGrid.seen = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+            return super().push_messages(messages)
+
+    run(
+        settings_for(tmp_path, "watched", codec__artifact=artifact, federation__metrics_port=port),
+        tmp_path,
+        WatchedGrid,
+    )
+    figures = dict(line.split() for line in WatchedGrid.seen.splitlines() if not line.startswith("#"))
+    assert figures["cgfedllm_rounds"] == "3.0"
+    assert figures["cgfedllm_rounds_finished"] == "2.0"
+    assert float(figures["cgfedllm_uplink_payload_bytes_total"]) > 0
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics")

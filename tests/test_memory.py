@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from client.memory import load_residual, save_residual
 from gradcodec.exchange import Residual
@@ -18,32 +21,84 @@ def residual(layout: Layout) -> Residual:
 
 
 def test_what_is_kept_comes_back(tmp_path: Path, layout: Layout, residual: Residual) -> None:
-    save_residual(tmp_path / "run", 3, layout, residual)
-    loaded = load_residual(tmp_path / "run", 3, layout)
+    save_residual(tmp_path / "run", 3, layout, 1, residual)
+    loaded = load_residual(tmp_path / "run", 3, layout, 2)
     assert loaded is not None
     assert torch.equal(loaded.target_RC, residual.target_RC)
     assert torch.equal(loaded.left_RC, residual.left_RC)
     assert loaded.payload_digest == residual.payload_digest
-    assert load_residual(tmp_path / "run", 4, layout) is None
-    assert load_residual(tmp_path / "another-run", 3, layout) is None
+    assert load_residual(tmp_path / "run", 4, layout, 2) is None
+    assert load_residual(tmp_path / "another-run", 3, layout, 2) is None
     assert len(list((tmp_path / "run").iterdir())) == 1  # no half-written file is left
 
 
 def test_a_damaged_residual_is_dropped_with_a_warning(
     tmp_path: Path, layout: Layout, residual: Residual, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save_residual(tmp_path, 0, layout, residual)
+    save_residual(tmp_path, 0, layout, 1, residual)
     path = next(tmp_path.iterdir())
     path.write_bytes(path.read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
-        assert load_residual(tmp_path, 0, layout) is None
+        assert load_residual(tmp_path, 0, layout, 2) is None
     assert "cannot be read" in caplog.text
 
 
 def test_a_residual_of_another_adapter_is_dropped_with_a_warning(
     tmp_path: Path, layout: Layout, residual: Residual, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save_residual(tmp_path, 0, layout, residual)
+    save_residual(tmp_path, 0, layout, 1, residual)
     with caplog.at_level(logging.WARNING):
-        assert load_residual(tmp_path, 0, Layout.of({"x.lora_A.weight": (8, 64)})) is None
+        assert load_residual(tmp_path, 0, Layout.of({"x.lora_A.weight": (8, 64)}), 2) is None
     assert "another model or adapter" in caplog.text
+
+
+def test_a_flipped_bit_is_noticed(
+    tmp_path: Path, layout: Layout, residual: Residual, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_residual(tmp_path, 0, layout, 1, residual)
+    path = next(tmp_path.iterdir())
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert load_residual(tmp_path, 0, layout, 2) is None
+    assert "is damaged" in caplog.text
+
+
+def test_a_round_that_is_asked_for_again_starts_from_what_the_round_before_left(
+    tmp_path: Path, layout: Layout, residual: Residual
+) -> None:
+    again = Residual(2 * residual.target_RC, residual.left_RC, "second")
+    save_residual(tmp_path, 0, layout, 1, residual)
+    for _ in range(2):  # a third attempt is no other than the second
+        save_residual(tmp_path, 0, layout, 4, again)
+        found = load_residual(tmp_path, 0, layout, 4)
+        assert found is not None
+        assert found.payload_digest == residual.payload_digest
+    found = load_residual(tmp_path, 0, layout, 5)
+    assert found is not None
+    assert found.payload_digest == "second"
+
+
+def test_what_was_kept_stays_if_the_disk_is_full(
+    tmp_path: Path, layout: Layout, residual: Residual, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_residual(tmp_path, 0, layout, 1, residual)
+
+    def full(*_: object) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("client.memory.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_residual(tmp_path, 0, layout, 2, residual)
+    assert load_residual(tmp_path, 0, layout, 2) is not None
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_memory_of_runs_long_ago_is_removed(tmp_path: Path, layout: Layout, residual: Residual) -> None:
+    for run in ("old", "young"):
+        save_residual(tmp_path / run, 0, layout, 1, residual)
+    old = time.time() - 40 * 86400
+    os.utime(tmp_path / "old" / "partition-0.safetensors", (old, old))
+    save_residual(tmp_path / "new", 0, layout, 1, residual)
+    assert {path.name for path in tmp_path.iterdir()} == {"young", "new"}

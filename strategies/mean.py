@@ -1,0 +1,45 @@
+"""The weighted mean of replies, one reply at a time: memory does not grow with the number of clients.
+
+Flower's strategies keep all replies of a round until they average them. Those that make nothing of the replies but
+their weighted mean (FedAvg, FedAvgM, FedAdam) get one reply from here, which is that mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from strategies.records import ARRAYS, METRICS, NUM_EXAMPLES, REPLY_METRICS, from_record, metric, to_record
+from strategies.wrapping import WrappingStrategy
+
+
+class MeanStrategy(WrappingStrategy):
+    """Hands the inner strategy one reply a round: the mean of all, each weighted by its number of examples.
+
+    The order of the replies decides the last bits of the sums; ``SeededStrategy`` gives them in a fixed one.
+    """
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        sums: dict[str, Tensor] = {}
+        metrics = dict.fromkeys(REPLY_METRICS, 0.0)
+        examples, last = 0.0, None
+        for reply in replies:
+            weight = metric(reply.content.metric_records[METRICS], NUM_EXAMPLES)
+            for name, tensor in from_record(reply.content.array_records[ARRAYS]).items():
+                sums.setdefault(name, torch.zeros_like(tensor)).add_(tensor, alpha=weight)
+            for key in metrics:
+                metrics[key] += weight * metric(reply.content.metric_records[METRICS], key)
+            examples += weight
+            last = reply
+        if last is None:
+            return super().aggregate_train(server_round, [])
+        mean = to_record({name: tensor.div_(examples) for name, tensor in sums.items()})
+        means = MetricRecord({key: value / examples for key, value in metrics.items()})
+        means[NUM_EXAMPLES] = examples
+        last.content = RecordDict({ARRAYS: mean, METRICS: means})
+        return super().aggregate_train(server_round, [last])
