@@ -113,7 +113,17 @@ def deployment(folder: Path) -> Iterator[tuple[Path, list[CountingRelay]]]:
         for i, relay in enumerate(relays):
             node = [sys.executable, "-m", "client", "--server", f"127.0.0.1:{relay.port}", "--port", str(node_ports[i])]
             node += ["--ca", str(folder / "ca.crt"), "--key", str(folder / f"node-{i}")]
-            node += ["--partition", str(i), "--partitions", str(NUM_NODES), "--memory", str(folder / "memory")]
+            node += [
+                "--partition",
+                str(i),
+                "--partitions",
+                str(NUM_NODES),
+                "--memory",
+                str(folder / "memory"),
+                "--gpus",
+                "none",
+            ]
+            node += ["--logs", str(folder / f"logs-{i}")]
             stack.enter_context(running(node, folder / f"node-{i}.log"))
         yield folder / "flwr", relays
 

@@ -1,8 +1,11 @@
-"""A node: joins a federation as one Flower SuperNode and serves one partition of the data.
+"""A node: joins a federation with one Flower SuperNode a partition, each with a trainer that stays loaded.
 
     python -m client --server HOST:9092 --ca ca.crt --key node-0 --partition 0 --partitions 2
+    python -m client --server HOST:9092 --ca ca.crt --key node-0 --key node-1 --partition 0,1 --partitions 8 --gpus all
 
-The process becomes the SuperNode; end it with Ctrl-C or SIGTERM. It reconnects by itself when the server comes back.
+With GPUs every SuperNode and its trainer get one of their own (``--gpus-per-client`` more than one). Trainers and
+SuperNodes that die are started again; the SuperNodes reconnect by themselves when the server comes back. End it with
+Ctrl-C or SIGTERM: it frees the GPUs.
 """
 
 from __future__ import annotations
@@ -10,7 +13,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+from conf.processes import Child, exit_on_sigterm, stay_up
+
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",  # how soon a message is seen; Flower's default is 3 s
+}
+ON_THE_NODE = ("model_path", "task_path", "codec_artifact", "memory")
+INSECURE = "INSECURE: no TLS, no node key. Whoever is on the way reads and changes everything. For experiments only."
 
 
 def main() -> None:
@@ -18,38 +34,128 @@ def main() -> None:
         prog="python -m client", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--server", required=True, metavar="HOST:PORT", help="the SuperLink's address for nodes")
-    parser.add_argument("--ca", required=True, type=Path, help="certificate of the federation's CA")
-    parser.add_argument("--key", required=True, type=Path, help="this node's private key")
-    parser.add_argument("--partition", required=True, type=int, help="which partition this node holds, from 0")
-    parser.add_argument("--partitions", required=True, type=int, help="how many there are")
-    parser.add_argument("--port", type=int, default=9094, help="a free local port, another for each node of a host")
+    parser.add_argument("--ca", type=Path, help="certificate of the federation's CA")
+    parser.add_argument("--key", action="append", type=Path, default=[], help="private key, one a partition; repeat it")
+    parser.add_argument("--partition", required=True, help="which partitions this host holds, from 0: 0 or 0,1,2")
+    parser.add_argument("--partitions", required=True, type=int, help="how many there are in the federation")
+    parser.add_argument("--gpus", default="all", help="all, none, or numbers as in 0,1 (default all that there are)")
+    parser.add_argument("--gpus-per-client", type=int, default=1, metavar="N", help="GPUs of one client (default 1)")
+    parser.add_argument("--port", type=int, default=9094, help="the first of free local ports, one a partition")
     parser.add_argument("--model-path", type=Path, help="this node's copy of the base model")
     parser.add_argument(
         "--task-path", type=Path, help="this node's own data, all of it its own; default: its share of the task"
     )
     parser.add_argument("--codec-artifact", type=Path, help="this node's copy of the codec artifact")
     parser.add_argument("--memory", type=Path, help="where residuals are kept (default ~/.cache/cg-fedllm/memory)")
+    parser.add_argument("--logs", type=Path, help="where logs go (default: a new folder below the temporary one)")
+    parser.add_argument("--no-trainer", action="store_true", help="load model and data anew for every message")
+    parser.add_argument("--insecure", action="store_true", help="without TLS and key: for experiments only")
     args = parser.parse_args()
-    for key in ("ca", "key"):
-        if not getattr(args, key).is_file():
-            parser.error(f"--{key} {getattr(args, key)} is no file: `python -m server keys` makes it")
-    if not 0 <= args.partition < args.partitions:
-        parser.error(f"--partition {args.partition} is none of 0 to {args.partitions - 1}")
-    config = [f"partition-id={args.partition}", f"num-partitions={args.partitions}"]
-    for key in ("model_path", "task_path", "codec_artifact", "memory"):
+    try:
+        partitions = [int(part) for part in args.partition.split(",")]
+    except ValueError:
+        parser.error(f"--partition {args.partition}: numbers are expected, as in 0,1")
+    for partition in partitions:
+        if not 0 <= partition < args.partitions or partitions.count(partition) > 1:
+            parser.error(
+                f"--partition {args.partition}: different numbers from 0 to {args.partitions - 1} are expected"
+            )
+    if args.insecure:
+        print(INSECURE, file=sys.stderr, flush=True)
+    else:
+        _check_keys(parser, args, len(partitions))
+    exit_on_sigterm()
+    try:
+        gpus = deal_gpus(args.gpus, args.gpus_per_client, len(partitions))
+        with tempfile.TemporaryDirectory(prefix="cg-fedllm-") as sockets:  # its owner's alone
+            logs = (args.logs or Path(tempfile.mkdtemp(prefix="cg-fedllm-logs-"))).absolute()
+            logs.mkdir(parents=True, exist_ok=True)
+            children: list[Child] = []
+            for place, (partition, own) in enumerate(zip(partitions, gpus, strict=True)):
+                children += node(args, place, partition, own, Path(sockets), logs)
+            names = f"partition{'s' if len(partitions) > 1 else ''} {args.partition} of {args.partitions}"
+            print(f"joining {args.server} with {names}, GPUs {gpus}; logs in {logs}", flush=True)
+            stay_up(children, lambda text: print(text, file=sys.stderr, flush=True))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+
+
+def _check_keys(parser: argparse.ArgumentParser, args: argparse.Namespace, num_partitions: int) -> None:
+    if args.ca is None or not args.key:
+        parser.error("--ca and --key are needed: `python -m server keys` makes them (or say --insecure)")
+    for name, path in (("ca", args.ca), *(("key", key) for key in args.key)):
+        if not path.is_file():
+            parser.error(f"--{name} {path} is no file: `python -m server keys` makes it")
+    if len(args.key) != num_partitions or len({key.absolute() for key in args.key}) != num_partitions:
+        parser.error(f"{num_partitions} partitions need as many different keys; --key was given {len(args.key)} times")
+
+
+def deal_gpus(wanted: str, per_client: int, num_clients: int) -> list[str]:
+    """For every client what ``CUDA_VISIBLE_DEVICES`` holds: numbers, or nothing.
+
+    Raises:
+        ValueError: fewer GPUs than the clients need.
+    """
+    if per_client < 1:
+        raise ValueError(f"--gpus-per-client {per_client}: at least 1")
+    if wanted == "none":
+        return [""] * num_clients
+    if wanted == "all":
+        import torch
+
+        numbers = [str(i) for i in range(torch.cuda.device_count())]
+        if not numbers:
+            return [""] * num_clients
+    else:
+        numbers = wanted.split(",")
+        if not all(number.isdigit() for number in numbers) or len(set(numbers)) != len(numbers):
+            raise ValueError(f"--gpus {wanted}: all, none or different numbers as in 0,1 are expected")
+    if len(numbers) < per_client * num_clients:
+        raise ValueError(
+            f"{num_clients} clients with {per_client} GPUs each need {per_client * num_clients}, and --gpus {wanted} "
+            f"gives {len(numbers)}: hold fewer partitions here, or say --gpus none"
+        )
+    return [",".join(numbers[i * per_client : (i + 1) * per_client]) for i in range(num_clients)]
+
+
+def node(args: argparse.Namespace, place: int, partition: int, gpus: str, sockets: Path, logs: Path) -> Sequence[Child]:
+    """Trainer and SuperNode of one partition."""
+    binaries = Path(sys.executable).parent
+    path = f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = {**ENVIRONMENT, **os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": gpus}
+    socket_path = sockets / f"trainer-{partition}.sock"
+    config = [f"partition-id={partition}", f"num-partitions={args.partitions}"]
+    for key in ON_THE_NODE:
         if (value := getattr(args, key)) is not None:
             config.append(f'{key.replace("_", "-")}="{value.absolute()}"')
-    binaries = Path(sys.executable).parent
-    os.environ["PATH"] = f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"
-    for key, value in (("FLWR_TELEMETRY_ENABLED", "0"), ("FLWR_DISABLE_UPDATE_CHECK", "1"), ("HF_HUB_OFFLINE", "1")):
-        os.environ.setdefault(key, value)
-    command = [
-        *("flower-supernode", "--superlink", args.server, "--root-certificates", str(args.ca)),
-        *("--auth-supernode-private-key", str(args.key), "--host", "127.0.0.1", "--port", str(args.port)),
-        *("--node-config", " ".join(config)),
-    ]
-    os.execv(binaries / command[0], command)
+    trust = ["--insecure"]
+    if not args.insecure:
+        trust = ["--root-certificates", str(args.ca), "--auth-supernode-private-key", str(args.key[place])]
+    children = []
+    if not args.no_trainer:
+        config.append(f'trainer-socket="{socket_path}"')
+        command = [sys.executable, "-m", "client.resident", "--socket", str(socket_path)]
+        root = Path(__file__).resolve().parents[1]
+        children.append(Child(f"trainer {partition}", command, logs / f"trainer-{partition}.log", environment, root))
+    command = [str(binaries / "flower-supernode"), "--superlink", args.server, *trust]
+    command += ["--host", "127.0.0.1", "--port", str(args.port + place), "--node-config", " ".join(config)]
+    log = logs / f"supernode-{partition}.log"
+    children.append(Child(f"SuperNode {partition}", command, log, environment, error_is_final=True, explain=refusal))
+    return children
 
+
+def refusal(log: Path) -> str:
+    """Why a SuperNode was turned away, in words that name the cause."""
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    for sign, meaning in REFUSALS.items():
+        if sign in text:
+            return meaning
+    return ""
+
+
+REFUSALS: dict[str, str] = {}
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,8 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.trainer import Trainer, trainer_for
+from client.resident import ResidentTrainer, trainer_at
+from client.trainer import Trainer
 from strategies.records import (
     ACCEPTED,
     ARRAYS,
@@ -33,6 +34,9 @@ from strategies.records import (
 
 NODE_PATHS = ("model-path", "task-path", "codec-artifact")
 """Keys of a node's config by which it says where its own copies lie."""
+
+TRAINER_SOCKET = "trainer-socket"
+"""Where the node's resident trainer listens."""
 
 app = ClientApp()
 
@@ -82,9 +86,11 @@ def train(message: Message, context: Context) -> Message:
     return Message(RecordDict({ARRAYS: arrays, METRICS: metrics}), reply_to=message)
 
 
-def _trainer(message: Message, context: Context) -> Trainer:
+def _trainer(message: Message, context: Context) -> Trainer | ResidentTrainer:
     own_paths = tuple((key, str(context.node_config[key])) for key in NODE_PATHS if key in context.node_config)
-    return trainer_for(str(config_of(message.content)[SETTINGS]), own_paths)
+    socket = context.node_config.get(TRAINER_SOCKET)
+    path = Path(str(socket)) if socket else None
+    return trainer_at(path, str(config_of(message.content)[SETTINGS]), own_paths)
 
 
 def _folder_name(run_id: str) -> str:

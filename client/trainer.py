@@ -135,13 +135,17 @@ def training_seed(seed: int, server_round: int, partition: int) -> int:
     return (seed * 1_000_003 + server_round) * 1_000_003 + partition
 
 
+Overrides = tuple[tuple[str, str], ...]
+"""A node's own paths by key of its node config: ``model-path``, ``task-path``, ``codec-artifact``."""
+
+
 @lru_cache(maxsize=2)
-def trainer_for(settings_json: str, overrides: tuple[tuple[str, str], ...]) -> Trainer:
+def trainer_for(settings_json: str, overrides: Overrides) -> Trainer:
     """The trainer of these settings in this process, made at the first call.
 
     Args:
         settings_json: the run's settings, as the server sent them.
-        overrides: this node's own paths, from its node config: ``model-path``, ``task-path``, ``codec-artifact``.
+        overrides: this node's own paths.
     """
     settings = Settings.from_json(settings_json)
     own = dict(overrides)

@@ -1,19 +1,30 @@
-"""The server's host: make keys, start the SuperLink, let nodes in.
+"""The server's host: make keys, start the SuperLink, let nodes in and out, look at a run.
 
 python -m server keys     --folder deploy --hosts server.example.org,10.0.0.5 --nodes 4
 python -m server start    --folder deploy [--fleet-address 0.0.0.0:9092] [--control-port 8000]
 python -m server register --folder deploy deploy/node-0.pub ...
+python -m server revoke   --folder deploy deploy/node-0.pub ...
+python -m server nodes    --folder deploy
+python -m server status   outputs/federate/2026-01-31/12-00-00 [--follow]
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from conf.processes import end_all, exit_on_sigterm, stay_up
 from server.keys import CA_CERTIFICATE, make_keys
-from server.launch import CONNECTION, ServerPlace, register_node, start_superlink, stop
+from server.launch import CONNECTION, ServerPlace, list_nodes, register_node, revoke_node, start_server
+from server.status import show_status
+
+INSECURE = """\
+************************************************************************
+INSECURE: no TLS and no node keys. Whoever reaches {address} can join the
+federation, read every adapter and send any update. For experiments only.
+************************************************************************"""
 
 
 def main() -> None:
@@ -24,18 +35,35 @@ def main() -> None:
     keys = commands.add_parser("keys", help="make a CA, the server's certificate and one key a node")
     start = commands.add_parser("start", help="start the SuperLink, until Ctrl-C or SIGTERM")
     register = commands.add_parser("register", help="let nodes in by their public keys, at a running SuperLink")
-    for command in (keys, start, register):
+    revoke = commands.add_parser("revoke", help="shut nodes out by their public keys, at a running SuperLink")
+    nodes = commands.add_parser("nodes", help="list the nodes of a running SuperLink")
+    status = commands.add_parser("status", help="where a run stands: nodes, round, loss, bytes, time left")
+    for command in (keys, start, register, revoke, nodes):
         command.add_argument("--folder", type=Path, default=Path("deploy"), help="keys, database, log (default deploy)")
     keys.add_argument("--hosts", default="localhost,127.0.0.1", help="names and addresses of this host, with commas")
     keys.add_argument("--nodes", type=int, default=2, help="how many node keys (default 2)")
     start.add_argument("--fleet-address", default="0.0.0.0:9092", help="gRPC for the nodes (default 0.0.0.0:9092)")
     start.add_argument("--control-port", type=int, default=8000, help="on loopback only (default 8000)")
-    register.add_argument("public_keys", nargs="+", type=Path, metavar="NODE.pub")
+    start.add_argument("--insecure", action="store_true", help="without TLS and keys: for experiments only")
+    for command in (register, revoke):
+        command.add_argument("public_keys", nargs="+", type=Path, metavar="NODE.pub")
+    status.add_argument("run", type=Path, help="the run's output folder")
+    status.add_argument("--follow", action="store_true", help="until the run has ended")
     args = parser.parse_args()
+    actions: dict[str, Callable[[argparse.Namespace], None]] = {
+        "keys": _keys,
+        "start": _start,
+        "register": _register,
+        "revoke": _revoke,
+        "nodes": _nodes,
+        "status": lambda args: show_status(args.run, args.follow),
+    }
     try:
-        {"keys": _keys, "start": _start, "register": _register}[args.command](args)
+        actions[args.command](args)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
 
 
 def _keys(args: argparse.Namespace) -> None:
@@ -46,34 +74,51 @@ def _keys(args: argparse.Namespace) -> None:
 
 
 def _start(args: argparse.Namespace) -> None:
-    place = ServerPlace(args.folder.absolute(), args.fleet_address, args.control_port)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    process = start_superlink(place)
+    place = ServerPlace(args.folder.absolute(), args.fleet_address, args.control_port, args.insecure)
+    exit_on_sigterm()
+    if args.insecure:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        print(INSECURE.format(address=args.fleet_address), file=sys.stderr, flush=True)
+    children = start_server(place)
     try:
-        for public_key in sorted(args.folder.glob("node-*.pub")):
+        for public_key in sorted(args.folder.glob("node-*.pub")) if not args.insecure else []:
             register_node(place, public_key)
             print(f"registered {public_key}")
+        how = "gRPC, INSECURE" if args.insecure else "gRPC, TLS, node keys"
         print(
-            f"SuperLink up: nodes at {args.fleet_address} (gRPC, TLS, node keys), control on 127.0.0.1:"
-            f"{args.control_port}\nrun:  FLWR_HOME={place.flwr_home} python -m server.federate backend=superlink "
+            f"SuperLink up: nodes at {args.fleet_address} ({how}), control on 127.0.0.1:{args.control_port}\n"
+            f"run:  FLWR_HOME={place.flwr_home} python -m server.federate backend=superlink "
             f"backend.connection={CONNECTION}",
             flush=True,
         )
-        process.wait()
-        raise ValueError(f"the SuperLink ended with status {process.returncode}; see {place.folder / 'superlink.log'}")
-    except KeyboardInterrupt:
-        print("stopping")
-    finally:
-        stop(process)
+    except BaseException:
+        end_all(children)
+        raise
+    stay_up(children, lambda text: print(text, file=sys.stderr, flush=True))
 
 
 def _register(args: argparse.Namespace) -> None:
-    place = ServerPlace(args.folder.absolute())
-    for public_key in args.public_keys:
-        if not public_key.is_file():
-            raise ValueError(f"{public_key} is no file")
-        register_node(place, public_key)
+    for public_key in _files(args.public_keys):
+        register_node(ServerPlace(args.folder.absolute()), public_key)
         print(f"registered {public_key}")
+
+
+def _revoke(args: argparse.Namespace) -> None:
+    for public_key in _files(args.public_keys):
+        node = revoke_node(ServerPlace(args.folder.absolute()), public_key)
+        print(f"revoked {public_key}: node {node} is out")
+
+
+def _nodes(args: argparse.Namespace) -> None:
+    for node in list_nodes(ServerPlace(args.folder.absolute())):
+        print(f"{node.get('node-id')}  {node.get('status')}")
+
+
+def _files(paths: list[Path]) -> list[Path]:
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} is no file")
+    return paths
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def _make_authority(folder: Path) -> None:
         )
         .sign(key, hashes.SHA384())
     )
-    _write_private(folder / CA_KEY, _pem(key))
+    write_private(folder / CA_KEY, _pem(key))
     (folder / CA_CERTIFICATE).write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
 
@@ -88,14 +88,14 @@ def _make_server_certificate(folder: Path, hosts: Sequence[str]) -> None:
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .sign(authority_key, hashes.SHA384())
     )
-    _write_private(folder / SERVER_KEY, _pem(key))
+    write_private(folder / SERVER_KEY, _pem(key))
     (folder / SERVER_CERTIFICATE).write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
 
 def _make_node_key(path: Path) -> None:
     key = ec.generate_private_key(ec.SECP384R1())
     encoding, no_password = serialization.Encoding, serialization.NoEncryption()
-    _write_private(path, key.private_bytes(encoding.PEM, serialization.PrivateFormat.OpenSSH, no_password))
+    write_private(path, key.private_bytes(encoding.PEM, serialization.PrivateFormat.OpenSSH, no_password))
     public = key.public_key().public_bytes(encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     path.with_name(path.name + ".pub").write_bytes(public + b"\n")
 
@@ -131,6 +131,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, no_password)
 
 
-def _write_private(path: Path, content: bytes) -> None:
+def write_private(path: Path, content: bytes) -> None:
+    """A new file that its owner alone can read. Raises FileExistsError: there is one."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)

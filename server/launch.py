@@ -1,28 +1,39 @@
-"""Starts a SuperLink with TLS, node keys and a database, registers the nodes' keys, and ends it again."""
+"""Starts a SuperLink with TLS, node keys and a database, and its executor; lets nodes in and out.
+
+The executor (``flower-superexec``), which runs the ServerApp, is a process of its own: so a SuperLink that is killed
+comes back, and the run goes on without losing a round.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from server.keys import CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY
+from conf.processes import Child, end_all, last_line
+from server.keys import CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY, write_private
 from server.quiet import ENVIRONMENT
 
 CONNECTION = "cg-fedllm"
+SECRET = "superexec.secret"
+START_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class ServerPlace:
-    """Where a SuperLink listens and keeps its files: keys, database, log, and Flower's own home."""
+    """Where a SuperLink listens and keeps its files: keys, database, logs, and Flower's own home."""
 
     folder: Path
     fleet_address: str = "0.0.0.0:9092"  # gRPC, for the nodes
     control_port: int = 8000  # HTTPS on loopback only: it has no user authentication
+    insecure: bool = False  # no TLS and no node keys: for closed networks and experiments
 
     @property
     def flwr_home(self) -> Path:
@@ -34,13 +45,14 @@ class ServerPlace:
         return {**os.environ, **ENVIRONMENT, "FLWR_HOME": str(self.flwr_home), "PATH": path}
 
 
-def start_superlink(place: ServerPlace) -> subprocess.Popen[bytes]:
-    """Starts the SuperLink and waits until both its ports answer.
+def start_server(place: ServerPlace) -> list[Child]:
+    """Starts SuperLink and executor and waits until the SuperLink's ports answer.
 
     Raises:
         ValueError: keys are missing, a port is taken, or it ended at once (its log's last line is in the message).
     """
-    for name in (CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY):
+    needed = () if place.insecure else (CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY)
+    for name in needed:
         if not (place.folder / name).is_file():
             raise ValueError(f"{place.folder / name} is missing: make keys with `python -m server keys`")
     fleet_host, _, fleet_port = place.fleet_address.rpartition(":")
@@ -50,52 +62,91 @@ def start_superlink(place: ServerPlace) -> subprocess.Popen[bytes]:
         if _answers(host, port):
             raise ValueError(f"port {port} on {host} is taken: choose another one")
     place.flwr_home.mkdir(parents=True, exist_ok=True)
+    trust = "insecure = true" if place.insecure else f'root-certificates = "{place.folder.absolute() / CA_CERTIFICATE}"'
     (place.flwr_home / "config.toml").write_text(
-        f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{place.control_port}"\n'
-        f'root-certificates = "{place.folder.absolute() / CA_CERTIFICATE}"\n'
+        f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{place.control_port}"\n{trust}\n'
     )
-    log = place.folder / "superlink.log"
+    (place.folder / SECRET).unlink(missing_ok=True)
+    write_private(place.folder / SECRET, secrets.token_bytes(32))
+    children = [_superlink(place), _executor(place)]
+    try:
+        children[0].start()
+        deadline = time.monotonic() + START_SECONDS
+        while not (_answers(fleet_host, int(fleet_port)) and _answers("127.0.0.1", place.control_port)):
+            assert children[0].process is not None
+            if children[0].process.poll() is not None or time.monotonic() > deadline:
+                log = children[0].log
+                raise ValueError(f"the SuperLink did not start; {log} ends with: {last_line(log)}")
+            time.sleep(0.2)
+        children[1].start()
+    except BaseException:  # also Ctrl-C and SIGTERM: nothing is left running
+        end_all(children)
+        raise
+    return children
+
+
+def _superlink(place: ServerPlace) -> Child:
+    tls = ["--ssl-ca-certfile", CA_CERTIFICATE, "--ssl-certfile", SERVER_CERTIFICATE, "--ssl-keyfile", SERVER_KEY]
     command = [
         *("flower-superlink", "--host", "127.0.0.1", "--port", str(place.control_port)),
-        *("--fleet-api-address", place.fleet_address, "--enable-supernode-auth"),
-        *("--ssl-ca-certfile", CA_CERTIFICATE, "--ssl-certfile", SERVER_CERTIFICATE, "--ssl-keyfile", SERVER_KEY),
+        *("--fleet-api-address", place.fleet_address),
+        *(["--insecure"] if place.insecure else [*tls, "--enable-supernode-auth"]),
+        *("--isolation", "process", "--superexec-auth-secret-file", SECRET),
         *("--database", "state.db", "--disable-runtime-dependency-installation"),
     ]
-    with log.open("ab") as output:  # a file, not a pipe: a child that outlives it would keep a pipe open
-        process = subprocess.Popen(
-            command, cwd=place.folder, env=place.environment(), stdout=output, stderr=subprocess.STDOUT
-        )
-    try:
-        deadline = time.monotonic() + 60
-        while not (_answers(fleet_host, int(fleet_port)) and _answers("127.0.0.1", place.control_port)):
-            if process.poll() is not None or time.monotonic() > deadline:
-                last = log.read_text(errors="replace").strip().splitlines()[-1:]
-                raise ValueError(f"the SuperLink did not start; {log} ends with: {' '.join(last)}")
-            time.sleep(0.2)
-    except BaseException:  # also Ctrl-C and SIGTERM: nothing is left running
-        stop(process)
-        raise
-    return process
+    return Child("the SuperLink", command, place.folder / "superlink.log", place.environment(), place.folder)
+
+
+def _executor(place: ServerPlace) -> Child:
+    command = [
+        *("flower-superexec", "--runtime-api-address", f"127.0.0.1:{place.control_port}"),
+        *(["--insecure"] if place.insecure else ["--root-certificates", CA_CERTIFICATE]),
+        *("--superexec-auth-secret-file", SECRET),
+    ]
+    return Child("the executor", command, place.folder / "superexec.log", place.environment(), place.folder)
 
 
 def register_node(place: ServerPlace, public_key: Path) -> None:
     """Lets the node with this public key in. Raises ValueError: the SuperLink refuses the key."""
-    command = ["flwr", "supernode", "register", str(public_key), CONNECTION, "--format", "json"]
-    done = subprocess.run(command, env=place.environment(), capture_output=True, text=True)
-    if done.returncode != 0 or '"success": false' in done.stdout:
-        if "already" in done.stdout + done.stderr:
-            return
-        raise ValueError(f"the SuperLink refused {public_key}: {(done.stdout + done.stderr).strip()}")
-
-
-def stop(process: subprocess.Popen[bytes], seconds: float = 15) -> None:
-    """Ends a process, the hard way if it must."""
-    process.terminate()
     try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        _supernode(place, "register", str(public_key))
+    except ValueError as error:
+        if "already" not in str(error):
+            raise
+
+
+def revoke_node(place: ServerPlace, public_key: Path) -> int:
+    """Shuts the node with this public key out, now and from now on; gives its node id.
+
+    Raises:
+        ValueError: no node of that key is registered.
+    """
+    key = " ".join(public_key.read_text().split()[:2])
+    for node in list_nodes(place):
+        if " ".join(str(node.get("public-key", "")).split()[:2]) == key:
+            _supernode(place, "unregister", str(node["node-id"]))
+            return int(node["node-id"])
+    raise ValueError(f"no node with the key {public_key} is registered at this SuperLink")
+
+
+def list_nodes(place: ServerPlace) -> list[dict[str, Any]]:
+    """The registered nodes as Flower lists them: ``node-id``, ``status``, ``public-key`` and times."""
+    nodes = _supernode(place, "list").get("nodes", [])
+    assert isinstance(nodes, list)
+    return nodes
+
+
+def _supernode(place: ServerPlace, verb: str, *arguments: str) -> dict[str, Any]:
+    command = ["flwr", "supernode", verb, *arguments, CONNECTION, "--format", "json"]
+    done = subprocess.run(command, env=place.environment(), capture_output=True, text=True, timeout=60)
+    try:
+        answer = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        answer = {}
+    if done.returncode != 0 or not isinstance(answer, dict) or not answer.get("success", False):
+        reason = answer.get("error-message") if isinstance(answer, dict) else None
+        raise ValueError(f"`flwr supernode {verb}` failed: {reason or (done.stdout + done.stderr).strip()}")
+    return answer
 
 
 def _answers(host: str, port: int) -> bool:

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from bench.demo_grpc import free_ports
 from server.keys import make_keys
-from server.launch import ServerPlace, start_superlink
+from server.launch import ServerPlace, start_server
 
 
 def test_the_server_certificate_is_signed_by_the_ca_and_holds_for_its_hosts(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_keys_are_never_overwritten_and_more_nodes_can_be_added(tmp_path: Path) 
 
 def test_a_superlink_without_keys_or_with_a_taken_port_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="python -m server keys"):
-        start_superlink(ServerPlace(tmp_path))
+        start_server(ServerPlace(tmp_path))
 
 
 @pytest.mark.parametrize(

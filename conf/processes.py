@@ -1,0 +1,117 @@
+"""Long-lived child processes: started, watched, started again when they die, and ended together.
+
+What both hosts have in common: the server keeps a SuperLink and its executor alive, a node its SuperNodes and
+trainers. Knows processes; must not know Flower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STABLE_SECONDS = 60.0
+"""A child that lived so long is started again at once; one that dies sooner waits longer every time."""
+LONGEST_WAIT = 30.0
+
+
+@dataclass
+class Child:
+    """One program that should always run."""
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    environment: Mapping[str, str]
+    folder: Path | None = None
+    error_is_final: bool = False  # an exit with an error soon after the start is not tried again; a kill is
+    explain: Callable[[Path], str] = lambda log: ""  # what its log says of why it ended
+    process: subprocess.Popen[bytes] | None = None
+    restarts: int = 0
+    _short_lives: int = field(default=0, repr=False)
+    _started: float = field(default=0.0, repr=False)
+    _next_start: float = field(default=0.0, repr=False)
+
+    def start(self) -> None:
+        # a file, not a pipe: a grandchild that outlives it would keep a pipe open. A session of its own, so that
+        # Ctrl-C reaches the parent alone, and so that all that it started ends with it.
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=self.folder,
+                env=dict(self.environment),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._started = time.monotonic()
+
+    def watch(self, report: Callable[[str], None]) -> None:
+        """Starts it again if it died. Raises ValueError: it died too often."""
+        now = time.monotonic()
+        if self.process is not None and self.process.poll() is None:
+            return
+        if self.process is not None:
+            self._short_lives = 0 if now - self._started > STABLE_SECONDS else self._short_lives + 1
+            if self.error_is_final and self._short_lives and self.process.returncode > 0:
+                reason = self.explain(self.log) or last_line(self.log)
+                raise ValueError(f"{self.name} ended with status {self.process.returncode}: {reason} (log: {self.log})")
+            wait = 0.0 if self._short_lives <= 1 else min(2.0 ** (self._short_lives - 2), LONGEST_WAIT)
+            report(f"{self.name} ended with status {self.process.returncode}: starting it again in {wait:.0f} s")
+            self.end()  # what it had started, too
+            self._next_start = now + wait
+        if now >= self._next_start:
+            self.restarts += 1
+            self.start()
+
+    def end(self, seconds: float = 15.0) -> None:
+        """Ends it and all that it started, the hard way if it must."""
+        if self.process is None:
+            return
+        process, self.process = self.process, None
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def last_line(log: Path) -> str:
+    return " ".join(log.read_text(errors="replace").strip().splitlines()[-1:]) if log.is_file() else ""
+
+
+def stay_up(children: Sequence[Child], report: Callable[[str], None], poll_seconds: float = 0.5) -> None:
+    """Keeps all of them running until SIGTERM or Ctrl-C, or until one fails for good; then ends all, last first.
+
+    Raises:
+        ValueError: a child failed for good.
+        KeyboardInterrupt, SystemExit: the user ended it.
+    """
+    try:
+        while True:
+            for child in children:
+                child.watch(report)
+            time.sleep(poll_seconds)
+    finally:
+        end_all(children)
+
+
+def end_all(children: Sequence[Child]) -> None:
+    for child in reversed(children):
+        child.end()
+
+
+def exit_on_sigterm() -> None:
+    """SIGTERM becomes SystemExit, so that ``finally`` ends what was started."""
+    signal.signal(signal.SIGTERM, lambda *_: exit_with(0))
+
+
+def exit_with(status: int) -> None:
+    raise SystemExit(status)
