@@ -10,23 +10,19 @@ each node, and ends every process, also after Ctrl-C.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.relay import CountingRelay
+from bench.deployment import deployment
 from conf.output import open_output, provenance, write_json
 
 NUM_NODES = 2
@@ -59,9 +55,10 @@ def compare(output: Path, common: list[str]) -> dict[str, Any]:
     """Runs the federation over gRPC and in simulation. Returns losses, payloads and bytes on the wire."""
     console = Console(stderr=True)
     console.rule("deployment: SuperLink and two nodes over gRPC, TLS, node keys")
-    with deployment(output / "demo-deploy") as (home, relays):
+    with deployment(output / "demo-deploy", NUM_NODES) as place:
+        relays = place.relays
         before, start = [(relay.bytes_up, relay.bytes_down) for relay in relays], time.monotonic()
-        deployed = federate(output / "grpc", [*common, "backend=superlink"], {"FLWR_HOME": str(home)})
+        deployed = federate(output / "grpc", [*common, "backend=superlink"], {"FLWR_HOME": str(place.flwr_home)})
         seconds = time.monotonic() - start
         up = [relay.bytes_up - old for relay, (old, _) in zip(relays, before, strict=True)]
         down = [relay.bytes_down - old for relay, (_, old) in zip(relays, before, strict=True)]
@@ -92,75 +89,6 @@ def federate(output: Path, overrides: list[str], environment: dict[str, str]) ->
         raise ValueError("`python -m server.federate` failed; the reason stands above")
     content: dict[str, Any] = json.loads((output / "results.json").read_text())
     return content
-
-
-@contextlib.contextmanager
-def deployment(folder: Path) -> Iterator[tuple[Path, list[CountingRelay]]]:
-    """A SuperLink and its nodes, each node behind a relay of its own; ended on every way out.
-
-    Yields:
-        Flower's home for ``backend=superlink``, and the relays by partition.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    fleet_port, control_port, *node_ports = free_ports(2 + NUM_NODES)
-    server = [sys.executable, "-m", "server"]
-    subprocess.run([*server, "keys", "--folder", str(folder), "--nodes", str(NUM_NODES)], check=True)
-    with contextlib.ExitStack() as stack:
-        start = ["--fleet-address", f"127.0.0.1:{fleet_port}", "--control-port", str(control_port)]
-        link = stack.enter_context(running([*server, "start", "--folder", str(folder), *start], folder / "server.log"))
-        wait_for("SuperLink up", folder / "server.log", link)
-        relays = [stack.enter_context(CountingRelay("127.0.0.1", fleet_port)) for _ in range(NUM_NODES)]
-        for i, relay in enumerate(relays):
-            node = [sys.executable, "-m", "client", "--server", f"127.0.0.1:{relay.port}", "--port", str(node_ports[i])]
-            node += ["--ca", str(folder / "ca.crt"), "--key", str(folder / f"node-{i}")]
-            node += [
-                "--partition",
-                str(i),
-                "--partitions",
-                str(NUM_NODES),
-                "--memory",
-                str(folder / "memory"),
-                "--gpus",
-                "none",
-            ]
-            node += ["--logs", str(folder / f"logs-{i}")]
-            stack.enter_context(running(node, folder / f"node-{i}.log"))
-        yield folder / "flwr", relays
-
-
-@contextlib.contextmanager
-def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process and all that it starts, ended on every way out. It logs to a file, as a pipe could block it."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def wait_for(text: str, log: Path, process: subprocess.Popen[bytes], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while text not in log.read_text(errors="replace"):
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise ValueError(f"{log} never said {text!r}; it ends with:\n{log.read_text(errors='replace')[-1000:]}")
-        time.sleep(0.2)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def print_tables(results: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from types import TracebackType
 
 
@@ -14,6 +15,8 @@ class CountingRelay:
         self.bytes_up = 0  # from the client to the server
         self.bytes_down = 0
         self.port = 0
+        self._cut_until = 0.0
+        self._writers: set[asyncio.StreamWriter] = set()
         self._target = (target_host, target_port)
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -23,6 +26,11 @@ class CountingRelay:
         self._thread.start()
         self._ready.wait()
         return self
+
+    def cut(self, seconds: float) -> None:
+        """Breaks all connections, and lets none through for so long."""
+        self._cut_until = time.monotonic() + seconds
+        self._loop.call_soon_threadsafe(lambda: [writer.transport.abort() for writer in self._writers])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -43,12 +51,17 @@ class CountingRelay:
         self._loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if time.monotonic() < self._cut_until:
+            writer.transport.abort()
+            return
         try:
             far_reader, far_writer = await asyncio.open_connection(*self._target)
         except OSError:
             writer.close()
             return
+        self._writers |= {writer, far_writer}
         await asyncio.gather(self._pass(reader, far_writer, up=True), self._pass(far_reader, writer, up=False))
+        self._writers -= {writer, far_writer}
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, up: bool) -> None:
         try:

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from client.preflight import check_server
 from conf.processes import Child, exit_on_sigterm, stay_up
 
 ENVIRONMENT = {
@@ -67,6 +68,8 @@ def main() -> None:
     exit_on_sigterm()
     try:
         gpus = deal_gpus(args.gpus, args.gpus_per_client, len(partitions))
+        if not check_server(args.server, None if args.insecure else args.ca):
+            print(f"{args.server} does not answer yet: waiting for it", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(prefix="cg-fedllm-") as sockets:  # its owner's alone
             logs = (args.logs or Path(tempfile.mkdtemp(prefix="cg-fedllm-logs-"))).absolute()
             logs.mkdir(parents=True, exist_ok=True)
@@ -142,20 +145,22 @@ def node(args: argparse.Namespace, place: int, partition: int, gpus: str, socket
     command = [str(binaries / "flower-supernode"), "--superlink", args.server, *trust]
     command += ["--host", "127.0.0.1", "--port", str(args.port + place), "--node-config", " ".join(config)]
     log = logs / f"supernode-{partition}.log"
-    children.append(Child(f"SuperNode {partition}", command, log, environment, error_is_final=True, explain=refusal))
+    children.append(Child(f"SuperNode {partition}", command, log, environment, may_refuse=True, explain=refusal))
     return children
 
 
 def refusal(log: Path) -> str:
-    """Why a SuperNode was turned away, in words that name the cause."""
-    text = log.read_text(errors="replace") if log.is_file() else ""
-    for sign, meaning in REFUSALS.items():
-        if sign in text:
-            return meaning
-    return ""
+    """Why a SuperNode was turned away, where Flower's log has a number in place of a cause."""
+    text = log.read_text(errors="replace")[-2000:] if log.is_file() else ""
+    if NOT_ACTIVATED not in text:
+        return ""
+    return (
+        "the server refuses this key. Either it is not registered or was revoked (on the server: `python -m server "
+        "register NODE.pub`), or another SuperNode uses it now (one that was killed is forgotten after a minute)"
+    )
 
 
-REFUSALS: dict[str, str] = {}
+NOT_ACTIVATED = "[code: 2004]"
 
 if __name__ == "__main__":
     main()

@@ -7,9 +7,11 @@ trainers. Knows processes; must not know Flower.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +20,9 @@ from pathlib import Path
 STABLE_SECONDS = 60.0
 """A child that lived so long is started again at once; one that dies sooner waits longer every time."""
 LONGEST_WAIT = 30.0
+LATER_PATIENCE = 8
+"""How often in a row a child that was up once may be refused: about two minutes."""
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -29,10 +34,10 @@ class Child:
     log: Path
     environment: Mapping[str, str]
     folder: Path | None = None
-    error_is_final: bool = False  # an exit with an error soon after the start is not tried again; a kill is
+    may_refuse: bool = False  # an exit with an error soon after the first start is final; a kill never is
     explain: Callable[[Path], str] = lambda log: ""  # what its log says of why it ended
     process: subprocess.Popen[bytes] | None = None
-    restarts: int = 0
+    starts: int = 0
     _short_lives: int = field(default=0, repr=False)
     _started: float = field(default=0.0, repr=False)
     _next_start: float = field(default=0.0, repr=False)
@@ -48,25 +53,28 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         self._started = time.monotonic()
+        self.starts += 1
 
     def watch(self, report: Callable[[str], None]) -> None:
-        """Starts it again if it died. Raises ValueError: it died too often."""
+        """Starts it, and starts it again if it died. Raises ValueError: it fails for good."""
         now = time.monotonic()
-        if self.process is not None and self.process.poll() is None:
-            return
         if self.process is not None:
+            status = self.process.poll()
+            if status is None:
+                return
             self._short_lives = 0 if now - self._started > STABLE_SECONDS else self._short_lives + 1
-            if self.error_is_final and self._short_lives and self.process.returncode > 0:
-                reason = self.explain(self.log) or last_line(self.log)
-                raise ValueError(f"{self.name} ended with status {self.process.returncode}: {reason} (log: {self.log})")
+            why = f"{self.name} ended with status {status}: {self.explain(self.log) or last_line(self.log)}"
+            never_up = self._short_lives == self.starts
+            if self.may_refuse and status > 0 and (never_up or self._short_lives > LATER_PATIENCE):
+                raise ValueError(f"{why} (log: {self.log})")
             wait = 0.0 if self._short_lives <= 1 else min(2.0 ** (self._short_lives - 2), LONGEST_WAIT)
-            report(f"{self.name} ended with status {self.process.returncode}: starting it again in {wait:.0f} s")
+            report(f"{why}; starting it again in {wait:.0f} s")
             self.end()  # what it had started, too
             self._next_start = now + wait
         if now >= self._next_start:
-            self.restarts += 1
             self.start()
 
     def end(self, seconds: float = 15.0) -> None:
@@ -81,6 +89,12 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when the parent is gone, even if it was killed (Linux; elsewhere it lives on)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def last_line(log: Path) -> str:

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.output import write_json
 from conf.processes import Child, end_all, last_line
 from server.keys import CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY, write_private
 from server.quiet import ENVIRONMENT
 
 CONNECTION = "cg-fedllm"
-SECRET = "superexec.secret"
+SECRET, NODE_IDS = "superexec.secret", "nodes.json"
 START_SECONDS = 60.0
 
 
@@ -109,28 +110,45 @@ def _executor(place: ServerPlace) -> Child:
 def register_node(place: ServerPlace, public_key: Path) -> None:
     """Lets the node with this public key in. Raises ValueError: the SuperLink refuses the key."""
     try:
-        _supernode(place, "register", str(public_key))
+        answer = _supernode(place, "register", str(public_key))
     except ValueError as error:
         if "already" not in str(error):
             raise
+    else:
+        write_json({**_node_ids(place), _key_of(public_key): str(answer["node-id"])}, place.folder / NODE_IDS)
 
 
-def revoke_node(place: ServerPlace, public_key: Path) -> int:
+def revoke_node(place: ServerPlace, public_key: Path) -> str:
     """Shuts the node with this public key out, now and from now on; gives its node id.
+
+    The file becomes ``NODE.pub.revoked``, so that ``python -m server start`` does not let it in again.
 
     Raises:
         ValueError: no node of that key is registered.
     """
-    key = " ".join(public_key.read_text().split()[:2])
-    for node in list_nodes(place):
-        if " ".join(str(node.get("public-key", "")).split()[:2]) == key:
-            _supernode(place, "unregister", str(node["node-id"]))
-            return int(node["node-id"])
-    raise ValueError(f"no node with the key {public_key} is registered at this SuperLink")
+    known = _node_ids(place)
+    node_id = known.pop(_key_of(public_key), None)
+    if node_id is None:
+        raise ValueError(f"no node with the key {public_key} is registered at this SuperLink")
+    _supernode(place, "unregister", node_id)
+    write_json(known, place.folder / NODE_IDS)
+    public_key.rename(public_key.with_name(public_key.name + ".revoked"))
+    return node_id
+
+
+def _node_ids(place: ServerPlace) -> dict[str, str]:
+    """Flower's node id by public key: its own list names no keys."""
+    path = place.folder / NODE_IDS
+    found: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def _key_of(public_key: Path) -> str:
+    return " ".join(public_key.read_text().split()[:2])
 
 
 def list_nodes(place: ServerPlace) -> list[dict[str, Any]]:
-    """The registered nodes as Flower lists them: ``node-id``, ``status``, ``public-key`` and times."""
+    """The registered nodes as Flower lists them: ``node-id``, ``status`` and times."""
     nodes = _supernode(place, "list").get("nodes", [])
     assert isinstance(nodes, list)
     return nodes

@@ -24,6 +24,8 @@ from server.results import RunResults, load_results
 
 APP_FOLDER = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 2.0
+PATIENCE_SECONDS = 300.0
+"""How long a SuperLink may be silent before the run is given up here; it goes on there."""
 
 
 def run_on_superlink(settings: Settings) -> RunResults:
@@ -42,7 +44,14 @@ def run_on_superlink(settings: Settings) -> RunResults:
     expected = settings.federation.rounds * settings.federation.clients_per_round
     with progress_bar() as progress:
         bar = progress.add_task(f"run {run_id} on {connection}", total=expected, note="")
-        while not (status := _status(connection, str(run_id))).startswith("finished"):
+        status, answered = "", time.monotonic()
+        while not status.startswith("finished"):
+            try:
+                status, answered = _status(connection, str(run_id)), time.monotonic()
+            except ValueError:  # a SuperLink that was killed comes back, and the run with it
+                if time.monotonic() - answered > PATIENCE_SECONDS:
+                    raise
+                status = "the SuperLink does not answer"
             _show(progress, bar, f"run {run_id}: {status}", Path(settings.output))
             time.sleep(POLL_SECONDS)
         _show(progress, bar, f"run {run_id}: {status}", Path(settings.output))

@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from bench.demo_grpc import free_ports
+from bench.deployment import free_ports
 from server.keys import make_keys
 from server.launch import ServerPlace, start_server
 

@@ -1,0 +1,199 @@
+"""The fault table: real processes killed in a real deployment over gRPC, TLS and node keys.
+
+Every run is compared with the undisturbed one: rounds lost, and the final held-out loss beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bench.deployment import Deployment, deployment, free_ports, node_command
+from server.events import read_status
+
+pytestmark = [pytest.mark.grpc, pytest.mark.timeout(900)]
+ROUNDS = 4
+SMALL = [
+    f"federation.rounds={ROUNDS}",
+    "federation.num_clients=2",
+    "federation.clients_per_round=2",
+    "federation.round_seconds=150",
+    "train.steps=12",
+    "train.batch_size=8",
+    "train.micro_batch_size=8",
+    "task.window=64",
+    "task.max_windows=200",
+    "task.heldout_windows=4",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    with deployment(tmp_path_factory.mktemp("deploy") / "server", 2) as running:
+        yield running
+
+
+class Run:
+    """``python -m server.federate`` on the deployment, as a process of its own."""
+
+    def __init__(self, place: Deployment, output: Path, *overrides: str) -> None:
+        self.output = output
+        output.mkdir(parents=True, exist_ok=True)
+        where = ["backend=superlink", f"hydra.run.dir={output}"]
+        where += [] if any(o.startswith("resume=") for o in overrides) else [*SMALL, f"output={output}"]
+        self._log = output / "run.log"
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "server.federate", *where, *overrides],
+                env={**os.environ, "FLWR_HOME": str(place.flwr_home)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait_for(self, event: str, server_round: int, seconds: float = 240) -> None:
+        deadline = time.monotonic() + seconds
+        path = self.output / "events.jsonl"
+        while time.monotonic() < deadline:
+            entries = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+            if any(e["event"] == event and e.get("server_round") == server_round for e in entries):
+                return
+            assert self.process.poll() is None, self._log.read_text()[-2000:]
+            time.sleep(0.05)
+        raise AssertionError(f"no {event} of round {server_round}; {self._log.read_text()[-2000:]}")
+
+    def losses(self, seconds: float = 500) -> list[float]:
+        assert self.process.wait(seconds) == 0, self._log.read_text()[-3000:]
+        losses: list[float] = json.loads((self.output / "results.json").read_text())["heldout_loss"]
+        return losses
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Deployment, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return Run(place, tmp_path_factory.mktemp("undisturbed")).losses()
+
+
+def child(process: subprocess.Popen[bytes], word: str) -> psutil.Process:
+    """The descendant whose command line holds the word, once there is one."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for one in psutil.Process(process.pid).children(recursive=True):
+            try:
+                if any(word in part for part in one.cmdline()):
+                    return one
+            except psutil.Error:
+                continue
+        time.sleep(0.02)
+    raise AssertionError(f"no child {word}")
+
+
+def kill_superlink(place: Deployment) -> None:
+    child(place.server, "flower-superlink").kill()
+
+
+def kill_executor_and_app(place: Deployment) -> None:
+    child(place.server, "flower-superexec").kill()
+
+
+def kill_trainer(place: Deployment) -> None:
+    child(place.nodes[0], "client.resident").kill()
+
+
+def kill_client_app(place: Deployment) -> None:
+    child(place.nodes[0], "flwr-clientapp").kill()
+
+
+def kill_supernode(place: Deployment) -> None:
+    child(place.nodes[0], "flower-supernode").kill()
+
+
+def cut_network(place: Deployment) -> None:
+    place.relays[0].cut(20)
+
+
+@pytest.mark.parametrize("fault", [kill_superlink, kill_trainer, cut_network])
+def test_a_fault_that_costs_nothing(
+    place: Deployment, undisturbed: list[float], tmp_path: Path, fault: Callable[[Deployment], None]
+) -> None:
+    """The run ends with the losses of the undisturbed one, to the bit."""
+    run = Run(place, tmp_path)
+    run.wait_for("round_started", 2)
+    fault(place)
+    assert run.losses() == undisturbed
+    assert read_status(tmp_path).faults == 0
+
+
+@pytest.mark.parametrize("fault", [kill_client_app, kill_supernode])
+def test_a_fault_that_costs_one_reply(
+    place: Deployment, undisturbed: list[float], tmp_path: Path, fault: Callable[[Deployment], None]
+) -> None:
+    """The round goes on without the client, which is back for a later one; its residual is as it was."""
+    run = Run(place, tmp_path)
+    run.wait_for("round_started", 2)
+    fault(place)
+    losses = run.losses()
+    assert len(losses) == len(undisturbed)
+    assert losses[:2] == undisturbed[:2]
+    assert losses[-1] == pytest.approx(undisturbed[-1], abs=0.02)
+    status = read_status(tmp_path)
+    assert 1 <= status.faults <= ROUNDS
+    assert status.uplinks == 2 * ROUNDS - status.faults
+
+
+def test_a_server_app_that_is_killed_is_resumed_bit_for_bit(
+    place: Deployment, undisturbed: list[float], tmp_path: Path
+) -> None:
+    run = Run(place, tmp_path)
+    run.wait_for("round_started", 3)
+    kill_executor_and_app(place)
+    assert run.process.wait(300) != 0
+    resumed = Run(place, tmp_path, f"resume={tmp_path}")
+    assert resumed.losses() == undisturbed
+
+
+def test_nodes_that_may_not_join_are_told_why(place: Deployment, tmp_path: Path) -> None:
+    keys = [sys.executable, "-m", "server", "keys"]
+    other = tmp_path / "other"
+    subprocess.run([*keys, "--folder", str(other), "--nodes", "1"], check=True, capture_output=True)
+    subprocess.run([*keys, "--folder", str(place.folder), "--nodes", "3"], check=True, capture_output=True)
+    address = f"127.0.0.1:{place.fleet_port}"
+
+    def told(partition: int, *options: str) -> str:
+        command = [*node_command(place.folder, partition, 3, address, free_ports(1)[0]), "--no-trainer", *options]
+        start = time.monotonic()
+        done = subprocess.run([*command, "--logs", str(tmp_path / "logs")], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1, done.stderr
+        assert time.monotonic() - start < 30  # ten seconds on a machine that does nothing else
+        return done.stderr
+
+    assert "is not from the CA of" in told(0, "--ca", str(other / "ca.crt"))
+    assert "wants TLS" in told(0, "--insecure")
+    assert "is not registered or was revoked" in told(2)
+    assert "another SuperNode uses it" in told(0)
+    register = [sys.executable, "-m", "server", "register", "--folder", str(place.folder)]
+    subprocess.run([*register, str(place.folder / "node-2.pub")], check=True, capture_output=True)
+    revoke = [sys.executable, "-m", "server", "revoke", "--folder", str(place.folder)]
+    done = subprocess.run([*revoke, str(place.folder / "node-2.pub")], check=True, capture_output=True, text=True)
+    assert "is out" in done.stdout
+    assert "is not registered or was revoked" in told(2)
+    assert (place.folder / "node-2.pub.revoked").is_file()
+
+
+def test_the_server_ends_all_that_it_started(tmp_path: Path) -> None:
+    with deployment(tmp_path / "server", 1) as place:
+        descendants = psutil.Process(place.server.pid).children(recursive=True)
+        descendants += psutil.Process(place.nodes[0].pid).children(recursive=True)
+        place.server.send_signal(signal.SIGTERM)
+        assert place.server.wait(40) == 0
+        place.nodes[0].send_signal(signal.SIGTERM)
+        assert place.nodes[0].wait(40) == 0
+        _, alive = psutil.wait_procs(descendants, timeout=20)
+        assert not alive
