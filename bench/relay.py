@@ -30,7 +30,11 @@ class CountingRelay:
     def cut(self, seconds: float) -> None:
         """Breaks all connections, and lets none through for so long."""
         self._cut_until = time.monotonic() + seconds
-        self._loop.call_soon_threadsafe(lambda: [writer.transport.abort() for writer in self._writers])
+        self._loop.call_soon_threadsafe(self._abort)
+
+    def _abort(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.resident import ResidentTrainer, trainer_at
-from client.trainer import Trainer
+from client.link import ResidentTrainer, trainer_at
 from strategies.records import (
     ACCEPTED,
     ARRAYS,
@@ -26,11 +27,14 @@ from strategies.records import (
     SETTINGS,
     SIDE,
     TRAIN_LOSS,
+    arrays_of,
     config_of,
-    from_record,
-    to_record,
+    record_of,
     wrap_payload,
 )
+
+if TYPE_CHECKING:
+    from client.trainer import Trainer
 
 NODE_PATHS = ("model-path", "task-path", "codec-artifact")
 """Keys of a node's config by which it says where its own copies lie."""
@@ -62,18 +66,18 @@ def train(message: Message, context: Context) -> Message:
     trainer = _trainer(message, context)
     side = message.content.array_records.get(SIDE)
     done = trainer.train(
-        from_record(message.content.array_records[ARRAYS]),
+        arrays_of(message.content.array_records[ARRAYS]),
         partition=partition,
         server_round=int(str(config[SERVER_ROUND])),
-        side=from_record(side)[SIDE] if side else None,
+        side=arrays_of(side)[SIDE] if side else None,
         accepted=str(config.get(ACCEPTED, "")),
-        memory=_memory_root(context) / _folder_name(trainer.settings.run_id),
+        memory=_memory_root(context) / _folder_name(json.loads(str(config[SETTINGS]))["run_id"]),
     )
     if done.payload is not None:
         arrays = wrap_payload(done.payload)
     else:
         assert done.adapter is not None
-        arrays = to_record(done.adapter)
+        arrays = record_of(done.adapter)
     metrics = MetricRecord(
         {
             NUM_EXAMPLES: done.num_examples,
@@ -93,9 +97,9 @@ def _trainer(message: Message, context: Context) -> Trainer | ResidentTrainer:
     return trainer_at(path, str(config_of(message.content)[SETTINGS]), own_paths)
 
 
-def _folder_name(run_id: str) -> str:
+def _folder_name(run_id: object) -> str:
     """Raises ValueError: the server names a run so that its folder would lie elsewhere."""
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", run_id) is None:
+    if not isinstance(run_id, str) or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", run_id) is None:
         raise ValueError(f"run_id {run_id!r} is no name for a folder")
     return run_id
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -20,24 +21,13 @@ from transformers import PreTrainedTokenizerBase
 from adapters.finetune import finetune, num_examples
 from adapters.model import Adapter, get_adapter, load_model, load_tokenizer
 from client.memory import load_residual, save_residual
+from client.trained import Arrays, Overrides, Trained
 from conf.schema import Settings, check_settings
 from gradcodec.build import build_codec, byte_budget
 from gradcodec.codec import Codec
 from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
 from tasks.shards import Shard, load_shard
-
-
-@dataclass(frozen=True)
-class Trained:
-    """One client's answer to one round: the dense adapter or the payload, whichever the arm sends."""
-
-    adapter: Adapter | None
-    payload: bytes | None
-    num_examples: int
-    train_loss: float
-    seconds_train: float
-    seconds_encode: float
 
 
 class Trainer:
@@ -80,23 +70,24 @@ class Trainer:
 
     def train(
         self,
-        adapter: Mapping[str, Tensor],
+        arrays: Mapping[str, NDArray[np.float32]],
         *,
         partition: int,
         server_round: int,
-        side: Tensor | None,
+        side: NDArray[np.float32] | None,
         accepted: str,
         memory: Path,
     ) -> Trained:
         """Trains on this partition and encodes what changed.
 
         Args:
-            adapter: the global one.
-            side: the codec's side information of this round.
+            arrays: the global adapter, float32.
+            side: the codec's side information of this round, float32.
             accepted: digest of this client's last payload that the server took.
             memory: folder of this run's residuals.
         """
         settings = self.settings
+        adapter = {name: torch.from_numpy(array) for name, array in arrays.items()}
         torch.set_num_threads(settings.train.threads)
         start = time.perf_counter()
         seed = training_seed(settings.seed, server_round, partition)
@@ -104,9 +95,11 @@ class Trainer:
         trained = time.perf_counter()
         payload = None
         if settings.arm == "coded":
-            payload = self._encode(update, partition, server_round, side, accepted, memory)
+            axes = None if side is None else torch.from_numpy(side)
+            payload = self._encode(update, partition, server_round, axes, accepted, memory)
+        new: Arrays = {name: (tensor + update[name]).numpy() for name, tensor in adapter.items()}
         return Trained(
-            adapter=None if payload is not None else {name: tensor + update[name] for name, tensor in adapter.items()},
+            adapter=None if payload is not None else new,
             payload=payload,
             num_examples=num_examples(settings.train),
             train_loss=loss,
@@ -133,10 +126,6 @@ class Trainer:
 def training_seed(seed: int, server_round: int, partition: int) -> int:
     """The same for the same run seed, round and partition, on every back end."""
     return (seed * 1_000_003 + server_round) * 1_000_003 + partition
-
-
-Overrides = tuple[tuple[str, str], ...]
-"""A node's own paths by key of its node config: ``model-path``, ``task-path``, ``codec-artifact``."""
 
 
 @lru_cache(maxsize=2)

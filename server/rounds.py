@@ -33,8 +33,9 @@ from strategies.ledger import LedgerStrategy, Uplink
 from strategies.messages import replies_to
 from strategies.optimizer import optimizer_state, restore_optimizer
 from strategies.recording import RecordingStrategy
-from strategies.records import SETTINGS, from_record, to_record
+from strategies.records import SETTINGS
 from strategies.sampling import Fault, Roster, SeededStrategy, call_roll
+from strategies.tensors import from_record, to_record
 from strategies.wrapping import RoundError
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_update, digest_of
-from strategies.records import ACCEPTED, ARRAYS, CONFIG, SIDE, check_values, from_record, to_record, unwrap_payload
+from strategies.records import ACCEPTED, ARRAYS, CONFIG, SIDE, unwrap_payload
+from strategies.tensors import check_values, from_record, to_record
 from strategies.wrapping import AdapterStrategy
 
 

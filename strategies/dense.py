@@ -9,7 +9,8 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.supercore import log
 from torch import Tensor
 
-from strategies.records import ARRAYS, check_values, from_record, to_record
+from strategies.records import ARRAYS
+from strategies.tensors import check_values, from_record, to_record
 from strategies.wrapping import AdapterStrategy
 
 

@@ -12,7 +12,8 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from strategies.records import ARRAYS, METRICS, NUM_EXAMPLES, REPLY_METRICS, from_record, metric, to_record
+from strategies.records import ARRAYS, METRICS, NUM_EXAMPLES, REPLY_METRICS, metric
+from strategies.tensors import from_record, to_record
 from strategies.wrapping import WrappingStrategy
 
 

@@ -14,7 +14,8 @@ from flwr.serverapp.strategy import Strategy
 from safetensors.torch import save_file
 from torch import Tensor
 
-from strategies.records import ARRAYS, METRICS, PARTITION, from_record, metric
+from strategies.records import ARRAYS, METRICS, PARTITION, metric
+from strategies.tensors import from_record
 from strategies.wrapping import AdapterStrategy
 
 

@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from strategies.records import from_record
+from strategies.tensors import from_record
 
 
 class WrappingStrategy(Strategy):

@@ -1,0 +1,135 @@
+"""From a ClientApp's process to its node's resident trainer, over a Unix socket.
+
+Flower starts a fresh process for every message: so nothing here loads torch, which takes longer than many a round's
+training. Both directions are frames:
+
+    offset  size  field
+    0       8     bytes of the head (little-endian)
+    8       8     bytes of the body
+    16      -     head: JSON; then body: arrays as safetensors, or a payload as it is
+
+Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import struct
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+
+from client.trained import Overrides, Trained
+
+if TYPE_CHECKING:
+    from client.trainer import Trainer
+
+SIDE, ADAPTER = "side", "adapter/"
+RESTART_SECONDS = 60.0
+"""How long a client waits for a trainer that died to come back, before it fails."""
+_FRAME = struct.Struct("<QQ")
+_MAX_HEAD, _MAX_BODY = 1 << 24, 1 << 38
+_LOG = logging.getLogger(__name__)
+
+
+class ResidentTrainer:
+    """What a ``Trainer`` does, done by the process at the other end of the socket."""
+
+    def __init__(self, path: Path, settings_json: str, overrides: Overrides) -> None:
+        self._path = path
+        self._settings_json = settings_json
+        self._overrides = overrides
+
+    def check(self, partition: int) -> None:
+        """As ``Trainer.check``."""
+        self._ask({"verb": "check", "partition": partition}, b"")
+
+    def train(
+        self,
+        arrays: Mapping[str, NDArray[np.float32]],
+        *,
+        partition: int,
+        server_round: int,
+        side: NDArray[np.float32] | None,
+        accepted: str,
+        memory: Path,
+    ) -> Trained:
+        """As ``Trainer.train``."""
+        sent = {ADAPTER + name: array for name, array in arrays.items()}
+        if side is not None:
+            sent[SIDE] = side
+        head = {"partition": partition, "server_round": server_round, "accepted": accepted, "memory": str(memory)}
+        answer, body = self._ask({"verb": "train", **head}, save(sent))
+        if answer.pop("coded"):
+            return Trained(adapter=None, payload=body, **answer)
+        trained = load(body)
+        return Trained(adapter={name: trained[name] for name in arrays}, payload=None, **answer)
+
+    def _ask(self, head: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+        """Asks until a trainer answers. The same question again does no harm: residuals are kept by round.
+
+        Raises:
+            ValueError: the trainer refuses.
+            ConnectionError: there was none for ``RESTART_SECONDS``.
+        """
+        question = {**head, "settings": self._settings_json, "overrides": self._overrides}
+        deadline = time.monotonic() + RESTART_SECONDS
+        while True:
+            try:
+                with socket.socket(socket.AF_UNIX) as connection:
+                    connection.connect(str(self._path))
+                    send(connection, question, body)
+                    answer, content = receive(connection)
+                break
+            except (OSError, EOFError) as error:
+                if time.monotonic() > deadline:
+                    raise ConnectionError(f"no resident trainer at {self._path}: {error}") from None
+                _LOG.warning("the resident trainer at %s is gone (%r): asking again", self._path, error)
+                time.sleep(0.5)
+        if "error" in answer:
+            raise (RuntimeError if answer.get("fatal") else ValueError)(answer["error"])
+        return answer, content
+
+
+def trainer_at(path: Path | None, settings_json: str, overrides: Overrides) -> Trainer | ResidentTrainer:
+    """The node's resident trainer, or one in this process if there is none."""
+    if path is not None and path.is_socket():
+        return ResidentTrainer(path, settings_json, overrides)
+    if path is not None:
+        _LOG.warning("there is no resident trainer at %s: training in this process", path)
+    from client.trainer import trainer_for  # here, as it loads torch
+
+    return trainer_for(settings_json, overrides)
+
+
+def send(connection: socket.socket, head: Mapping[str, Any], body: bytes) -> None:
+    text = json.dumps(head).encode()
+    connection.sendall(_FRAME.pack(len(text), len(body)) + text)
+    connection.sendall(body)
+
+
+def receive(connection: socket.socket) -> tuple[dict[str, Any], bytes]:
+    """Inverse of ``send``. Raises EOFError: the other end is gone; ValueError: that is no frame of ours."""
+    head_size, body_size = _FRAME.unpack(b"".join(_pieces(connection, _FRAME.size)))
+    if head_size > _MAX_HEAD or body_size > _MAX_BODY:
+        raise ValueError(f"a frame of {head_size} and {body_size} bytes is too large")
+    head = json.loads(b"".join(_pieces(connection, head_size)))
+    if not isinstance(head, dict):
+        raise ValueError("a frame's head is no JSON object")
+    return head, b"".join(_pieces(connection, body_size))
+
+
+def _pieces(connection: socket.socket, size: int) -> Iterator[bytes]:
+    while size > 0:
+        piece = connection.recv(min(size, 1 << 20))
+        if not piece:
+            raise EOFError("the connection was closed")
+        size -= len(piece)
+        yield piece

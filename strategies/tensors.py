@@ -1,0 +1,32 @@
+"""Flower's records <-> torch tensors, on the server's side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor
+
+from gradcodec.errors import CodecError
+from strategies.records import arrays_of, record_of
+
+MAX_VALUE = 1e6
+"""No weight of an adapter is ever near this; larger ones are an attack or a diverged client."""
+
+
+def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """float32 tensors -> Arrays of the same names."""
+    return record_of({name: tensor.numpy() for name, tensor in tensors.items()})
+
+
+def from_record(record: ArrayRecord) -> dict[str, Tensor]:
+    """Inverse of ``to_record``."""
+    return {name: torch.from_numpy(array) for name, array in arrays_of(record).items()}
+
+
+def check_values(adapter: Mapping[str, Tensor]) -> None:
+    """Raises CodecError: a value is NaN, infinite or beyond ``MAX_VALUE``, so that sums would overflow."""
+    for name, tensor in adapter.items():
+        if not bool((tensor.abs() <= MAX_VALUE).all()):
+            raise CodecError(f"tensor {name!r} holds NaN, infinity or a value beyond {MAX_VALUE:g}")
