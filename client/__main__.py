@@ -3,9 +3,8 @@
     python -m client --server HOST:9092 --ca ca.crt --key node-0 --partition 0 --partitions 2
     python -m client --server HOST:9092 --ca ca.crt --key node-0 --key node-1 --partition 0,1 --partitions 8 --gpus all
 
-With GPUs every SuperNode and its trainer get one of their own (``--gpus-per-client`` more than one). Trainers and
-SuperNodes that die are started again; the SuperNodes reconnect by themselves when the server comes back. End it with
-Ctrl-C or SIGTERM: it frees the GPUs.
+With GPUs every SuperNode and its trainer get one of their own. Trainers and SuperNodes that die are started again; the
+SuperNodes reconnect by themselves when the server comes back. End it with Ctrl-C or SIGTERM: it frees the GPUs.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ def main() -> None:
     parser.add_argument("--partition", required=True, help="which partitions this host holds, from 0: 0 or 0,1,2")
     parser.add_argument("--partitions", required=True, type=int, help="how many there are in the federation")
     parser.add_argument("--gpus", default="all", help="all, none, or numbers as in 0,1 (default all that there are)")
-    parser.add_argument("--gpus-per-client", type=int, default=1, metavar="N", help="GPUs of one client (default 1)")
     parser.add_argument("--port", type=int, default=9094, help="the first of free local ports, one a partition")
     parser.add_argument("--model-path", type=Path, help="this node's copy of the base model")
     parser.add_argument(
@@ -67,7 +65,7 @@ def main() -> None:
         _check_keys(parser, args, len(partitions))
     exit_on_sigterm()
     try:
-        gpus = deal_gpus(args.gpus, args.gpus_per_client, len(partitions))
+        gpus = deal_gpus(args.gpus, len(partitions))
         if not check_server(args.server, None if args.insecure else args.ca):
             print(f"{args.server} does not answer yet: waiting for it", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(prefix="cg-fedllm-") as sockets:  # its owner's alone
@@ -95,14 +93,12 @@ def _check_keys(parser: argparse.ArgumentParser, args: argparse.Namespace, num_p
         parser.error(f"{num_partitions} partitions need as many different keys; --key was given {len(args.key)} times")
 
 
-def deal_gpus(wanted: str, per_client: int, num_clients: int) -> list[str]:
-    """For every client what ``CUDA_VISIBLE_DEVICES`` holds: numbers, or nothing.
+def deal_gpus(wanted: str, num_clients: int) -> list[str]:
+    """For every client what ``CUDA_VISIBLE_DEVICES`` holds: one number, or nothing.
 
     Raises:
         ValueError: fewer GPUs than the clients need.
     """
-    if per_client < 1:
-        raise ValueError(f"--gpus-per-client {per_client}: at least 1")
     if wanted == "none":
         return [""] * num_clients
     if wanted == "all":
@@ -115,12 +111,12 @@ def deal_gpus(wanted: str, per_client: int, num_clients: int) -> list[str]:
         numbers = wanted.split(",")
         if not all(number.isdigit() for number in numbers) or len(set(numbers)) != len(numbers):
             raise ValueError(f"--gpus {wanted}: all, none or different numbers as in 0,1 are expected")
-    if len(numbers) < per_client * num_clients:
+    if len(numbers) < num_clients:
         raise ValueError(
-            f"{num_clients} clients with {per_client} GPUs each need {per_client * num_clients}, and --gpus {wanted} "
-            f"gives {len(numbers)}: hold fewer partitions here, or say --gpus none"
+            f"{num_clients} clients need as many GPUs, and --gpus {wanted} gives {len(numbers)}: hold fewer "
+            "partitions here, or say --gpus none"
         )
-    return [",".join(numbers[i * per_client : (i + 1) * per_client]) for i in range(num_clients)]
+    return numbers[:num_clients]
 
 
 def node(args: argparse.Namespace, place: int, partition: int, gpus: str, sockets: Path, logs: Path) -> Sequence[Child]:

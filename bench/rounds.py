@@ -1,0 +1,130 @@
+"""How long a round takes over gRPC, with the resident trainer and with Flower's fresh process for every message.
+
+    python -m bench.rounds [--rounds 10] [--width 1024 --layers 12] [--json OUT] [key=value ...]
+
+Two deployments on loopback, one after the other, each with TLS, node keys and two nodes, train the same random-weight
+model on the same data with the same seeds. The table has, as medians over rounds: the whole round; what training and
+encoding took in it (the slower client's); and what is left, which is loading, Flower and its polling. Flower's own
+share is measured beside it: rounds of one training step on the embedded model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bench.deployment import deployment
+from conf.output import provenance, write_json
+from server.events import NAME
+
+TINY = Path("assets/tiny-llama")
+LIGHT = ["train.steps=1", "train.batch_size=1", "train.micro_batch_size=1", "task.window=32", "task.max_windows=64"]
+COMMON = ["backend=superlink", "codec=rotated", "codec.bits=0.5", "federation.num_clients=2"]
+COMMON += ["federation.clients_per_round=2", "task.heldout_windows=2"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--width", type=int, default=1024, help="of the random model")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        with tempfile.TemporaryDirectory(prefix="bench-rounds-") as name:
+            folder = Path(name)
+            load_seconds = make_model(folder / "model", args.width, args.layers)
+            rows = []
+            for label, options in (("resident trainer", []), ("fresh process", ["--no-trainer"])):
+                with deployment(folder / label.split()[0], 2, options) as place:
+                    for model, path in (("random", folder / "model"), ("embedded", TINY.absolute())):
+                        own = [*COMMON, *LIGHT, f"model.path={path}", f"federation.rounds={args.rounds}"]
+                        output = folder / f"{label.split()[0]}-{model}"
+                        run(place.flwr_home, output, [*own, *args.overrides])
+                        rows.append({"trainer": label, "model": model, **medians(output)})
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; all processes are ended")
+    resident, fresh = (next(r for r in rows if r["trainer"] == t and r["model"] == "random") for t in TRAINERS)
+    title = f"a round over gRPC, medians of {args.rounds - 1}; the random model loads in {load_seconds:.1f} s"
+    table = Table(title=title)
+    for column in ("trainer", "model", "round s", "train + encode s", "rest s"):
+        table.add_column(column, justify="right" if column.endswith(" s") else "left")
+    for row in rows:
+        table.add_row(row["trainer"], row["model"], *(f"{row[key]:.2f}" for key in ("round", "work", "rest")))
+    console = Console(width=100 if not sys.stdout.isatty() else None)
+    console.print(table)
+    console.print(f"a round is {fresh['round'] / resident['round']:.1f} times faster with the resident trainer")
+    if args.json is not None:
+        about = {"rounds": args.rounds, "load_seconds": load_seconds, "speedup": fresh["round"] / resident["round"]}
+        write_json({"rows": rows, **about, "made_with": provenance()}, args.json)
+
+
+TRAINERS = ("resident trainer", "fresh process")
+
+
+def make_model(folder: Path, width: int, layers: int) -> float:
+    """A LLaMA of random weights with the embedded model's tokenizer; gives the seconds that loading it takes."""
+    torch.manual_seed(0)
+    small = LlamaConfig.from_pretrained(TINY)
+    config = LlamaConfig(
+        vocab_size=small.vocab_size,
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        max_position_embeddings=512,
+        bos_token_id=small.bos_token_id,
+        eos_token_id=small.eos_token_id,
+        pad_token_id=small.pad_token_id,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, folder)
+    start = time.perf_counter()
+    LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return time.perf_counter() - start
+
+
+def run(flwr_home: Path, output: Path, overrides: list[str]) -> None:
+    command = [sys.executable, "-m", "server.federate", f"output={output}", f"hydra.run.dir={output}", *overrides]
+    if subprocess.run(command, env={**os.environ, "FLWR_HOME": str(flwr_home)}).returncode != 0:
+        raise ValueError("`python -m server.federate` failed; the reason stands above")
+
+
+def medians(output: Path) -> dict[str, Any]:
+    """Of all rounds but the first, in which trainers load."""
+    rounds, work, starts = {}, {}, {}
+    for entry in map(json.loads, (output / NAME).read_text().splitlines()):
+        number = entry.get("server_round")
+        if entry["event"] == "round_started":
+            starts[number] = entry["time"]
+        elif entry["event"] == "uplink":
+            spent = entry["seconds_train"] + entry["seconds_encode"]
+            work[number] = max(work.get(number, 0.0), spent)
+            rounds[number] = entry["time"] - starts[number]
+    later = [number for number in rounds if number > 1]
+    whole, busy = median(rounds[n] for n in later), median(work[n] for n in later)
+    return {"round": whole, "work": busy, "rest": whole - busy, "rounds": [rounds[n] for n in later]}
+
+
+if __name__ == "__main__":
+    main()
