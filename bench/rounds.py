@@ -112,7 +112,9 @@ def run(flwr_home: Path, output: Path, overrides: list[str]) -> None:
 
 def medians(output: Path) -> dict[str, Any]:
     """Of all rounds but the first, in which trainers load."""
-    rounds, work, starts = {}, {}, {}
+    rounds: dict[int, float] = {}
+    work: dict[int, float] = {}
+    starts: dict[int, float] = {}
     for entry in map(json.loads, (output / NAME).read_text().splitlines()):
         number = entry.get("server_round")
         if entry["event"] == "round_started":

@@ -121,7 +121,7 @@ def measure(
     del before
     update = update_of(layout)
     budget = None if bits is None else max_payload_bytes(bits, layout.num_parameters)
-    held = _peak_bytes()
+    held = peak_bytes()
     encode = partial(encode_update, update, None, codec=codec, max_bytes=budget, side=side)
     encode_s, (payload, residual) = timed(encode, repeats)
     del residual  # the side that decodes has none
@@ -135,7 +135,7 @@ def measure(
         "decode_seconds": decode_s,
         "encode_mb_per_s": 1e-6 * update_bytes / encode_s,
         "decode_mb_per_s": 1e-6 * update_bytes / decode_s,
-        "peak_updates": 1 + (_peak_bytes() - held) / update_bytes,
+        "peak_updates": 1 + (peak_bytes() - held) / update_bytes,
     }
 
 
@@ -164,7 +164,7 @@ def print_table(rows: list[dict[str, Any]], title: str) -> None:
     Console(width=100 if not sys.stdout.isatty() else None).print(table)
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

@@ -67,13 +67,14 @@ class CodedStrategy(AdapterStrategy):
             try:
                 payload = unwrap_payload(reply.content)
                 update = decode_update(payload, codec=self.codec, side=self.side)
-                adapter = {name: tensor + update[name] for name, tensor in self.current.items()}
+                adapter = {name: update[name].add_(tensor) for name, tensor in self.current.items()}
                 check_values(adapter)
             except CodecError as error:
                 log(WARNING, "the payload of node %s is refused: %s. Its mass stays with the client.", node, error)
                 continue
             taken[node] = digest_of(payload)
             reply.content = RecordDict({**reply.content, ARRAYS: to_record(adapter)})
+            del update, adapter  # while the reply is averaged, its bytes are enough
             yield reply
 
     def summary(self) -> None:

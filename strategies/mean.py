@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from strategies.records import ARRAYS, METRICS, NUM_EXAMPLES, REPLY_METRICS, metric
-from strategies.tensors import from_record, to_record
+from strategies.tensors import to_record
 from strategies.wrapping import WrappingStrategy
 
 
@@ -31,7 +32,8 @@ class MeanStrategy(WrappingStrategy):
         examples, last = 0.0, None
         for reply in replies:
             weight = metric(reply.content.metric_records[METRICS], NUM_EXAMPLES)
-            for name, tensor in from_record(reply.content.array_records[ARRAYS]).items():
+            for name, array in reply.content.array_records[ARRAYS].items():  # a tensor at a time
+                tensor = torch.from_numpy(np.asarray(array.numpy(), np.float32))
                 sums.setdefault(name, torch.zeros_like(tensor)).add_(tensor, alpha=weight)
             for key in metrics:
                 metrics[key] += weight * metric(reply.content.metric_records[METRICS], key)

@@ -17,10 +17,11 @@ DOCKER = Path("docker")
 def commands() -> dict[str, list[str]]:
     """The commands of the services, variables replaced by their defaults."""
     text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (DOCKER / "compose.yaml").read_text())
-    services = OmegaConf.create(text)["services"]
+    content = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(content, dict)
     return {
         name: shlex.split(service["command"]) if isinstance(service["command"], str) else list(service["command"])
-        for name, service in services.items()
+        for name, service in content["services"].items()
     }
 
 

@@ -1,0 +1,105 @@
+"""What the server's aggregation of many payloads takes: clients a second, MB/s, and peak memory by number of clients.
+
+    python -m bench.aggregate [--geometry 7b] [--clients 10,100,1000] [--bits 0.1] [--json OUT]
+
+Replies go through the strategies that a run has (decode, check, weighted mean, FedAvg), one at a time as they come.
+Every number of clients has a process of its own; peak memory is counted above what the process holds before the first
+reply (the codec, the global adapter, one payload), in units of a dense update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from rich.console import Console
+from rich.table import Table
+
+from bench.speed import GEOMETRIES, layout_of, peak_bytes, update_of
+from conf.output import provenance, write_json
+from gradcodec.build import CodecSettings, build_codec
+from gradcodec.exchange import encode_update, max_payload_bytes
+from gradcodec.layout import Layout
+from strategies.build import StrategySettings, build_inner
+from strategies.coded import CodedStrategy
+from strategies.records import ARRAYS, CONFIG, METRICS, NUM_EXAMPLES, REPLY_METRICS, wrap_payload
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="7b")
+    parser.add_argument("--clients", default="10,100,1000", help="how many, one row each")
+    parser.add_argument("--bits", type=float, default=0.1)
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    args = parser.parse_args()
+    layout, rows = layout_of(args.geometry, 8), []
+    spawn = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # encoding takes memory, too
+            payload = pool.submit(payload_of, layout, args.bits).result()
+        for count in map(int, args.clients.split(",")):
+            with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # a process each: peak memory never falls
+                rows.append(pool.submit(measure, layout, count, payload).result())
+            Console(stderr=True).print(f"{count} clients: {rows[-1]['seconds']:.1f} s")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    table = Table(title=f"{args.geometry}: {layout.num_parameters:,} values, {args.bits:g} bits, one round")
+    for column in ("clients", "seconds", "clients/s", "dense MB/s", "peak, dense updates"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        rates = [f"{row[key]:.2f}" for key in ("seconds", "clients_per_s", "dense_mb_per_s", "peak_updates")]
+        table.add_row(str(row["clients"]), *rates)
+    Console().print(table)
+    if args.json is not None:
+        about = {"geometry": args.geometry, "bits": args.bits, "made_with": provenance()}
+        write_json({"rows": rows, **about}, args.json)
+
+
+def payload_of(layout: Layout, bits: float) -> bytes:
+    codec = build_codec(CodecSettings(artifact="assets/codec"), layout)
+    return encode_update(
+        update_of(layout), None, codec=codec, max_bytes=max_payload_bytes(bits, layout.num_parameters)
+    )[0]
+
+
+def measure(layout: Layout, num_clients: int, payload: bytes) -> dict[str, Any]:
+    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # Message() wants them
+    codec = build_codec(CodecSettings(artifact="assets/codec"), layout)
+    strategy = CodedStrategy(build_inner(StrategySettings()), codec)
+    strategy.current = {name: torch.zeros(shape) for name, shape in layout.shapes.items()}
+
+    def replies() -> Iterator[Message]:
+        for node in range(num_clients):
+            metrics = MetricRecord(dict.fromkeys(REPLY_METRICS, 1.0))
+            metrics[NUM_EXAMPLES] = 1 + node % 7
+            asked = Message(RecordDict({CONFIG: ConfigRecord()}), node + 1, "train")
+            yield Message(RecordDict({ARRAYS: wrap_payload(payload), METRICS: metrics}), reply_to=asked)
+
+    held, start = peak_bytes(), time.perf_counter()
+    arrays, _ = strategy.aggregate_train(1, replies())
+    seconds = time.perf_counter() - start
+    assert arrays is not None
+    dense = 4 * layout.num_parameters
+    return {
+        "clients": num_clients,
+        "seconds": seconds,
+        "clients_per_s": num_clients / seconds,
+        "dense_mb_per_s": 1e-6 * num_clients * dense / seconds,
+        "payload_bytes": len(payload),
+        "peak_updates": (peak_bytes() - held) / dense,
+    }
+
+
+if __name__ == "__main__":
+    main()
