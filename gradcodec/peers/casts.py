@@ -140,4 +140,4 @@ def _safe(scales: Floats) -> Floats:
 
 
 def _split_scales(data: bytes, count: int) -> tuple[Floats, bytes]:
-    return floats_of(data[: 4 * count], count).numpy(), data[4 * count :]
+    return finite(floats_of(data[: 4 * count], count).numpy()), data[4 * count :]
