@@ -62,7 +62,8 @@ def resumed(folder: Path, overrides: Sequence[str]) -> Settings:
     """
     checkpoint = load_checkpoint(folder)
     settings = checkpoint.settings
-    own = [text for text in overrides if text.split("=")[0] not in ("resume", "output")]
+    same = f"backend={settings.backend.name}"
+    own = [text for text in overrides if text.split("=")[0] not in ("resume", "output") and text != same]
     for text in own:
         key = text.split("=")[0]
         if not key.startswith(("federation.", "backend.")) or key in FIXED:

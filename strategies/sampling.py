@@ -157,6 +157,8 @@ class SeededStrategy(WrappingStrategy):
         messages = super().configure_train(server_round, arrays, config, grid)
         sampled = [message for message in messages if message.metadata.dst_node_id in chosen]
         self._messages = sorted(sampled, key=lambda message: self._partition_of[message.metadata.dst_node_id])
+        for node in sorted(chosen - {message.metadata.dst_node_id for message in sampled}):
+            self._note(server_round, self._partition_of[node], "its node is not connected")
         return self._messages
 
     def aggregate_train(

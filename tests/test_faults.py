@@ -108,7 +108,12 @@ def kill_trainer(place: Deployment) -> None:
 
 
 def kill_client_app(place: Deployment) -> None:
-    child(place.nodes[0], "flwr-clientapp").kill()
+    """That of this round: the one before may still be on its way out."""
+    asked, deadline = time.time(), time.monotonic() + 60
+    while (process := child(place.nodes[0], "flwr-clientapp")).create_time() < asked:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
 
 
 def kill_supernode(place: Deployment) -> None:
