@@ -116,15 +116,11 @@ def kill_client_app(place: Deployment) -> None:
     process.kill()
 
 
-def kill_supernode(place: Deployment) -> None:
-    child(place.nodes[0], "flower-supernode").kill()
-
-
 def cut_network(place: Deployment) -> None:
     place.relays[0].cut(20)
 
 
-@pytest.mark.parametrize("fault", [kill_superlink, kill_trainer, cut_network])
+@pytest.mark.parametrize("fault", [kill_superlink, kill_trainer, kill_client_app, cut_network])
 def test_a_fault_that_costs_nothing(
     place: Deployment, undisturbed: list[float], tmp_path: Path, fault: Callable[[Deployment], None]
 ) -> None:
@@ -136,14 +132,13 @@ def test_a_fault_that_costs_nothing(
     assert read_status(tmp_path).faults == 0
 
 
-@pytest.mark.parametrize("fault", [kill_client_app, kill_supernode])
-def test_a_fault_that_costs_one_reply(
-    place: Deployment, undisturbed: list[float], tmp_path: Path, fault: Callable[[Deployment], None]
+def test_a_supernode_that_is_killed_costs_its_replies_and_no_round(
+    place: Deployment, undisturbed: list[float], tmp_path: Path
 ) -> None:
-    """The round goes on without the client, which is back for a later one; its residual is as it was."""
+    """The rounds go on without the client, whose residual is as it was, until the server takes it back."""
     run = Run(place, tmp_path)
     run.wait_for("round_started", 2)
-    fault(place)
+    child(place.nodes[0], "flower-supernode").kill()
     losses = run.losses()
     assert len(losses) == len(undisturbed)
     assert losses[:2] == undisturbed[:2]
