@@ -30,7 +30,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.deployment import deployment
 from conf.output import provenance, write_json
-from server.events import NAME
 
 TINY = Path("assets/tiny-llama")
 LIGHT = ["train.steps=1", "train.batch_size=1", "train.micro_batch_size=1", "task.window=32", "task.max_windows=64"]
@@ -115,7 +114,7 @@ def medians(output: Path) -> dict[str, Any]:
     rounds: dict[int, float] = {}
     work: dict[int, float] = {}
     starts: dict[int, float] = {}
-    for entry in map(json.loads, (output / NAME).read_text().splitlines()):
+    for entry in map(json.loads, (output / "events.jsonl").read_text().splitlines()):
         number = entry.get("server_round")
         if entry["event"] == "round_started":
             starts[number] = entry["time"]
