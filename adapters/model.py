@@ -7,23 +7,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from adapters.architectures import ATTENTION, Parts, fused_parts, target_modules
+from adapters.base import (
+    ModelSettings,
+    check_model,
+    empty_base,
+    is_quantized,
+    load_base,
+    load_tokenizer,
+    resolve_device,
+)
+
+__all__ = [
+    "Adapter",
+    "LoraSettings",
+    "ModelSettings",
+    "adapter_parts",
+    "adapter_shapes",
+    "add",
+    "check_lora",
+    "check_model",
+    "empty_model",
+    "get_adapter",
+    "load_model",
+    "load_tokenizer",
+    "resolve_device",
+    "set_adapter",
+    "subtract",
+]
 
 Adapter = dict[str, Tensor]
-
-
-@dataclass
-class ModelSettings:
-    """Which base model, and how it is held."""
-
-    path: str = "assets/tiny-llama"
-    dtype: str = "float32"  # of the frozen base weights: float32, bfloat16 or float16
-    device: str = "auto"  # auto: the first GPU, else the CPU
 
 
 @dataclass
@@ -33,8 +60,10 @@ class LoraSettings:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    # attention: its projections, whatever the architecture calls them | all-linear | names of modules
+    target_modules: list[str] = field(default_factory=lambda: [ATTENTION])
     train: str = "both"  # both factors | b: A stays as it was drawn (FFA-LoRA, Sun et al. 2024)
+    start: str | None = None  # PEFT adapter directory on the server from which training starts; null: a fresh one
 
 
 def check_lora(settings: LoraSettings) -> None:
@@ -43,46 +72,41 @@ def check_lora(settings: LoraSettings) -> None:
         raise ValueError(f"lora.train={settings.train!r} is none of both, b")
     if settings.rank < 1:
         raise ValueError(f"lora.rank={settings.rank} must be at least 1")
-
-
-def check_model(settings: ModelSettings) -> None:
-    """Raises ValueError if the settings cannot be served; loads nothing."""
-    if settings.dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"model.dtype={settings.dtype!r} is none of float32, bfloat16, float16")
-    path = Path(settings.path)
-    if not (path / "config.json").is_file():
-        what = "holds no config.json" if path.is_dir() else "is no directory"
-        raise ValueError(f"model.path={settings.path!r} {what}: give a Hugging Face model directory")
-
-
-def resolve_device(settings: ModelSettings) -> torch.device:
-    if settings.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(settings.device)
-
-
-def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    check_model(settings)
-    return AutoTokenizer.from_pretrained(settings.path, local_files_only=True)
+    if not settings.target_modules:
+        raise ValueError(f"lora.target_modules is empty: try [{ATTENTION}]")
 
 
 def load_model(settings: ModelSettings, lora: LoraSettings, seed: int) -> PeftModel:
     """The frozen base model with a fresh adapter in it, the same adapter for the same seed everywhere.
 
-    Adapter weights are float32 whatever the base's type.
+    Adapter weights are float32 whatever the base's type. A quantised base keeps its other weights in float32.
 
     Raises:
-        ValueError: no model there, or ``lora.target_modules`` names no module of it.
+        ValueError: the model cannot be loaded (``base.load_base``), or ``lora.target_modules`` names no module of it.
     """
-    check_model(settings)
-    base = AutoModelForCausalLM.from_pretrained(
-        settings.path, dtype=getattr(torch, settings.dtype), local_files_only=True
-    )
+    base = load_base(settings)
+    if is_quantized(base):
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    model = _with_adapter(base, lora, seed)
+    return model if is_quantized(base) else model.to(resolve_device(settings))
+
+
+def empty_model(settings: ModelSettings, lora: LoraSettings) -> PeftModel:
+    """What ``load_model`` gives, on the meta device and unquantised: shapes without weights, from config.json alone.
+
+    Raises:
+        ValueError: as ``load_model``.
+    """
+    return _with_adapter(empty_base(settings), lora, seed=0)
+
+
+def _with_adapter(base: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftModel:
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
+        target_modules=target_modules(base, lora.target_modules),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
@@ -92,13 +116,22 @@ def load_model(settings: ModelSettings, lora: LoraSettings, seed: int) -> PeftMo
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
             parameter.requires_grad = lora.train == "both" or ".lora_B." in name
-    return model.to(resolve_device(settings))
+    return model
+
+
+def adapter_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
+    """PEFT tensor name -> shape."""
+    return {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
+
+
+def adapter_parts(model: PeftModel) -> dict[str, Parts]:
+    """PEFT tensor name -> part name -> rows, of the adapter's tensors that serve several projections at once."""
+    return fused_parts(model.get_base_model().config, adapter_shapes(model))
 
 
 def get_adapter(model: PeftModel) -> Adapter:
     """A copy of the adapter's tensors."""
-    state = get_peft_model_state_dict(model)
-    return {name: tensor.detach().float().cpu().clone() for name, tensor in state.items()}
+    return {name: tensor.detach().float().cpu().clone() for name, tensor in _state(model).items()}
 
 
 def set_adapter(model: PeftModel, adapter: Mapping[str, Tensor]) -> None:
@@ -107,7 +140,7 @@ def set_adapter(model: PeftModel, adapter: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: its names or shapes are not those of the model's adapter.
     """
-    own = get_peft_model_state_dict(model)
+    own = _state(model)
     if own.keys() != adapter.keys():
         name = sorted(own.keys() ^ adapter.keys())[0]
         raise ValueError(f"the adapter and the model differ in tensor {name!r}: another base model or target modules?")
@@ -126,3 +159,9 @@ def subtract(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Adapter:
 def add(adapter: Mapping[str, Tensor], update: Mapping[str, Tensor]) -> Adapter:
     """The adapter after an update; undoes ``subtract`` up to float32 rounding."""
     return {name: adapter[name] + update[name] for name in adapter}
+
+
+def _state(model: PeftModel) -> dict[str, Tensor]:
+    # without the setting PEFT asks the hub whether the vocabulary has grown
+    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from adapters.finetune import next_token_loss
+from adapters.finetune import Windows, next_token_loss
 from tasks.stdlib import prose
 from tasks.windows import heldout_loss, windows_of
 
@@ -82,7 +82,7 @@ def main() -> None:
     tokenizer = train_tokenizer(train_texts)
     train, heldout = (windows_of(part, tokenizer, WINDOW) for part in (train_texts, heldout_texts))
     model = build_model(len(tokenizer), tokenizer.eos_token_id, args.width, args.layers)
-    stream = train.flatten()
+    stream = train.ids.flatten()
     print(f"{stream.numel():,} tokens of prose, {sum(p.numel() for p in model.parameters()):,} parameters")
 
     decayed = [p for p in model.parameters() if p.ndim == 2]
@@ -98,7 +98,7 @@ def main() -> None:
             starts = torch.randint(len(stream) - WINDOW, (BATCH,))
             batch = torch.stack([stream[s : s + WINDOW] for s in starts])
             model.train()
-            loss = next_token_loss(model, batch)
+            loss = next_token_loss(model, Windows.whole(batch))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

@@ -31,8 +31,8 @@ def rotate(blocks_RC: Tensor, axes_BRR: Tensor, layout: Layout) -> Tensor:
 
 
 def unrotate(rotated_RC: Tensor, axes_BRR: Tensor, layout: Layout) -> Tensor:
-    """Inverse of ``rotate``."""
-    blocks_RC = torch.empty_like(rotated_RC)
+    """Inverse of ``rotate``, in place: gives the same tensor."""
     for axes_RR, block in zip(axes_BRR, layout.blocks, strict=True):
-        blocks_RC[:, block.start : block.stop] = axes_RR.T @ rotated_RC[:, block.start : block.stop]
-    return blocks_RC
+        part = rotated_RC[:, block.start : block.stop]
+        part.copy_(axes_RR.T @ part)
+    return rotated_RC

@@ -1,8 +1,9 @@
 """Layout: the frozen bijection between an adapter's tensors and blocks.
 
 A *block* is one LoRA factor seen with its rank first: A is ``[rank, width_in]`` already, B is transposed to
-``[rank, width_out]``. All blocks lie side by side in one matrix. Knows names and shapes; must not know values,
-models or codecs.
+``[rank, width_out]``. Where a model has several projections in one tensor (q, k and v, say), whose statistics differ,
+each of them is a block. All blocks lie side by side in one matrix. Knows names and shapes; must not know values, models
+or codecs.
 
 Shape suffixes: R rank (rows), C columns (the widths of all blocks added up), W width of one block.
 """
@@ -10,8 +11,8 @@ Shape suffixes: R rank (rows), C columns (the widths of all blocks added up), W 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -19,15 +20,23 @@ from torch import Tensor
 
 from gradcodec.errors import CodecError
 
+Rows = tuple[range, ...]
+"""Rows of a tensor that make up one part of it, in this order."""
+
 
 @dataclass(frozen=True)
 class Block:
-    """Where one tensor lies: columns ``start:stop`` and the first ``rank`` rows of the blocks matrix."""
+    """Where a tensor or a part of it lies: columns ``start:stop`` and the first ``rank`` rows of the blocks matrix.
+
+    ``name`` is the tensor's, or ``<tensor>#<part>``; ``shape`` that of the part.
+    """
 
     name: str
     shape: tuple[int, int]
     transposed: bool
     start: int
+    tensor: str
+    rows: Rows | None = None  # of the tensor; None: all
 
     @property
     def rank(self) -> int:
@@ -45,6 +54,13 @@ class Block:
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
 
+    @property
+    def row_index(self) -> Tensor | slice:
+        """What picks the block's rows out of its tensor."""
+        if self.rows is None:
+            return slice(None)
+        return torch.cat([torch.arange(run.start, run.stop, run.step) for run in self.rows])
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -56,35 +72,35 @@ class Layout:
     blocks: tuple[Block, ...]
 
     @classmethod
-    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
-        """The layout of an adapter, its tensors ordered by name.
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, Mapping[str, Rows]] | None = None) -> Layout:
+        """The layout of an adapter, its blocks ordered by name.
 
         Args:
             shapes: PEFT tensor name -> shape. Every tensor is a matrix; the shorter side is taken as the rank (for
                 a square one, the name decides: ``lora_B`` is transposed).
+            parts: tensor name -> part name -> rows, for transposed tensors of which each part is a block. One with a
+                part of fewer rows than the rank stays whole.
 
         Raises:
-            CodecError: no tensors, or one that is not a non-empty matrix.
+            CodecError: no tensors, one that is not a non-empty matrix, or parts that do not share out all rows of
+                theirs.
         """
         if not shapes:
             raise CodecError("the adapter has no tensors: nothing to encode (check lora.target_modules)")
+        unplaced = [
+            block for name in shapes for block in _blocks_of(name, tuple(shapes[name]), (parts or {}).get(name))
+        ]
         blocks: list[Block] = []
         start = 0
-        for name in sorted(shapes):
-            shape = tuple(shapes[name])
-            if len(shape) != 2 or 0 in shape:
-                raise CodecError(f"tensor {name!r} has shape {shape}: LoRA factors are non-empty matrices")
-            rows, columns = shape
-            transposed = columns < rows or (columns == rows and ".lora_B." in name)
-            block = Block(name, (rows, columns), transposed, start)
-            blocks.append(block)
-            start = block.stop
+        for block in sorted(unplaced, key=lambda block: block.name):
+            blocks.append(replace(block, start=start))
+            start = blocks[-1].stop
         return cls(tuple(blocks))
 
     @cached_property
     def id(self) -> bytes:
-        """4 bytes: digest of names and shapes. Two ends with equal ids cut an update in the same way."""
-        text = "".join(f"{block.name}:{block.shape[0]}x{block.shape[1]}\n" for block in self.blocks)
+        """4 bytes: digest of names, shapes and parts. Two ends with equal ids cut an update in the same way."""
+        text = "".join(f"{b.name}:{b.shape[0]}x{b.shape[1]}{_text_of(b.rows)}\n" for b in self.blocks)
         return hashlib.sha256(text.encode()).digest()[:4]
 
     @property
@@ -101,7 +117,20 @@ class Layout:
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        return {block.name: block.shape for block in self.blocks}
+        """Of the whole tensors."""
+        rows = dict.fromkeys((block.tensor for block in self.blocks), 0)
+        for block in self.blocks:
+            rows[block.tensor] += block.shape[0]
+        return {block.tensor: (rows[block.tensor], block.shape[1]) for block in self.blocks}
+
+    @property
+    def parts(self) -> dict[str, dict[str, Rows]]:
+        """Of the tensors that are several blocks; with ``shapes``, what ``Layout.of`` makes this layout from."""
+        found: dict[str, dict[str, Rows]] = {}
+        for block in self.blocks:
+            if block.rows is not None:
+                found.setdefault(block.tensor, {})[block.name.rpartition("#")[2]] = block.rows
+        return found
 
     def to_blocks(self, update: Mapping[str, Tensor]) -> Tensor:
         """Update -> blocks ``[R, C]`` float32, on the update's device.
@@ -113,7 +142,7 @@ class Layout:
         device = next(iter(update.values())).device
         blocks_RC = torch.zeros(self.rank, self.num_columns, dtype=torch.float32, device=device)
         for block in self.blocks:
-            tensor = update[block.name].detach()
+            tensor = update[block.tensor].detach()[block.row_index]
             blocks_RC[: block.rank, block.start : block.stop] = tensor.T if block.transposed else tensor
         return blocks_RC
 
@@ -127,10 +156,10 @@ class Layout:
             raise CodecError(
                 f"blocks have shape {tuple(blocks_RC.shape)}, the layout wants {(self.rank, self.num_columns)}"
             )
-        update: dict[str, Tensor] = {}
+        update = {name: blocks_RC.new_empty(shape) for name, shape in self.shapes.items()}
         for block in self.blocks:
             tensor = blocks_RC[: block.rank, block.start : block.stop]
-            update[block.name] = (tensor.T if block.transposed else tensor).contiguous()
+            update[block.tensor][block.row_index] = tensor.T if block.transposed else tensor
         return update
 
     def flatten(self, blocks_RC: Tensor) -> Tensor:
@@ -145,13 +174,30 @@ class Layout:
         return blocks_RC
 
     def _check(self, update: Mapping[str, Tensor]) -> None:
-        names = {block.name for block in self.blocks}
-        if missing := sorted(names - update.keys()):
+        shapes = self.shapes
+        if missing := sorted(shapes.keys() - update.keys()):
             raise CodecError(f"the update lacks tensor {missing[0]!r} ({len(missing)} missing in all)")
-        if unknown := sorted(update.keys() - names):
+        if unknown := sorted(update.keys() - shapes.keys()):
             raise CodecError(f"the update has unknown tensor {unknown[0]!r} ({len(unknown)} unknown in all)")
-        for block in self.blocks:
-            if tuple(update[block.name].shape) != block.shape:
-                raise CodecError(
-                    f"tensor {block.name!r} has shape {tuple(update[block.name].shape)}, expected {block.shape}"
-                )
+        for name, shape in shapes.items():
+            if tuple(update[name].shape) != shape:
+                raise CodecError(f"tensor {name!r} has shape {tuple(update[name].shape)}, expected {shape}")
+
+
+def _blocks_of(name: str, shape: tuple[int, ...], parts: Mapping[str, Rows] | None) -> Iterator[Block]:
+    """A tensor's blocks, all at column 0."""
+    if len(shape) != 2 or 0 in shape:
+        raise CodecError(f"tensor {name!r} has shape {shape}: LoRA factors are non-empty matrices")
+    rows, columns = shape
+    transposed = columns < rows or (columns == rows and ".lora_B." in name)
+    if parts is None or not transposed or any(sum(map(len, runs)) < columns for runs in parts.values()):
+        yield Block(name, (rows, columns), transposed, 0, name)
+        return
+    if sorted(row for runs in parts.values() for run in runs for row in run) != list(range(rows)):
+        raise CodecError(f"tensor {name!r} has {rows} rows; its parts {', '.join(parts)} do not share them out")
+    for part, runs in parts.items():
+        yield Block(f"{name}#{part}", (sum(map(len, runs)), columns), transposed, 0, name, runs)
+
+
+def _text_of(rows: Rows | None) -> str:
+    return "" if rows is None else " " + ",".join(f"{run.start}-{run.stop}-{run.step}" for run in rows)

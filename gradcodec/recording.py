@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from gradcodec.layout import Layout
+from gradcodec.layout import Layout, Rows
 
+_PARTS = "parts"
 _KEY = re.compile(r"r(\d+)/c(\d+)/(.+)")
 
 
@@ -61,8 +64,23 @@ class Recording:
         return train, {name: parts[key] for name, key in heldout.items() if key in parts}
 
 
+def save_recording(
+    updates: Mapping[tuple[int, int], Mapping[str, Tensor]], parts: Mapping[str, Mapping[str, Rows]], path: Path
+) -> None:
+    """Writes updates by round and client under ``r<round>/c<client>/<PEFT tensor name>``, whole or not at all; the
+    parts of the layout go into the file's metadata."""
+    tensors = {f"r{r}/c{c}/{name}": tensor for (r, c), update in updates.items() for name, tensor in update.items()}
+    runs = {
+        name: {part: [[run.start, run.stop, run.step] for run in rows] for part, rows in split.items()}
+        for name, split in parts.items()
+    }
+    unfinished = path.with_name(path.name + ".part")
+    save_file(tensors, unfinished, {_PARTS: json.dumps(runs)})
+    os.replace(unfinished, path)
+
+
 def load_recording(path: Path) -> Recording:
-    """Reads a file of keys ``r<round>/c<client>/<PEFT tensor name>``.
+    """Inverse of ``save_recording``; a file without metadata has no parts.
 
     Raises:
         ValueError: no such file, a key of another form, or an update that lacks a tensor.
@@ -70,7 +88,9 @@ def load_recording(path: Path) -> Recording:
     if not path.is_file():
         raise ValueError(f"recording {path} is no file: make one with `python -m tgap record=FILE`")
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file is no dict)
     except SafetensorError as error:
         raise ValueError(f"recording {path} is no safetensors file: {error}") from None
     updates: dict[tuple[int, int], dict[str, Tensor]] = {}
@@ -81,7 +101,7 @@ def load_recording(path: Path) -> Recording:
         updates.setdefault((int(match[1]), int(match[2])), {})[match[3]] = tensor
     if not updates:
         raise ValueError(f"recording {path} is empty")
-    layout = Layout.of(_shapes(next(iter(updates.values()))))
+    layout = Layout.of(_shapes(next(iter(updates.values()))), _parts(path, metadata.get(_PARTS, "{}")))
     return Recording(
         layout, tuple(Update(r, c, layout.to_blocks(update)) for (r, c), update in sorted(updates.items()))
     )
@@ -89,3 +109,13 @@ def load_recording(path: Path) -> Recording:
 
 def _shapes(update: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in update.items()}
+
+
+def _parts(path: Path, text: str) -> dict[str, dict[str, Rows]]:
+    try:
+        return {
+            name: {part: tuple(range(*run) for run in rows) for part, rows in split.items()}
+            for name, split in json.loads(text).items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"recording {path} says of its fused tensors what cannot be read: {error!r}") from None

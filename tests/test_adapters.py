@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from adapters.finetune import TrainSettings, check_training, finetune
+from adapters.finetune import TrainSettings, Windows, check_training, finetune
 from adapters.model import (
     LoraSettings,
     ModelSettings,
@@ -32,7 +32,7 @@ def model() -> PeftModel:
 
 
 @pytest.fixture(scope="module")
-def windows() -> torch.Tensor:
+def windows() -> Windows:
     return load_shard(TaskSettings(window=64), load_tokenizer(ModelSettings()), 0, 10).train[:64]
 
 
@@ -59,7 +59,7 @@ def test_the_same_seed_gives_the_same_adapter_and_leaves_the_generator_alone() -
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_finetuning_is_reproducible_and_lowers_the_loss(model: PeftModel, windows: torch.Tensor) -> None:
+def test_finetuning_is_reproducible_and_lowers_the_loss(model: PeftModel, windows: Windows) -> None:
     start = get_adapter(load_model(ModelSettings(), LoraSettings(), 0))
     longer = dataclasses.replace(TRAINING, steps=12)
     update, _ = finetune(model, start, windows, longer, seed=5)
@@ -71,7 +71,7 @@ def test_finetuning_is_reproducible_and_lowers_the_loss(model: PeftModel, window
     assert heldout_loss(model, windows) < before - 0.1
 
 
-def test_gradient_mode_is_the_sum_of_clipped_steps(model: PeftModel, windows: torch.Tensor) -> None:
+def test_gradient_mode_is_the_sum_of_clipped_steps(model: PeftModel, windows: Windows) -> None:
     start = get_adapter(load_model(ModelSettings(), LoraSettings(), 0))
     one = dataclasses.replace(TRAINING, update="gradient", lr=0.5, clip=1e-3, steps=1)
     update, _ = finetune(model, start, windows, one, seed=1)
@@ -79,7 +79,7 @@ def test_gradient_mode_is_the_sum_of_clipped_steps(model: PeftModel, windows: to
     assert norm == pytest.approx(0.5 * 1e-3, rel=1e-2)  # learning rate times the clipped norm
 
 
-def test_micro_batches_give_the_same_gradients(model: PeftModel, windows: torch.Tensor) -> None:
+def test_micro_batches_give_the_same_gradients(model: PeftModel, windows: Windows) -> None:
     start = get_adapter(load_model(ModelSettings(), LoraSettings(), 0))
     whole = dataclasses.replace(TRAINING, update="gradient", lr=1.0)
     small = dataclasses.replace(whole, micro_batch_size=1)
@@ -88,7 +88,7 @@ def test_micro_batches_give_the_same_gradients(model: PeftModel, windows: torch.
         torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-6)
 
 
-def test_schedule_and_warmup_scale_the_steps(model: PeftModel, windows: torch.Tensor) -> None:
+def test_schedule_and_warmup_scale_the_steps(model: PeftModel, windows: Windows) -> None:
     start = get_adapter(load_model(ModelSettings(), LoraSettings(), 0))
     one = dataclasses.replace(TRAINING, update="gradient", lr=1.0, clip=1e-3, steps=1)
     plain, _ = finetune(model, start, windows, one, seed=1)
@@ -135,7 +135,7 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
         check_model(ModelSettings(dtype="int3"))
 
 
-def test_a_saved_adapter_loads_with_peft_alone(model: PeftModel, tmp_path: Path, windows: torch.Tensor) -> None:
+def test_a_saved_adapter_loads_with_peft_alone(model: PeftModel, tmp_path: Path, windows: Windows) -> None:
     set_adapter(model, {name: 0.1 * torch.randn_like(tensor) for name, tensor in get_adapter(model).items()})
     model.save_pretrained(str(tmp_path))
     base = AutoModelForCausalLM.from_pretrained("assets/tiny-llama", dtype=torch.float32)

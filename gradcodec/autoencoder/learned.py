@@ -193,11 +193,12 @@ class LearnedCodec:
             raise CodecError(f"a step of 2 ** {step / _STEPS_PER_OCTAVE} or a shift of {shift} is out of range")
         reader = SymbolReader(data[_HEADER.size :])
         plan = _Plan(step, shift, self._spectrum.unpack(reader))
-        for row, symbol_class, places_N in _places(self._spectrum, plan):
+        for row, symbol_class, places_N in _places(self._spectrum, plan, coefficients_RC.device):
             symbols_N, low_N = self._quantizer.unpack(reader, len(places_N), symbol_class)
-            coefficients_RC[row, places_N.to(coefficients_RC.device)] = self._quantizer.restore(
-                symbols_N, low_N, symbol_class
-            )
+            if low_N is None:  # zeros stay zeros, and at low rates nearly all are
+                live_N = symbols_N.nonzero().squeeze(1)
+                places_N, symbols_N = places_N[live_N], symbols_N[live_N]
+            coefficients_RC[row, places_N] = self._quantizer.restore(symbols_N, low_N, symbol_class)
         coefficients_RC *= _width_of(step)
         return self._transform.synthesise(coefficients_RC, side).cpu()
 
@@ -273,8 +274,8 @@ class _Encoder:
         scale = 1 / _width_of(plan.step)
         part_RC = self._coefficients_RC[:, ::stride]
         bits = 0.0
-        for row, symbol_class, places_N in _places(self._spectrum, plan, stride):
-            symbols_N, _ = self._quantizer.quantize(part_RC[row, places_N.to(part_RC.device)] * scale, symbol_class)
+        for row, symbol_class, places_N in _places(self._spectrum, plan, part_RC.device, stride):
+            symbols_N, _ = self._quantizer.quantize(part_RC[row, places_N] * scale, symbol_class)
             bits += self._quantizer.num_bits(symbols_N, symbol_class)
         return bits * self._coefficients_RC.shape[1] / part_RC.shape[1]
 
@@ -284,13 +285,15 @@ class _Encoder:
     def _parts(self, plan: _Plan) -> Iterator[tuple[Symbols, Table]]:
         yield from self._spectrum.pack(plan.corrections)
         scale = 1 / _width_of(plan.step)
-        for row, symbol_class, places_N in _places(self._spectrum, plan):
-            values_N = self._coefficients_RC[row, places_N.to(self._coefficients_RC.device)] * scale
+        for row, symbol_class, places_N in _places(self._spectrum, plan, self._coefficients_RC.device):
+            values_N = self._coefficients_RC[row, places_N] * scale
             symbols_N, low_N = self._quantizer.quantize(values_N, symbol_class)
             yield from self._quantizer.pack(symbols_N, low_N, symbol_class)
 
 
-def _places(spectrum: Spectrum, plan: _Plan, stride: int = 1) -> Iterator[tuple[int, int, Tensor]]:
+def _places(
+    spectrum: Spectrum, plan: _Plan, device: torch.device, stride: int = 1
+) -> Iterator[tuple[int, int, Tensor]]:
     """Row by row, and in a row from the lowest class to the highest: row, class, and the columns of its coefficients;
     with a stride, among every so many-th column. A row at a time, so that memory stays that of a row."""
     for row, levels_C in enumerate(spectrum.levels(plan.corrections, stride)):
@@ -299,7 +302,7 @@ def _places(spectrum: Spectrum, plan: _Plan, stride: int = 1) -> Iterator[tuple[
         for place, count in enumerate(np.bincount(classes_C - (MIN_CLASS - 1)).tolist()):
             if place and count:
                 symbol_class = place + MIN_CLASS - 1
-                yield row, symbol_class, torch.from_numpy(np.flatnonzero(classes_C == symbol_class))
+                yield row, symbol_class, torch.from_numpy(np.flatnonzero(classes_C == symbol_class)).to(device)
 
 
 def _silence() -> bytes:

@@ -1,0 +1,129 @@
+"""What architectures call their layers: the linear layers that an adapter goes into, and those that are several in one.
+
+Targets are found from the model's own modules, by what transformers calls their classes, not from a list of models.
+Knows modules, names and shapes; must not know weights, settings or codecs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+ATTENTION, ALL_LINEAR = "attention", "all-linear"
+Parts = dict[str, tuple[range, ...]]
+"""Name of a part -> the rows of the whole that are its own."""
+_INTERLEAVED = {
+    "bloom": "query_key_value",
+    "falcon": "query_key_value",
+    "gpt_bigcode": "c_attn",
+    "gpt_neox": "query_key_value",
+    "gpt_neox_japanese": "query_key_value",
+    "persimmon": "query_key_value",
+}
+"""Model type -> its projection with q, k and v of one key-value head after the other."""
+_STACKED = {
+    "dbrx": "Wqkv",
+    "gpt2": "c_attn",
+    "mpt": "Wqkv",
+    "phi3": "qkv_proj",
+}
+"""Model type -> its projection with all of q, then all of k, then all of v."""
+_GATE_UP = "gate_up_proj"
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Full names of all linear layers but the output head, in the model's order."""
+    head = model.get_output_embeddings()
+    return [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+
+
+def attention_layers(model: PreTrainedModel) -> list[str]:
+    """Full names of the linear layers that lie inside an attention module, in the model's order."""
+    blocks = [f"{name}." for name, module in model.named_modules() if "Attention" in type(module).__name__]
+    return [name for name in linear_layers(model) if name.startswith(tuple(blocks))]
+
+
+def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
+    """The ends of module names by which PEFT finds the layers for an adapter.
+
+    Args:
+        wanted: names of modules or ends of them; ``attention`` stands for q, k, v and o whatever the architecture calls
+            them, ``all-linear`` for every linear layer but the output head.
+
+    Raises:
+        ValueError: one of them is no linear layer of this model.
+    """
+    layers = linear_layers(model)
+    groups = {ATTENTION: attention_layers(model), ALL_LINEAR: layers}
+    targets: list[str] = []
+    for name in wanted:
+        found = groups[name] if name in groups else [layer for layer in layers if f".{layer}".endswith(f".{name}")]
+        if not found:
+            leaves = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
+            raise ValueError(f"lora.target_modules: {name!r} is no linear layer of this model, which has {leaves}")
+        targets += _shortest_ends(found, layers) if name in groups else [name]
+    return list(dict.fromkeys(targets))
+
+
+def fused_parts(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Parts]:
+    """Which B factors hold the rows of several projections, and which rows are whose.
+
+    Args:
+        config: the base model's.
+        shapes: PEFT tensor name -> shape.
+
+    Returns:
+        PEFT tensor name -> its parts (``q``, ``k``, ``v`` or ``gate``, ``up``); without the tensors that are of one
+        piece, and those of architectures that this module does not know.
+    """
+    fused = {}
+    for name, shape in shapes.items():
+        module, _, factor = name.rpartition(".lora_")
+        if factor.startswith("B.") and (parts := _parts(config, module.rpartition(".")[2], shape[0])) is not None:
+            fused[name] = parts
+    return fused
+
+
+def _parts(config: PreTrainedConfig, layer: str, num_rows: int) -> Parts | None:
+    if layer == _GATE_UP and num_rows % 2 == 0:
+        half = num_rows // 2
+        return {"gate": (range(half),), "up": (range(half, num_rows),)}
+    interleaved = _INTERLEAVED.get(config.model_type) == layer
+    if not interleaved and _STACKED.get(config.model_type) != layer:
+        return None
+    num_heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    num_kv_heads = (num_rows // width - num_heads) // 2
+    if num_kv_heads < 1 or (num_heads + 2 * num_kv_heads) * width != num_rows:
+        return None
+    groups = num_kv_heads if interleaved else 1
+    sizes = (width * num_heads // groups, *[width * num_kv_heads // groups] * 2)
+    return _repeated(dict(zip("qkv", sizes, strict=True)), groups)
+
+
+def _repeated(sizes: Mapping[str, int], groups: int) -> Parts:
+    """Parts of these sizes, one after the other, over and over."""
+    parts: dict[str, list[range]] = {name: [] for name in sizes}
+    start = 0
+    for _ in range(groups):
+        for name, size in sizes.items():
+            parts[name].append(range(start, start + size))
+            start += size
+    return {name: tuple(rows) for name, rows in parts.items()}
+
+
+def _shortest_ends(wanted: Iterable[str], layers: Sequence[str]) -> list[str]:
+    """Ends of names that fit all wanted layers and no other: ``q_proj``, or ``attn.c_proj`` where ``mlp.c_proj`` is."""
+    chosen = set(wanted)
+    others = [f".{layer}" for layer in layers if layer not in chosen]
+    ends = []
+    for layer in wanted:
+        names = layer.split(".")
+        candidates = (".".join(names[-length:]) for length in range(1, len(names) + 1))
+        ends.append(next((end for end in candidates if not any(o.endswith(f".{end}") for o in others)), layer))
+    return list(dict.fromkeys(ends))

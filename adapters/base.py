@@ -1,0 +1,222 @@
+"""The base model: a directory or a name on the Hugging Face hub -> tokenizer, and weights or their shapes alone.
+
+Knows transformers and bitsandbytes; must not know adapters. Weights are safetensors or nothing, and code that comes
+with a model runs only where ``model.trust_remote_code`` says so. Whatever is wrong with a model ends in one line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from bitsandbytes.nn.modules import Linear4bit
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "int8", "nf4")
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+@dataclass
+class ModelSettings:
+    """Which base model, and how it is held."""
+
+    path: str = "assets/tiny-llama"  # a directory, or owner/name on the Hugging Face hub
+    revision: str | None = None  # hub only: a commit, tag or branch; a commit gives every node the same weights
+    dtype: str = "float32"  # of the frozen base weights: float32, bfloat16 or float16
+    quantization: str = "none"  # none | int8 (Dettmers et al. 2022) | nf4 (QLoRA, Dettmers et al. 2023)
+    attention: str = "auto"  # auto: flash attention where it can run, else sdpa | sdpa | eager | flash_attention_2
+    gradient_checkpointing: bool = False  # less memory, the same gradients, a third more time
+    trust_remote_code: bool = False  # runs Python code that comes with the model
+    device: str = "auto"  # auto: the first GPU, else the CPU
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether this names a model on the hub: ``owner/name``, and nothing of that name lies here."""
+    return _HUB_NAME.fullmatch(path) is not None and not Path(path).exists()
+
+
+def check_model(settings: ModelSettings) -> None:
+    """Raises ValueError if the settings cannot be served; loads nothing and asks no hub."""
+    for key, known in (("dtype", DTYPES), ("quantization", QUANTIZATIONS), ("attention", ATTENTIONS)):
+        if getattr(settings, key) not in known:
+            raise ValueError(f"model.{key}={getattr(settings, key)!r} is none of {', '.join(known)}")
+    if settings.attention == "flash_attention_2":
+        if settings.dtype == "float32":
+            raise ValueError("model.attention=flash_attention_2 needs model.dtype=bfloat16 or float16")
+        if not _has_flash_attention(settings):
+            raise ValueError("model.attention=flash_attention_2 needs the package flash-attn and a GPU: try sdpa")
+    path = Path(settings.path)
+    if not is_hub_name(settings.path) and not (path / "config.json").is_file():
+        what = "holds no config.json" if path.is_dir() else "is no directory"
+        raise ValueError(f"model.path={settings.path!r} {what}: give a Hugging Face model directory or owner/name")
+
+
+def resolve_device(settings: ModelSettings) -> torch.device:
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(settings.device)
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """Raises ValueError: no model there, or one without a tokenizer."""
+    with _in_one_line(settings):
+        return AutoTokenizer.from_pretrained(settings.path, **_source(settings))
+
+
+def load_config(settings: ModelSettings) -> PreTrainedConfig:
+    """The model's config.json; all that is read, and from the hub all that is downloaded. Raises ValueError."""
+    with _in_one_line(settings):
+        return AutoConfig.from_pretrained(settings.path, **_source(settings))
+
+
+def max_positions(settings: ModelSettings) -> int | None:
+    """The longest text in tokens that the model reads; None if it sets no limit. Raises ValueError: no model there."""
+    found = getattr(load_config(settings).get_text_config(), "max_position_embeddings", None)
+    return None if found is None else int(found)
+
+
+def load_base(settings: ModelSettings) -> PreTrainedModel:
+    """The base model with its weights: on the CPU, or if quantised where ``model.device`` says.
+
+    Raises:
+        ValueError: no model there, damaged or missing weights, an architecture that transformers does not know, or a
+            quantisation or attention that cannot run here.
+    """
+    with _in_one_line(settings):
+        base, found = AutoModelForCausalLM.from_pretrained(
+            settings.path,
+            dtype=getattr(torch, settings.dtype),
+            attn_implementation=_attention(settings),
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that they are told below, in one line
+            output_loading_info=True,
+            **_quantized(settings),
+            **_source(settings),
+        )
+    if lacking := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
+        raise ValueError(
+            f"model.path={settings.path!r} has no weight {lacking[0]!r} of the shape that config.json says "
+            f"({len(lacking)} lacking in all): is the download complete?"
+        )
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            # The packing that evaluation on such CPUs prefers has no gradient, and training follows evaluation.
+            module.support_avx512bf16_for_cpu = False
+    if settings.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.config.use_cache = False
+    return base
+
+
+def empty_base(settings: ModelSettings) -> PreTrainedModel:
+    """The base model's modules and shapes on the meta device; only config.json is read. Raises ValueError."""
+    config = load_config(settings)
+    with _in_one_line(settings), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=getattr(torch, settings.dtype),
+            attn_implementation="eager" if settings.attention == "eager" else None,
+            trust_remote_code=settings.trust_remote_code,
+        )
+
+
+def is_quantized(base: PreTrainedModel) -> bool:
+    """Whether its weights are quantised, here or before they were stored: then it stays on the device it is on."""
+    return getattr(base, "hf_quantizer", None) is not None
+
+
+def _source(settings: ModelSettings) -> dict[str, Any]:
+    check_model(settings)
+    return {
+        "revision": settings.revision,
+        "local_files_only": not is_hub_name(settings.path),
+        "trust_remote_code": settings.trust_remote_code,
+    }
+
+
+def _quantized(settings: ModelSettings) -> dict[str, Any]:
+    if settings.quantization == "none":
+        return {}
+    config = BitsAndBytesConfig(
+        load_in_8bit=settings.quantization == "int8",
+        load_in_4bit=settings.quantization == "nf4",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": config, "device_map": {"": str(resolve_device(settings))}}
+
+
+def _attention(settings: ModelSettings) -> str | None:
+    """As transformers calls it; None leaves the choice between sdpa and eager to the architecture."""
+    chosen = None if settings.attention == "auto" else settings.attention
+    if settings.attention == "auto" and settings.dtype != "float32" and _has_flash_attention(settings):
+        chosen = "flash_attention_2" if empty_base(settings)._supports_flash_attn else None
+    if chosen == "flash_attention_2":
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # transformers reads it at every backward pass
+    return chosen
+
+
+def _has_flash_attention(settings: ModelSettings) -> bool:
+    return find_spec("flash_attn") is not None and resolve_device(settings).type == "cuda"
+
+
+@contextmanager
+def _in_one_line(settings: ModelSettings) -> Iterator[None]:
+    """What transformers says over many lines and in many types of error, as one ValueError of one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        text = str(error)
+        if text.startswith("model."):
+            raise
+        if isinstance(error, SafetensorError):
+            raise ValueError(f"{_damaged_file(settings)} is damaged or not whole: download it again ({text})") from None
+        raise ValueError(f"model.path={settings.path!r}: {_reason(settings, text)}") from None
+
+
+def _damaged_file(settings: ModelSettings) -> str:
+    for file in sorted(Path(settings.path).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError:
+            return str(file)
+    return f"a weights file of model.path={settings.path!r}"
+
+
+def _reason(settings: ModelSettings, text: str) -> str:
+    if "trust_remote_code" in text:
+        return "the model brings Python code of its own: model.trust_remote_code=true runs it, if you trust its authors"
+    if "model type" in text or "Unrecognized model" in text:
+        return f"transformers {transformers.__version__} does not know this architecture ({_first_line(text)})"
+    if "no file named model.safetensors" in text or "does not appear to have a file named" in text:
+        return f"there are no weights in the safetensors format ({_first_line(text)})"
+    if "backend tokenizer" in text:
+        return "there is no tokenizer beside the model that transformers can read"
+    if is_hub_name(settings.path):
+        return f"no such directory, and the Hugging Face hub does not give it ({_first_line(text)})"
+    return _first_line(text)
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n")[0].strip()

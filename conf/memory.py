@@ -1,0 +1,20 @@
+"""What a client of a run needs of its device's memory: training (``adapters.memory``) and encoding."""
+
+from __future__ import annotations
+
+import dataclasses
+from math import prod
+
+from adapters.memory import MemoryEstimate, estimate_memory
+from adapters.model import adapter_shapes, empty_model
+from conf.schema import Settings
+from gradcodec.build import ENCODING_UPDATES
+
+
+def client_memory(settings: Settings) -> MemoryEstimate:
+    """From config.json alone. Raises ValueError: the model cannot be served."""
+    estimate = estimate_memory(settings.model, settings.lora, settings.train, settings.task.window)
+    if settings.arm != "coded":
+        return estimate
+    values = sum(prod(shape) for shape in adapter_shapes(empty_model(settings.model, settings.lora)).values())
+    return dataclasses.replace(estimate, encoding=ENCODING_UPDATES * 4 * values)
