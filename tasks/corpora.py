@@ -1,138 +1,139 @@
-"""Which texts each client holds: the embedded task (source code of the standard library), JSONL and text folders.
+"""Where records come from: the embedded task, a data set's name on the hub, files and folders.
 
-Knows files and partitions; must not know tokenizers, models or federations.
+Knows files; must not know tokenizers, models, clients or federations.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+import re
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
+from datasets import Dataset, concatenate_datasets, load_dataset
 
+from tasks.exams import EXAMS
 from tasks.stdlib import packages
 
-TASKS = ("stdlib", "jsonl", "text")
+RECORDS = ("jsonl", "dolly", "alpaca", "chat", *EXAMS)
+"""Tasks whose data are records of named fields; but for exams they differ in nothing but their settings."""
+TASKS = ("stdlib", "text", *RECORDS)
+
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+"""Suffix -> the reader of `datasets`."""
+TEXTS = (".txt", ".md")
+
+for library in ("datasets", "huggingface_hub"):
+    logging.getLogger(library).setLevel(logging.CRITICAL)  # what they have to say comes as an exception too
 
 
-def client_texts(
-    name: str,
-    path: str | None,
-    client: int,
-    num_clients: int,
-    *,
-    partition_by: str | None,
-    alpha: float,
-    seed: int,
-) -> list[str]:
-    """The texts of one client, the same for the same arguments.
-
-    Args:
-        name: ``stdlib``, ``jsonl`` (one object a line; see ``_record_text``) or ``text`` (a folder of .txt and .md).
-        path: file or folder; unused by ``stdlib``.
-        client: 0 to ``num_clients - 1``.
-        partition_by: column whose values are spread over the clients by a Dirichlet distribution; None: evenly.
-        alpha: concentration of that distribution, smaller is less alike.
-
-    Raises:
-        ValueError: nothing there, a broken record, a missing column, or a client without text.
-    """
-    if not 0 <= client < num_clients:
-        raise ValueError(f"client {client} of {num_clients}: partition ids go from 0 to {num_clients - 1}")
-    if name == "stdlib":
-        return _package_texts(client, num_clients)
-    if path is None:
-        raise ValueError(f"task.name={name} needs task.path: the {'file' if name == 'jsonl' else 'folder'} to read")
-    if name == "jsonl":
-        rows = _read_jsonl(Path(path))
-    elif name == "text":
-        rows = _read_folder(Path(path))
-    else:
-        raise ValueError(f"task.name={name!r} is none of {', '.join(TASKS)}")
-    mine = _share(rows, client, num_clients, partition_by, alpha, seed, path)
-    return [_record_text(row, path) for row in mine]
+def is_hub_name(path: str) -> bool:
+    """Whether this can only be a data set's name on the hub, ``owner/name``, and no path."""
+    named = re.fullmatch(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", path) is not None
+    return named and Path(path).suffix not in (*FORMATS, *TEXTS) and not Path(path).exists()
 
 
-def _package_texts(client: int, num_clients: int) -> list[str]:
-    """One package a client, the largest first; with more clients than packages, several share one package's files."""
+def package_text(client: int, num_clients: int) -> str:
+    """Source code of one package a client, the largest first; with more clients than packages, several share one."""
     found = list(packages().items())
     if not found:
-        raise ValueError("this Python has no source code of its standard library: use task.name=jsonl or text")
+        raise ValueError("this Python has no source code of its standard library: use task=jsonl or task=text")
     _, files = found[client % len(found)]
     sharers = range(client % len(found), num_clients, len(found))
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     lines = text.splitlines(keepends=True)
     part = sharers.index(client)
-    return ["".join(lines[len(lines) * part // len(sharers) : len(lines) * (part + 1) // len(sharers)])]
+    return "".join(lines[len(lines) * part // len(sharers) : len(lines) * (part + 1) // len(sharers)])
 
 
-def _read_jsonl(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        raise ValueError(f"task.path={str(path)!r} is no file: give a JSONL file")
-    rows: list[dict[str, str]] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: no JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: a JSON object is expected, not {type(row).__name__}")
-            rows.append({key: "" if value is None else str(value) for key, value in row.items()})
-    return rows
+def read_records(path: str) -> Dataset:
+    """The records of a file, of all files in a folder, or of the split ``train`` of a data set on the hub.
 
+    Files are read into memory and leave no copy in a cache.
 
-def _read_folder(path: Path) -> list[dict[str, str]]:
-    if not path.is_dir():
-        raise ValueError(f"task.path={str(path)!r} is no folder: give a folder of .txt or .md files")
-    files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md"))
-    try:
-        return [{"text": file.read_text(encoding="utf-8")} for file in files]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"task.path={str(path)!r} holds a file that is not UTF-8 text: {error}") from None
-
-
-def _record_text(row: dict[str, str], path: str) -> str:
-    """``text``, or the Alpaca form of ``instruction`` / ``input`` / ``output`` (Dolly: ``context``, ``response``)."""
-    if "text" in row:
-        return row["text"]
-    answer = row.get("output", row.get("response"))
-    if "instruction" not in row or answer is None:
-        keys = ", ".join(sorted(row)) or "none"
-        raise ValueError(f"{path}: a record needs 'text', or 'instruction' and 'output'; it has {keys}")
-    given = row.get("input", row.get("context", ""))
-    question = f"### Instruction:\n{row['instruction']}\n" + (f"\n### Input:\n{given}\n" if given else "")
-    return f"{question}\n### Response:\n{answer}"
-
-
-def _share(
-    rows: Sequence[dict[str, str]],
-    client: int,
-    num_clients: int,
-    partition_by: str | None,
-    alpha: float,
-    seed: int,
-    path: str,
-) -> list[dict[str, str]]:
-    if len(rows) < num_clients:
-        raise ValueError(f"task.path={path!r} holds {len(rows)} records for {num_clients} clients: fewer clients?")
-    table = Dataset.from_list(
-        [
-            {"row": i, **({partition_by: row.get(partition_by, "")} if partition_by else {})}
-            for i, row in enumerate(rows)
-        ]
-    )
-    if partition_by is None:
-        partitioner = IidPartitioner(num_partitions=num_clients)
+    Raises:
+        ValueError: nothing there, nothing that can be read, or no record in it.
+    """
+    found = Path(path)
+    if not found.exists() and is_hub_name(path):
+        return _from_hub(path)
+    if found.is_dir():
+        files = sorted(file for file in found.rglob("*") if file.suffix in FORMATS)
+    elif found.is_file():
+        files = [found]
     else:
-        if not any(partition_by in row for row in rows):
-            raise ValueError(f"task.partition_by={partition_by!r} is no column of {path}")
-        partitioner = DirichletPartitioner(
-            num_partitions=num_clients, partition_by=partition_by, alpha=alpha, min_partition_size=1, seed=seed
-        )
-    partitioner.dataset = table.shuffle(seed=seed)
-    return [rows[i] for i in sorted(partitioner.load_partition(client)["row"])]
+        raise ValueError(f"task.path={path!r} is no file, no folder and no data set's name on the hub (owner/name)")
+    kinds = {FORMATS.get(file.suffix, "") for file in files}
+    if len(kinds) != 1 or "" in kinds:
+        suffixes = ", ".join(sorted({file.suffix or file.name for file in files})) or "none of them"
+        raise ValueError(f"task.path={path!r} must hold files of one kind ({', '.join(FORMATS)}): it holds {suffixes}")
+    parts = [part for file in files if len(part := _read(file))]
+    try:
+        return concatenate_datasets(parts) if parts else Dataset.from_dict({})
+    except ValueError as error:
+        raise ValueError(f"task.path={path!r}: its files differ in the types of their columns: {error}") from None
+
+
+def read_texts(path: str) -> Dataset:
+    """One record a file, with its ``text``: a text file, or all those in a folder.
+
+    Raises:
+        ValueError: nothing there, or a file that is not UTF-8.
+    """
+    found = Path(path)
+    if found.is_dir():
+        files = sorted(file for file in found.rglob("*") if file.suffix in TEXTS)
+    elif found.is_file():
+        files = [found]
+    else:
+        raise ValueError(f"task.path={path!r} is no folder: give a folder of .txt or .md files")
+    try:
+        return Dataset.from_dict({"text": [file.read_text(encoding="utf-8") for file in files]})
+    except UnicodeDecodeError as error:
+        raise ValueError(f"task.path={path!r} holds a file that is not UTF-8 text: {error}") from None
+
+
+def _from_hub(name: str) -> Dataset:
+    try:
+        return load_dataset(name, split="train")
+    except Exception as error:  # the hub, the network and `datasets` have a dozen kinds
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"task.path={name!r} is no file here, and the hub does not give it ({reason}): give task.path=FILE, or "
+            "allow the network with HF_HUB_OFFLINE=0"
+        ) from None
+
+
+def _read(file: Path) -> Dataset:
+    try:
+        stream = load_dataset(FORMATS[file.suffix], data_files=[str(file)], split="train", streaming=True)
+        tables = list(stream.with_format("arrow").iter(batch_size=10_000))
+        for table in tables:
+            table.validate(full=True)  # the readers let bytes pass that are not UTF-8
+        return concatenate_datasets([Dataset(table) for table in tables])
+    except StopIteration:  # an empty file
+        return Dataset.from_dict({})
+    except Exception as error:  # pyarrow, pandas and `datasets` have a dozen kinds, all of them about this file
+        raise ValueError(_complaint(file, error)) from None
+
+
+def _complaint(file: Path, error: Exception) -> str:
+    """What is wrong with a file, with the number of its first broken line if it is JSONL."""
+    if file.suffix == ".jsonl":
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                if problem := _problem(line):
+                    return f"{file}, line {number}: {problem}"
+    reason = str(error).split("\n")[0] or type(error).__name__
+    return f"{file} cannot be read as {FORMATS[file.suffix]}: {reason}"
+
+
+def _problem(line: str) -> str:
+    if not line.strip():
+        return ""
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        return f"no JSON ({error})"
+    return "" if isinstance(row, dict) else f"a JSON object is expected, not {type(row).__name__}"

@@ -1,18 +1,24 @@
 """One client's shard: its windows, split into what the codec learns from, what the model learns from, and held out.
 
 ``D1 : D2 = 3 : 7`` is the paper's split (section 3.1): TGAP records gradients on D1, federated fine-tuning (FAF) runs
-on D2. The last tenth of every client's text is held out from both.
+on D2. The last tenth of every client's windows is held out from both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
-from torch import Tensor
+from datasets import Dataset
 
-from tasks.corpora import TASKS, client_texts
-from tasks.windows import Tokenizer, windows_of
+from adapters.finetune import Windows
+from tasks.corpora import RECORDS, TASKS, package_text, read_records, read_texts
+from tasks.exams import EXAMS, read_exam
+from tasks.partitions import BY_COLUMN, PARTITIONS, deal, own_path
+from tasks.templates import LOSS_ON, TEMPLATES, Example, check_template, example_of
+from tasks.windows import Padded, Tokenizer, packed, padded, tokens_of
 
 SPLITS = ("tgap", "faf", "all")
 
@@ -21,25 +27,32 @@ SPLITS = ("tgap", "faf", "all")
 class TaskSettings:
     """Which data, and how it is split."""
 
-    name: str = "stdlib"  # stdlib | jsonl | text
-    path: str | None = None
+    name: str = "stdlib"  # stdlib | text | jsonl, dolly, alpaca, chat, ceval, mmlu: records
+    path: str | None = None  # a file, a folder, or a data set's name on the hub
+    template: str = "alpaca"  # of records: alpaca | chat (the tokenizer's own) | none
+    loss_on: str = "all"  # all tokens count | response: of records, what is answered
+    packing: bool = True  # records behind each other, cut into windows; false: one record a window, padded
     window: int = 128  # tokens
     split: str = "faf"  # tgap: D1, faf: D2, all: both
     tgap_fraction: float = 0.3
     heldout_fraction: float = 0.1
     heldout_windows: int = 16  # at most this many a client are evaluated
     max_windows: int = 2048  # at most this many a client are read, held-out ones included
-    partition_by: str | None = None  # column for a Dirichlet partition; none: spread evenly
-    alpha: float = 0.5
+    partition: str = "iid"  # iid | dirichlet | column | local: one file or folder a client, path/client-0.jsonl
+    partition_by: str | None = None  # dirichlet: the column to spread; column: one of its values a client
+    alpha: float = 0.5  # dirichlet: smaller is less alike
     partition_seed: int = 0
+    expected_records: int | None = None  # how many there are, for a dry run where the data are not here
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One client's windows, ``[W, T]`` int64."""
+    """One client's windows."""
 
-    train: Tensor
-    heldout: Tensor
+    train: Windows
+    heldout: Windows
+    num_cut: int = 0  # records that were longer than a window
+    num_empty: int = 0  # records left out, since no token that counts was in their window
 
 
 def check_task(settings: TaskSettings) -> None:
@@ -48,39 +61,129 @@ def check_task(settings: TaskSettings) -> None:
         raise ValueError(f"task.name={settings.name!r} is none of {', '.join(TASKS)}")
     if settings.name != "stdlib" and settings.path is None:
         raise ValueError(f"task.name={settings.name} needs task.path: the file or folder to read")
-    if settings.split not in SPLITS:
-        raise ValueError(f"task.split={settings.split!r} is none of {', '.join(SPLITS)}")
+    choices = {"template": TEMPLATES, "loss_on": LOSS_ON, "split": SPLITS, "partition": PARTITIONS}
+    for key, values in choices.items():
+        if getattr(settings, key) not in values:
+            raise ValueError(f"task.{key}={getattr(settings, key)!r} is none of {', '.join(values)}")
+    if settings.loss_on == "response" and settings.name not in RECORDS:
+        raise ValueError(f"task.loss_on=response needs records with a response, and task.name={settings.name} has none")
+    if settings.name == "stdlib" and (settings.partition != "iid" or not settings.packing):
+        raise ValueError("task.name=stdlib is one text a client: task.partition and task.packing cannot be changed")
+    if (settings.partition_by is not None) != (settings.partition in BY_COLUMN):
+        raise ValueError(
+            f"task.partition_by={settings.partition_by} and task.partition={settings.partition} do not go together: "
+            "dirichlet and column need a column, iid and local have none"
+        )
     if settings.window < 2:
         raise ValueError(f"task.window={settings.window} must be at least 2 tokens")
+    for key in ("heldout_windows", "max_windows"):
+        if getattr(settings, key) < 1:
+            raise ValueError(f"task.{key}={getattr(settings, key)} must be at least 1")
+    if not settings.alpha > 0:
+        raise ValueError(f"task.alpha={settings.alpha} must be greater than 0")
     for key in ("tgap_fraction", "heldout_fraction"):
         if not 0 < getattr(settings, key) < 1:
             raise ValueError(f"task.{key}={getattr(settings, key)} must lie between 0 and 1")
 
 
-def load_shard(settings: TaskSettings, tokenizer: Tokenizer, client: int, num_clients: int) -> Shard:
-    """One client's shard.
+def check_window(settings: TaskSettings, max_positions: int | None) -> None:
+    """Raises ValueError: a window is longer than the model can read.
+
+    Args:
+        max_positions: the model's ``max_position_embeddings``; None if it has no such limit.
+    """
+    if max_positions is not None and settings.window > max_positions:
+        raise ValueError(f"task.window={settings.window} is more than the {max_positions} tokens that the model reads")
+
+
+def client_records(settings: TaskSettings, num_clients: int) -> Callable[[int], Dataset]:
+    """Reads the task's records once and deals them out.
+
+    Returns:
+        Client (0 to ``num_clients - 1``) -> its records. With ``task.partition=local`` its own file is read then, and
+        no other.
 
     Raises:
-        ValueError: the client's text is too short for one training and one held-out window.
+        ValueError: the data is not as the settings say; see ``tasks.corpora`` and ``tasks.partitions``.
     """
-    texts = client_texts(
-        settings.name,
-        settings.path,
-        client,
+    if settings.name == "stdlib":
+        return lambda client: Dataset.from_dict({"text": [package_text(client, num_clients)]})
+    assert settings.path is not None, "check_task refuses this"
+    if settings.partition == "local":
+        folder = settings.path
+        return lambda client: _dealt(settings, own_path(folder, client), 1)(0)
+    return _dealt(settings, settings.path, num_clients)
+
+
+def _dealt(settings: TaskSettings, path: str, num_clients: int) -> Callable[[int], Dataset]:
+    return deal(
+        _read(settings.name, path),
         num_clients,
-        partition_by=settings.partition_by,
+        partition="iid" if settings.partition == "local" else settings.partition,
+        column=settings.partition_by,
         alpha=settings.alpha,
         seed=settings.partition_seed,
+        path=path,
     )
-    windows = windows_of(texts, tokenizer, settings.window)[: settings.max_windows]
+
+
+def _read(name: str, path: str) -> Dataset:
+    if name in EXAMS:
+        return read_exam(name, path)
+    return read_texts(path) if name == "text" else read_records(path)
+
+
+def load_shard(settings: TaskSettings, tokenizer: Tokenizer, client: int, num_clients: int) -> Shard:
+    """One client's shard; see ``load_shards``."""
+    if not 0 <= client < num_clients:
+        raise ValueError(f"client {client} of {num_clients}: partition ids go from 0 to {num_clients - 1}")
+    return next(load_shards(settings, tokenizer, [client], num_clients))
+
+
+def load_shards(
+    settings: TaskSettings, tokenizer: Tokenizer, clients: Iterable[int], num_clients: int
+) -> Iterator[Shard]:
+    """The shards of some clients; nothing else is tokenised.
+
+    Raises:
+        ValueError: the data is not as the settings say, or a client has too little of it for one training and one
+            held-out window.
+    """
+    records_of = client_records(settings, num_clients)
+    for client in clients:
+        yield shard_of(settings, tokenizer, records_of(client), client, num_clients)
+
+
+def shard_of(settings: TaskSettings, tokenizer: Tokenizer, records: Dataset, client: int, num_clients: int) -> Shard:
+    """One client's records -> its shard. Raises ValueError: a record that cannot be rendered, or too few of them."""
+    check_template(settings.template if settings.name in RECORDS else "none", tokenizer)
+    tokens = tokens_of(_examples(settings, tokenizer, records), tokenizer)
+    if settings.packing:
+        made = Padded(packed(tokens, settings.window, settings.max_windows), 0, 0)
+    else:
+        made = padded(islice(tokens, settings.max_windows), tokenizer, settings.window)
+    windows = made.windows
     num_heldout = max(1, int(len(windows) * settings.heldout_fraction))
     train, heldout = windows[:-num_heldout], windows[-num_heldout:]
     shuffled = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(client))]
     num_tgap = round(len(train) * settings.tgap_fraction)
     part = {"tgap": shuffled[:num_tgap], "faf": shuffled[num_tgap:], "all": shuffled}[settings.split]
     if len(part) == 0:
+        if made.num_empty > len(windows):
+            raise ValueError(
+                f"client {client} of {num_clients}: in {made.num_empty} of {len(records)} records no token that counts "
+                f"lies within task.window={settings.window}, so too few are left: give a larger task.window"
+            )
         raise ValueError(
             f"client {client} of {num_clients} has {len(windows)} windows of {settings.window} tokens, none of them "
             f"in task.split={settings.split}: give it more text, fewer clients or a smaller task.window"
         )
-    return Shard(part, heldout[: settings.heldout_windows])
+    return Shard(part, heldout[: settings.heldout_windows], made.num_cut, made.num_empty)
+
+
+def _examples(settings: TaskSettings, tokenizer: Tokenizer, records: Dataset) -> Iterator[Example]:
+    for record in records:
+        try:
+            yield example_of(record, settings.template, settings.loss_on, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{settings.path or settings.name}: {error}") from None

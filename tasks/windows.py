@@ -1,4 +1,4 @@
-"""Text -> windows: token ids cut to one length, the unit that clients train on and the server evaluates on.
+"""Examples -> windows: token ids of one length, the unit that clients train on and the server evaluates on.
 
 Knows tokenizers and tensors; must not know where the text came from or who holds it.
 Shapes: W windows, T tokens a window.
@@ -6,42 +6,125 @@ Shapes: W windows, T tokens a window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
-from adapters.finetune import next_token_loss
+from adapters.finetune import Windows, next_token_loss
+from tasks.templates import ChatTokenizer, Example, Part
+
+CHUNK = 1000
+"""Examples that are tokenised at once."""
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ChatTokenizer, Protocol):
     """The part of a Hugging Face tokenizer that is used here."""
 
     @property
+    def bos_token_id(self) -> int | None: ...
+    @property
     def eos_token_id(self) -> int | None: ...
+    @property
+    def pad_token_id(self) -> int | None: ...
     def __call__(self, text: list[str], /, *, add_special_tokens: bool) -> dict[str, list[list[int]]]: ...
 
 
-def windows_of(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Tensor:
-    """Tokenises texts, joins them with the end-of-text token and cuts the stream into windows.
+class Tokens(NamedTuple):
+    """One example: ids and, for each, whether it counts."""
+
+    ids: list[int]
+    counted: list[bool]
+
+
+class Padded(NamedTuple):
+    windows: Windows
+    num_cut: int  # examples longer than a window
+    num_empty: int  # examples left out, since no token that counts is left in their window
+
+
+def windows_of(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Windows:
+    """Windows of plain texts, in which every token counts; see ``packed``."""
+    return packed(tokens_of((Example([Part(text, True)]) for text in texts), tokenizer), length)
+
+
+def tokens_of(examples: Iterable[Example], tokenizer: Tokenizer) -> Iterator[Tokens]:
+    """Tokenises part by part, so that a response begins with a token of its own, as it does when it is generated.
+
+    What the tokenizer itself begins a text with comes first, the end-of-text token last; it counts if the text before
+    it does.
+    """
+    opening = _opening(tokenizer)
+    closing = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    left = iter(examples)
+    while chunk := list(islice(left, CHUNK)):
+        texts = [part.text for example in chunk for part in example.parts]
+        tokenised = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        for example in chunk:
+            ids: list[int] = [] if example.complete else list(opening)
+            counted = [example.parts[0].counts] * len(ids)
+            for part in example.parts:
+                ids += (new := next(tokenised))
+                counted += [part.counts] * len(new)
+            if not example.complete:
+                ids += closing
+                counted += [example.parts[-1].counts] * len(closing)
+            yield Tokens(ids, counted)
+
+
+def _opening(tokenizer: Tokenizer) -> list[int]:
+    """The begin-of-text token, if the tokenizer puts one before a text by itself."""
+    [ids] = tokenizer([""], add_special_tokens=True)["input_ids"]
+    return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+
+
+def packed(examples: Iterable[Tokens], length: int, max_windows: int | None = None) -> Windows:
+    """Joins the examples into one stream and cuts it into windows.
 
     Returns:
-        ``[W, T]`` int64 with ``T = length``; the tail that does not fill a window is dropped, so W may be 0.
+        At most ``max_windows`` of ``length`` tokens; those in which no token counts are left out, and so is the tail
+        that does not fill a window: W may be 0.
     """
-    stream: list[int] = []
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if texts:
-        for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
-            stream.extend(ids)
-            stream.extend(separator)
-    count = len(stream) // length
-    return torch.tensor(stream[: count * length], dtype=torch.int64).reshape(count, length)
+    ids: list[int] = []
+    counted: list[bool] = []
+    for example in examples:
+        ids += example.ids
+        counted += example.counted
+        if max_windows is not None and len(ids) >= max_windows * length:
+            break
+    count = min(len(ids) // length, max_windows or len(ids))
+    return _counting(
+        Windows(
+            torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length),
+            torch.tensor(counted[: count * length], dtype=torch.bool).reshape(count, length),
+        )
+    )
+
+
+def padded(examples: Iterable[Tokens], tokenizer: Tokenizer, length: int) -> Padded:
+    """One example a window: cut or padded to ``length`` at its end. Padding never counts."""
+    tokens = list(examples)
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    windows = Windows(
+        torch.full((len(tokens), length), pad, dtype=torch.int64), torch.zeros(len(tokens), length, dtype=torch.bool)
+    )
+    for row, (ids, counted) in enumerate(tokens):
+        windows.ids[row, : len(ids)] = torch.tensor(ids[:length])
+        windows.counted[row, : len(ids)] = torch.tensor(counted[:length])
+    num_cut = sum(len(example.ids) > length for example in tokens)
+    kept = _counting(windows)
+    return Padded(kept, num_cut, len(windows) - len(kept))
+
+
+def _counting(windows: Windows) -> Windows:
+    """Those with a token that counts."""
+    return windows[windows.counted[:, 1:].any(1)]
 
 
 @torch.no_grad()
-def heldout_loss(model: torch.nn.Module, windows: Tensor, batch_size: int = 16) -> float:
-    """Mean next-token loss over windows, in nats per token. Leaves the model in evaluation mode.
+def heldout_loss(model: torch.nn.Module, windows: Windows, batch_size: int = 16) -> float:
+    """Mean next-token loss over all tokens that count, in nats per token. Leaves the model in evaluation mode.
 
     Raises:
         ValueError: there are no windows.
@@ -50,8 +133,9 @@ def heldout_loss(model: torch.nn.Module, windows: Tensor, batch_size: int = 16) 
         raise ValueError("no held-out windows: the held-out text is shorter than one window (task.window)")
     model.eval()
     device = next(model.parameters()).device
+    predicted = windows.ids.shape[1] - 1
     total = 0.0
     for batch in windows.split(batch_size):
-        batch = batch.to(device)
-        total += float(next_token_loss(model, batch)) * len(batch)
-    return total / len(windows)
+        loss = next_token_loss(model, batch.trimmed().to(device))
+        total += float(loss) * (batch.num_counted / predicted)  # in full windows, a whole number where all tokens count
+    return total / (windows.num_counted / predicted)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapters.finetune import Windows
 from adapters.model import ModelSettings, load_tokenizer
-from tasks.corpora import client_texts
-from tasks.shards import TaskSettings, check_task, load_shard
+from tasks.shards import TaskSettings, check_task, client_records, load_shard
 from tasks.stdlib import packages, prose
 from tasks.windows import heldout_loss, windows_of
 
@@ -19,8 +19,9 @@ def tokenizer() -> object:
 
 
 def texts(name: str, path: Path | None, client: int, num_clients: int, partition_by: str | None = None) -> list[str]:
-    where = None if path is None else str(path)
-    return client_texts(name, where, client, num_clients, partition_by=partition_by, alpha=0.5, seed=0)
+    settings = TaskSettings(name, None if path is None else str(path), partition_by=partition_by)
+    settings.partition = "iid" if partition_by is None else "dirichlet"
+    return [str(record.get("text", record.get("output"))) for record in client_records(settings, num_clients)(client)]
 
 
 def test_every_client_of_the_embedded_task_holds_another_package() -> None:
@@ -44,21 +45,21 @@ def test_prose_is_text_without_repetition() -> None:
 
 def test_windows_hold_the_text_in_order(tokenizer: object) -> None:
     windows = windows_of(["def f(x): return x\n" * 50], tokenizer, 16)  # type: ignore[arg-type]
-    assert windows.shape[1] == 16
-    text = tokenizer.decode(windows.flatten())  # type: ignore[attr-defined]
+    assert windows.ids.shape[1] == 16 and windows.counted.all()
+    text = tokenizer.decode(windows.ids.flatten())  # type: ignore[attr-defined]
     assert text.startswith("def f(x): return x\ndef f(x)")
-    assert windows_of([], tokenizer, 16).shape == (0, 16)  # type: ignore[arg-type]
+    assert windows_of([], tokenizer, 16).ids.shape == (0, 16)  # type: ignore[arg-type]
 
 
 def test_splits_are_three_to_seven_and_share_nothing(tokenizer: object) -> None:
     parts = {s: load_shard(TaskSettings(split=s), tokenizer, 3, 10) for s in ("tgap", "faf", "all")}  # type: ignore[arg-type]
-    rows = {s: {tuple(w) for w in part.train.tolist()} for s, part in parts.items()}
-    held = {tuple(w) for w in parts["all"].heldout.tolist()}
+    rows = {s: {tuple(w) for w in part.train.ids.tolist()} for s, part in parts.items()}
+    held = {tuple(w) for w in parts["all"].heldout.ids.tolist()}
     assert len(parts["tgap"].train) / len(parts["all"].train) == pytest.approx(0.3, abs=0.01)
     assert len(parts["tgap"].train) + len(parts["faf"].train) == len(parts["all"].train)
     assert rows["tgap"] | rows["faf"] == rows["all"]
     assert len(rows["tgap"] & rows["faf"]) <= 2  # equal windows of repeated source lines
-    assert torch.equal(parts["tgap"].heldout, parts["faf"].heldout)
+    assert torch.equal(parts["tgap"].heldout.ids, parts["faf"].heldout.ids)
     assert len(rows["all"] & held) <= 2
 
 
@@ -79,7 +80,6 @@ def test_jsonl_is_dealt_out_whole_and_without_overlap(jsonl: Path, partition_by:
     assert all(parts)
     dealt = [text for part in parts for text in part]
     assert len(dealt) == len(set(dealt)) == 40
-    assert "### Instruction:\nSay 0\n\n### Response:\n0 0" in "".join(dealt)
     assert parts == [texts("jsonl", jsonl, client, 4, partition_by) for client in range(4)]
 
 
@@ -93,8 +93,7 @@ def test_a_folder_of_texts_is_dealt_out(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ('{"text": "a"}\n{"text": \n', "line 2: no JSON"),
-        ("[1]\n", "line 1: a JSON object is expected, not list"),
-        ('{"question": "x"}\n', "a record needs 'text'"),
+        ('{"text": "a"}\n[1]\n', "line 2: a JSON object is expected, not list"),
         ("", "holds 0 records for 1 clients"),
     ],
 )
@@ -107,7 +106,7 @@ def test_a_broken_file_is_named_with_its_line(tmp_path: Path, content: str, said
 
 
 def test_a_missing_file_folder_or_column_is_named(tmp_path: Path, jsonl: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere\.jsonl' is no file"):
+    with pytest.raises(ValueError, match=r"nowhere\.jsonl' is no file, no folder"):
         texts("jsonl", tmp_path / "nowhere.jsonl", 0, 1)
     with pytest.raises(ValueError, match="nowhere' is no folder"):
         texts("text", tmp_path / "nowhere", 0, 1)
@@ -141,4 +140,4 @@ def test_wrong_settings_are_named(change: dict[str, object], said: str) -> None:
 
 def test_no_heldout_windows_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"task\.window"):
-        heldout_loss(torch.nn.Linear(1, 1), torch.empty(0, 8, dtype=torch.int64))
+        heldout_loss(torch.nn.Linear(1, 1), Windows.whole(torch.empty(0, 8, dtype=torch.int64)))
