@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.link import ResidentTrainer, trainer_at
+from client.work import TRUST, Work
 from strategies.records import (
     ACCEPTED,
     ARRAYS,
@@ -36,8 +37,8 @@ from strategies.records import (
 if TYPE_CHECKING:
     from client.trainer import Trainer
 
-NODE_PATHS = ("model-path", "task-path", "codec-artifact")
-"""Keys of a node's config by which it says where its own copies lie."""
+NODE_KEYS = ("model-path", "task-path", "codec-artifact", TRUST)
+"""Keys of a node's config by which it says where its own copies lie, and whom it trusts."""
 
 TRAINER_SOCKET = "trainer-socket"
 """Where the node's resident trainer listens."""
@@ -65,14 +66,15 @@ def train(message: Message, context: Context) -> Message:
     partition = int(context.node_config[PARTITION])
     trainer = _trainer(message, context)
     side = message.content.array_records.get(SIDE)
-    done = trainer.train(
-        arrays_of(message.content.array_records[ARRAYS]),
+    work = Work(
+        adapter=arrays_of(message.content.array_records[ARRAYS]),
+        side=arrays_of(side)[SIDE] if side else None,
         partition=partition,
         server_round=int(str(config[SERVER_ROUND])),
-        side=arrays_of(side)[SIDE] if side else None,
         accepted=str(config.get(ACCEPTED, "")),
         memory=_memory_root(context) / _folder_name(json.loads(str(config[SETTINGS]))["run_id"]),
     )
+    done = trainer.train(work)
     if done.payload is not None:
         arrays = wrap_payload(done.payload)
     else:
@@ -91,10 +93,10 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _trainer(message: Message, context: Context) -> Trainer | ResidentTrainer:
-    own_paths = tuple((key, str(context.node_config[key])) for key in NODE_PATHS if key in context.node_config)
+    own = tuple((key, str(context.node_config[key])) for key in NODE_KEYS if key in context.node_config)
     socket = context.node_config.get(TRAINER_SOCKET)
     path = Path(str(socket)) if socket else None
-    return trainer_at(path, str(config_of(message.content)[SETTINGS]), own_paths)
+    return trainer_at(path, str(config_of(message.content)[SETTINGS]), own)
 
 
 def _folder_name(run_id: object) -> str:

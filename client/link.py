@@ -13,6 +13,7 @@ Nothing is unpickled.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import socket
@@ -22,11 +23,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from client.trained import Overrides, Trained
+from client.work import Overrides, Trained, Work
 
 if TYPE_CHECKING:
     from client.trainer import Trainer
@@ -51,26 +50,10 @@ class ResidentTrainer:
         """As ``Trainer.check``."""
         self._ask({"verb": "check", "partition": partition}, b"")
 
-    def train(
-        self,
-        arrays: Mapping[str, NDArray[np.float32]],
-        *,
-        partition: int,
-        server_round: int,
-        side: NDArray[np.float32] | None,
-        accepted: str,
-        memory: Path,
-    ) -> Trained:
+    def train(self, work: Work) -> Trained:
         """As ``Trainer.train``."""
-        sent = {ADAPTER + name: array for name, array in arrays.items()}
-        if side is not None:
-            sent[SIDE] = side
-        head = {"partition": partition, "server_round": server_round, "accepted": accepted, "memory": str(memory)}
-        answer, body = self._ask({"verb": "train", **head}, save(sent))
-        if answer.pop("coded"):
-            return Trained(adapter=None, payload=body, **answer)
-        trained = load(body)
-        return Trained(adapter={name: trained[name] for name in arrays}, payload=None, **answer)
+        head, body = pack_work(work)
+        return unpack_trained(*self._ask({"verb": "train", **head}, body))
 
     def _ask(self, head: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
         """Asks until a trainer answers. The same question again does no harm: residuals are kept by round.
@@ -107,6 +90,44 @@ def trainer_at(path: Path | None, settings_json: str, overrides: Overrides) -> T
     from client.trainer import trainer_for  # here, as it loads torch
 
     return trainer_for(settings_json, overrides)
+
+
+def pack_work(work: Work) -> tuple[dict[str, Any], bytes]:
+    arrays = {ADAPTER + name: array for name, array in work.adapter.items()}
+    if work.side is not None:
+        arrays[SIDE] = work.side
+    head = {"partition": work.partition, "server_round": work.server_round, "names": list(work.adapter)}
+    return {**head, "accepted": work.accepted, "memory": str(work.memory)}, save(arrays)
+
+
+def unpack_work(head: Mapping[str, Any], body: bytes) -> Work:
+    """Inverse of ``pack_work``; safetensors sorts names, so their order comes apart."""
+    arrays = load(body)
+    return Work(
+        adapter={str(name): arrays[ADAPTER + str(name)] for name in head["names"]},
+        side=arrays.get(SIDE),
+        partition=int(head["partition"]),
+        server_round=int(head["server_round"]),
+        accepted=str(head["accepted"]),
+        memory=Path(str(head["memory"])),
+    )
+
+
+def pack_trained(done: Trained) -> tuple[dict[str, Any], bytes]:
+    figures = {field.name: getattr(done, field.name) for field in dataclasses.fields(done)}
+    adapter, payload = figures.pop("adapter"), figures.pop("payload")
+    if payload is not None:
+        return {**figures, "names": None}, payload
+    return {**figures, "names": list(adapter)}, save(adapter)
+
+
+def unpack_trained(head: Mapping[str, Any], body: bytes) -> Trained:
+    """Inverse of ``pack_trained``."""
+    figures = {key: value for key, value in head.items() if key != "names"}
+    if head["names"] is None:
+        return Trained(adapter=None, payload=body, **figures)
+    arrays = load(body)
+    return Trained(adapter={name: arrays[name] for name in head["names"]}, payload=None, **figures)
 
 
 def send(connection: socket.socket, head: Mapping[str, Any], body: bytes) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import shutil
 import time
@@ -63,7 +64,7 @@ def save_residual(folder: Path, partition: int, layout: Layout, server_round: in
     }
     try:
         save_file({"target": residual.target_RC, "left": left_RC}, part, metadata)
-        if last.is_file() and (kept := _read(last, layout)) is not None and kept.server_round < server_round:
+        if _round_of(last) < server_round:
             os.replace(last, before)
         os.replace(part, last)
     except SafetensorError as error:  # its word for a full disk, too
@@ -91,6 +92,15 @@ def _read(path: Path, layout: Layout) -> _Kept | None:
         _LOG.warning("the residual in %s is damaged and is dropped", path)
         return None
     return kept
+
+
+def _round_of(path: Path) -> float:
+    """Of the file's head alone; infinite if there is none that can be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int((file.metadata() or {})["round"])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return math.inf
 
 
 def _checksum(*tensors: Tensor) -> str:

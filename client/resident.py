@@ -2,14 +2,14 @@
 
 Flower starts a fresh process for every message, and loading a base model takes longer than a round's training. So the
 ClientApp hands the work to this process over a Unix socket of its node (``link.py``), which lies in a folder that only
-its owner can enter.
+its owner can enter. Under torchrun several of it train together, one GPU each; the first one listens.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
+import json
 import logging
 import os
 import socket
@@ -17,10 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load, save
-
-from client.link import ADAPTER, SIDE, receive, send
-from client.trainer import trainer_for
+from adapters.team import Team
+from client.link import pack_trained, receive, send, unpack_work
+from client.trainer import Trainer, trainer_for
 from conf.processes import exit_on_sigterm
 
 _LOG = logging.getLogger(__name__)
@@ -32,9 +31,12 @@ def main() -> None:
         "--socket", type=Path, required=True, help="Unix socket to listen at; its folder is made private"
     )
     args = parser.parse_args()
+    team = Team.of_torchrun()
+    if team.rank > 0:
+        follow(team)
     exit_on_sigterm()
     try:
-        serve(args.socket)
+        serve(args.socket, team)
     except (KeyboardInterrupt, SystemExit):
         pass
     except OSError as error:
@@ -43,7 +45,7 @@ def main() -> None:
         args.socket.unlink(missing_ok=True)
 
 
-def serve(path: Path) -> None:
+def serve(path: Path, team: Team) -> None:
     """Answers one message after the other, until its parent is gone."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.parent.chmod(0o700)
@@ -60,45 +62,53 @@ def serve(path: Path) -> None:
                 connection, _ = listener.accept()
                 with connection:
                     connection.settimeout(None)
-                    _answer(connection)
+                    _answer(connection, team)
 
 
-def _answer(connection: socket.socket) -> None:
+def _answer(connection: socket.socket, team: Team) -> None:
     try:
         head, body = receive(connection)
         try:
-            answer, content = _done(head, body)
+            answer, content = _done(head, body, team)
         except ValueError as error:
             answer, content = {"error": str(error)}, b""
         except Exception as error:  # the node's ClientApp tells the server; the trainer lives on
             _LOG.exception("a message failed")
             answer, content = {"error": f"local training failed: {error!r}", "fatal": True}, b""
         send(connection, answer, content)
+        if "fatal" in answer and team.size > 1:
+            sys.exit(
+                1
+            )  # the others may wait for gradients that never come: torchrun ends them, the node starts all anew
     except (OSError, EOFError, ValueError) as error:
         _LOG.warning("a client went away: %s", error)
 
 
-def _done(head: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+def follow(team: Team) -> None:
+    """The others of a team: what the first one is asked for, they do as well, until it is gone."""
+    while True:
+        question, body = json.loads(team.told()), team.told()
+        with contextlib.suppress(ValueError):  # the first one gives it as the answer
+            trainer = _trainer(question)
+            if question["verb"] == "check":
+                trainer.check(int(question["partition"]))
+            else:
+                trainer.finetune(unpack_work(question, body), team)
+
+
+def _done(head: dict[str, Any], body: bytes, team: Team) -> tuple[dict[str, Any], bytes]:
     """One message's work."""
-    trainer = trainer_for(str(head["settings"]), tuple((str(k), str(v)) for k, v in head["overrides"]))
+    team.tell(json.dumps(head).encode())
+    team.tell(body)
+    trainer = _trainer(head)
     if head["verb"] == "check":
         trainer.check(int(head["partition"]))
         return {}, b""
-    tensors = load(body)
-    done = trainer.train(
-        {key.removeprefix(ADAPTER): tensor for key, tensor in tensors.items() if key.startswith(ADAPTER)},
-        partition=int(head["partition"]),
-        server_round=int(head["server_round"]),
-        side=tensors.get(SIDE),
-        accepted=str(head["accepted"]),
-        memory=Path(str(head["memory"])),
-    )
-    figures = {field.name: getattr(done, field.name) for field in dataclasses.fields(done)}
-    del figures["adapter"], figures["payload"]
-    if done.payload is not None:
-        return {**figures, "coded": True}, done.payload
-    assert done.adapter is not None
-    return {**figures, "coded": False}, save(done.adapter)
+    return pack_trained(trainer.train(unpack_work(head, body), team))
+
+
+def _trainer(head: dict[str, Any]) -> Trainer:
+    return trainer_for(str(head["settings"]), tuple((str(k), str(v)) for k, v in head["overrides"]))
 
 
 if __name__ == "__main__":

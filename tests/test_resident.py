@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from test_federation import settings_for
 
 from client.link import ResidentTrainer, receive, send, trainer_at
 from client.trainer import Trainer, trainer_for
+from client.work import Work
 from conf.schema import Settings
 from server.evaluate import Evaluator
 
@@ -33,8 +35,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert not place.exists()
 
 
-def start(place: Path) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen([sys.executable, "-m", "client.resident", "--socket", str(place)])
+def start(place: Path, *launcher: str) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen([sys.executable, "-m", *launcher, "client.resident", "--socket", str(place)])
     deadline = time.monotonic() + 90
     while not place.exists():
         assert process.poll() is None
@@ -56,24 +58,43 @@ def test_its_answers_are_those_of_a_trainer_in_this_process(path: Path, settings
     resident.check(0)
     for server_round in (1, 2):
         answers = [
-            trainer.train(
-                arrays, partition=0, server_round=server_round, side=None, accepted="", memory=tmp_path / name
-            )
+            trainer.train(Work(arrays, None, 0, server_round, "", tmp_path / name))
             for name, trainer in (("resident", resident), ("here", here))
         ]
         assert answers[0].payload == answers[1].payload is not None
         assert answers[0].train_loss == answers[1].train_loss
     settings.arm = "dense"
     text = settings.to_json()
-    dense = [
-        trainer_at(place, text, ()).train(arrays, partition=1, server_round=1, side=None, accepted="", memory=tmp_path)
-        for place in (path, None)
-    ]
+    dense = [trainer_at(place, text, ()).train(Work(arrays, None, 1, 1, "", tmp_path)) for place in (path, None)]
     settings.arm = "coded"
     assert dense[0].adapter is not None
     assert dense[1].adapter is not None
     assert list(dense[0].adapter) == list(dense[1].adapter)
     assert all(np.array_equal(dense[0].adapter[name], array) for name, array in dense[1].adapter.items())
+
+
+def test_a_team_of_two_gives_the_update_of_one(settings: Settings, tmp_path: Path) -> None:
+    """Data parallel: each process takes every other micro-batch, and gradients are added up."""
+    settings = dataclasses.replace(settings, arm="dense", train=dataclasses.replace(settings.train, micro_batch_size=1))
+    place, text = tmp_path / "team" / "trainer.sock", settings.to_json()
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    team = start(place, *torchrun)
+    try:
+        arrays = {name: tensor.numpy() for name, tensor in Evaluator(settings).initial.items()}
+        work = Work(arrays, None, 0, 1, "", tmp_path)
+        trainer_at(place, text, ()).check(0)
+        with pytest.raises(ValueError, match="/nowhere"):  # and the others wait for the next message
+            trainer_at(place, text, (("model-path", "/nowhere"),)).check(0)
+        together, alone = (trainer_at(where, text, ()).train(work) for where in (place, None))
+    finally:
+        team.terminate()
+        team.wait(30)
+    assert together.train_loss == pytest.approx(alone.train_loss, rel=1e-5)
+    assert together.adapter is not None
+    assert alone.adapter is not None
+    moved = [alone.adapter[name] - arrays[name] for name in arrays]
+    apart = [together.adapter[name] - alone.adapter[name] for name in arrays]
+    assert sum(np.abs(a).sum() for a in apart) < 1e-2 * sum(np.abs(m).sum() for m in moved)
 
 
 def test_a_refusal_comes_back_as_one(path: Path, settings: Settings) -> None:
@@ -116,7 +137,7 @@ def test_a_trainer_that_is_killed_is_asked_again_when_it_is_back(tmp_path: Path,
 
     def ask() -> None:
         trainer = ResidentTrainer(place, settings.to_json(), ())
-        done = trainer.train(arrays, partition=2, server_round=1, side=None, accepted="", memory=tmp_path / "memory")
+        done = trainer.train(Work(arrays, None, 2, 1, "", tmp_path / "memory"))
         found.append(done.payload)
 
     asking = threading.Thread(target=ask)
@@ -128,9 +149,7 @@ def test_a_trainer_that_is_killed_is_asked_again_when_it_is_back(tmp_path: Path,
     asking.join(120)
     second.terminate()
     second.wait(20)
-    here = trainer_for(settings.to_json(), ()).train(
-        arrays, partition=2, server_round=1, side=None, accepted="", memory=tmp_path / "here"
-    )
+    here = trainer_for(settings.to_json(), ()).train(Work(arrays, None, 2, 1, "", tmp_path / "here"))
     assert found == [here.payload]
 
 

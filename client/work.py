@@ -1,0 +1,40 @@
+"""One client's work in one round, and what comes of it. No torch here: see ``link.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = dict[str, NDArray[np.float32]]
+Overrides = tuple[tuple[str, str], ...]
+"""What a node says by its node config: its own paths (``model-path``, ``task-path``, ``codec-artifact``), and
+``TRUST``."""
+TRUST = "trust-remote-code"
+"""``true`` if the node's owner lets a model's own Python code run: a server alone cannot."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """To train from the global adapter on one partition."""
+
+    adapter: Arrays
+    side: NDArray[np.float32] | None  # the codec's side information of this round
+    partition: int
+    server_round: int
+    accepted: str  # digest of this client's last payload that the server took
+    memory: Path  # folder of this run's residuals
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The dense adapter or the payload, whichever the arm sends."""
+
+    adapter: Arrays | None
+    payload: bytes | None
+    num_examples: int
+    train_loss: float
+    seconds_train: float
+    seconds_encode: float
