@@ -7,7 +7,7 @@ from, and hands that to FedAvg: the inner strategy never learns that the wire wa
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from logging import INFO, WARNING
+from logging import INFO
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -19,7 +19,7 @@ from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_update, digest_of
 from strategies.records import ACCEPTED, ARRAYS, CONFIG, SIDE, unwrap_payload
-from strategies.tensors import check_values, from_record, to_record
+from strategies.tensors import check_values, from_record, moved_to_record, to_record
 from strategies.wrapping import AdapterStrategy
 
 
@@ -27,8 +27,7 @@ class CodedStrategy(AdapterStrategy):
     """Decodes what clients encoded.
 
     Every message tells its client which of its payloads was accepted last, so that the mass of a payload that was
-    lost or refused goes back into the client's residual. A payload that cannot be decoded is left out of the round,
-    with a warning; it never ends the run.
+    lost or refused goes back into the client's residual. A payload that cannot be decoded is left out of the round.
     """
 
     def __init__(self, inner: Strategy, codec: Codec, min_replies: int = 1) -> None:
@@ -55,8 +54,9 @@ class CodedStrategy(AdapterStrategy):
         arrays, metrics = super().aggregate_train(server_round, decoded)
         self.accepted |= taken  # only now: if the round failed, every client's mass stays with it
         if arrays is not None:
-            new = from_record(arrays)
-            step = {name: new[name] - tensor for name, tensor in self.current.items()}
+            step = from_record(arrays)
+            for name, tensor in self.current.items():
+                step[name].sub_(tensor)
             self.side = self.codec.side_information(self.codec.layout.to_blocks(step))
         return arrays, metrics
 
@@ -67,14 +67,13 @@ class CodedStrategy(AdapterStrategy):
             try:
                 payload = unwrap_payload(reply.content)
                 update = decode_update(payload, codec=self.codec, side=self.side)
-                adapter = {name: update[name].add_(tensor) for name, tensor in self.current.items()}
+                adapter = {name: update.pop(name).add_(tensor) for name, tensor in self.current.items()}
                 check_values(adapter)
             except CodecError as error:
-                log(WARNING, "the payload of node %s is refused: %s. Its mass stays with the client.", node, error)
+                self.refuse(node, f"{error}. Its mass stays with the client")
                 continue
             taken[node] = digest_of(payload)
-            reply.content = RecordDict({**reply.content, ARRAYS: to_record(adapter)})
-            del update, adapter  # while the reply is averaged, its bytes are enough
+            reply.content = RecordDict({**reply.content, ARRAYS: moved_to_record(adapter)})
             yield reply
 
     def summary(self) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from logging import WARNING
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.supercore import log
 from torch import Tensor
 
 from strategies.records import ARRAYS
@@ -28,7 +26,7 @@ class DenseStrategy(AdapterStrategy):
             try:
                 adapter = self._adapter_of(reply.content.array_records[ARRAYS])
             except ValueError as error:
-                log(WARNING, "the adapter of node %s is refused: %s", reply.metadata.src_node_id, error)
+                self.refuse(reply.metadata.src_node_id, str(error))
                 continue
             reply.content = RecordDict({**reply.content, ARRAYS: to_record(adapter)})
             yield reply

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from strategies.records import ARRAYS, METRICS, NUM_EXAMPLES, REPLY_METRICS, metric
-from strategies.tensors import to_record
+from strategies.tensors import moved_to_record
 from strategies.wrapping import WrappingStrategy
 
 
@@ -32,8 +32,9 @@ class MeanStrategy(WrappingStrategy):
         examples, last = 0.0, None
         for reply in replies:
             weight = metric(reply.content.metric_records[METRICS], NUM_EXAMPLES)
-            for name, array in reply.content.array_records[ARRAYS].items():  # a tensor at a time
-                tensor = torch.from_numpy(np.asarray(array.numpy(), np.float32))
+            record = reply.content.array_records[ARRAYS]
+            for name in list(record):  # used up, a tensor at a time: Flower's records are cycles, which live on
+                tensor = torch.from_numpy(np.asarray(record.pop(name).numpy(), np.float32))
                 sums.setdefault(name, torch.zeros_like(tensor)).add_(tensor, alpha=weight)
             for key in metrics:
                 metrics[key] += weight * metric(reply.content.metric_records[METRICS], key)
@@ -41,8 +42,13 @@ class MeanStrategy(WrappingStrategy):
             last = reply
         if last is None:
             return super().aggregate_train(server_round, [])
-        mean = to_record({name: tensor.div_(examples) for name, tensor in sums.items()})
+        for tensor in sums.values():
+            tensor.div_(examples)
+        mean = moved_to_record(sums)
         means = MetricRecord({key: value / examples for key, value in metrics.items()})
         means[NUM_EXAMPLES] = examples
         last.content = RecordDict({ARRAYS: mean, METRICS: means})
-        return super().aggregate_train(server_round, [last])
+        try:
+            return super().aggregate_train(server_round, [last])
+        finally:
+            mean.clear()

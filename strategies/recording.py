@@ -1,19 +1,16 @@
-"""Records every client's update: what TGAP (the paper, section 3.1) trains the codec on.
-
-The file holds float32 tensors under ``r<round>/c<client>/<PEFT tensor name>``.
-"""
+"""Records every client's update: what TGAP (the paper, section 3.1) trains the codec on."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
-from safetensors.torch import save_file
 from torch import Tensor
 
+from gradcodec.layout import Layout
+from gradcodec.recording import save_recording
 from strategies.records import ARRAYS, METRICS, PARTITION, metric
 from strategies.tensors import from_record
 from strategies.wrapping import AdapterStrategy
@@ -22,9 +19,10 @@ from strategies.wrapping import AdapterStrategy
 class RecordingStrategy(AdapterStrategy):
     """Keeps the dense updates of every round in memory until ``save``; for dense replies only."""
 
-    def __init__(self, inner: Strategy) -> None:
+    def __init__(self, inner: Strategy, layout: Layout) -> None:
         super().__init__(inner)
-        self.updates: dict[str, Tensor] = {}
+        self.layout = layout
+        self.updates: dict[tuple[int, int], dict[str, Tensor]] = {}
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -33,12 +31,10 @@ class RecordingStrategy(AdapterStrategy):
 
     def _recorded(self, server_round: int, reply: Message) -> Message:
         client = int(metric(reply.content.metric_records[METRICS], PARTITION))
-        for name, tensor in from_record(reply.content.array_records[ARRAYS]).items():
-            self.updates[f"r{server_round}/c{client}/{name}"] = tensor - self.current[name]
+        adapter = from_record(reply.content.array_records[ARRAYS])
+        self.updates[server_round, client] = {name: tensor - self.current[name] for name, tensor in adapter.items()}
         return reply
 
     def save(self, path: Path) -> None:
         """Writes the file whole or not at all."""
-        part = path.with_name(path.name + ".part")
-        save_file(self.updates, part)
-        os.replace(part, path)
+        save_recording(self.updates, self.layout.parts, path)

@@ -35,6 +35,7 @@ REPLY_METRICS = (NUM_EXAMPLES, PARTITION, TRAIN_LOSS, SECONDS_TRAIN, SECONDS_ENC
 SETTINGS = "settings"  # the run's resolved settings, as JSON
 SERVER_ROUND = "server-round"
 MEMORY_VARIABLE = "CG_FEDLLM_MEMORY"  # environment: where the clients of a simulation keep residuals
+TRUST_VARIABLE = "CG_FEDLLM_TRUST_REMOTE_CODE"  # environment: the clients of a simulation run a model's own code
 ACCEPTED = "accepted"  # digest of the client's last payload that the server took
 REFUSAL = "refusal"  # why a node cannot take part, at the roll call
 

@@ -66,9 +66,10 @@ def call_roll(
     questions = [Message(RecordDict({CONFIG: config}), node, MessageType.QUERY) for node in nodes]
     roster: dict[int, int] = {}
     refusals: list[str] = []
-    asked = dict(zip(nodes, questions, strict=True))
-    for reply in replies_to(grid, questions, wait_seconds):
-        node = next(n for n, q in asked.items() if q.metadata.message_id == reply.metadata.reply_to_message_id)
+    replies = replies_to(grid, questions, wait_seconds)
+    asked = {question.metadata.message_id: question.metadata.dst_node_id for question in questions}
+    for reply in replies:
+        node = asked[reply.metadata.reply_to_message_id]
         try:
             partition = _answer(reply)
         except FederationError as error:
@@ -143,6 +144,7 @@ class SeededStrategy(WrappingStrategy):
         self.resting: dict[int, int] = {}  # partition -> the last round that it is left out of
         self._partition_of = {node: partition for partition, node in roster.items()}
         self._messages: list[Message] = []
+        self._refused: set[int] = set()  # partitions whose replies of this round the inner strategy could not use
 
     def sample(self, server_round: int) -> list[int]:
         """The partitions of a round, ascending; depends on seed, round and who rests. All rest: all are awake."""
@@ -164,7 +166,13 @@ class SeededStrategy(WrappingStrategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        self._refused = set()
         return super().aggregate_train(server_round, self._in_order(server_round, replies))
+
+    def refuse(self, server_round: int, node: int, reason: str) -> None:
+        """To be called by whoever finds that a reply that was handed on cannot be used."""
+        self._refused.add(self._partition_of[node])
+        self._note(server_round, self._partition_of[node], reason)
 
     def _in_order(self, server_round: int, replies: Iterable[Message]) -> Iterator[Message]:
         """Usable replies by ascending partition; only those that come early are kept."""
@@ -176,24 +184,26 @@ class SeededStrategy(WrappingStrategy):
             if partition is None or partition not in waiting or partition in early:
                 log(WARNING, "a reply in round %s that nobody asked for is left out", server_round)
                 continue
-            problem = self._problem(reply, partition)
-            self._note(server_round, partition, problem)
+            if problem := self._problem(reply, partition):
+                self._note(server_round, partition, problem)
             early[partition] = None if problem else reply
             while waiting and waiting[0] in early:
-                ready = early.pop(waiting.pop(0))
-                if ready is not None:
-                    yield ready
+                yield from self._handed_on(early.pop(first := waiting.pop(0)), first)
         for partition in waiting:
-            if partition not in early:
+            if partition in early:
+                yield from self._handed_on(early.pop(partition), partition)
+            else:
                 self._note(server_round, partition, "no answer within federation.round_seconds")
-            elif (late := early[partition]) is not None:
-                yield late
+
+    def _handed_on(self, reply: Message | None, partition: int) -> Iterator[Message]:
+        """The reply, if there is a usable one; afterwards a failure less, unless it turned out to be of no use."""
+        if reply is not None:
+            yield reply
+            if partition not in self._refused:
+                self.failures.pop(partition, None)
 
     def _note(self, server_round: int, partition: int, problem: str) -> None:
         """Counts failures in a row, and lets a client rest that has too many."""
-        if not problem:
-            self.failures.pop(partition, None)
-            return
         log(WARNING, "partition %s is left out of round %s: %s", partition, server_round, problem)
         self.failures[partition] = self.failures.get(partition, 0) + 1
         if self.failures[partition] >= self.max_failures:

@@ -20,8 +20,16 @@ def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     return record_of({name: tensor.numpy() for name, tensor in tensors.items()})
 
 
+def moved_to_record(tensors: dict[str, Tensor]) -> ArrayRecord:
+    """The same a tensor at a time: the dict is empty afterwards, and two copies of all were never held."""
+    record = ArrayRecord()
+    for name in list(tensors):
+        record.update(to_record({name: tensors.pop(name)}))
+    return record
+
+
 def from_record(record: ArrayRecord) -> dict[str, Tensor]:
-    """Inverse of ``to_record``."""
+    """Inverse of both."""
     return {name: torch.from_numpy(array) for name, array in arrays_of(record).items()}
 
 

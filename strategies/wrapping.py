@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from logging import WARNING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from flwr.supercore import log
 from torch import Tensor
 
 from strategies.tensors import from_record
@@ -53,6 +55,7 @@ class AdapterStrategy(WrappingStrategy):
         super().__init__(inner)
         self.min_replies = min_replies
         self.current: dict[str, Tensor] = {}
+        self.on_refused: Callable[[int, str], None] = lambda node, reason: None
 
     def enough(self, server_round: int, replies: Iterable[Message]) -> Iterator[Message]:
         """The replies, and behind the last one RoundError if they were too few: before anything is averaged."""
@@ -64,6 +67,11 @@ class AdapterStrategy(WrappingStrategy):
             raise RoundError(
                 f"round {server_round}: {count} usable replies, federation.min_replies={self.min_replies}; see above"
             )
+
+    def refuse(self, node: int, reason: str) -> None:
+        """A reply is left out; that never ends the run."""
+        log(WARNING, "the reply of node %s is refused: %s", node, reason)
+        self.on_refused(node, reason)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
