@@ -101,8 +101,9 @@ def last_line(log: Path) -> str:
     return " ".join(log.read_text(errors="replace").strip().splitlines()[-1:]) if log.is_file() else ""
 
 
-def stay_up(children: Sequence[Child], report: Callable[[str], None], poll_seconds: float = 0.5) -> None:
-    """Keeps all of them running until SIGTERM or Ctrl-C, or until one fails for good; then ends all, last first.
+def stay_up(children: Sequence[Child], poll_seconds: float = 0.5) -> None:
+    """Keeps all of them running until SIGTERM or Ctrl-C, or until one fails for good; then ends all, last first. What
+    happens to them is told on standard error.
 
     Raises:
         ValueError: a child failed for good.
@@ -111,10 +112,15 @@ def stay_up(children: Sequence[Child], report: Callable[[str], None], poll_secon
     try:
         while True:
             for child in children:
-                child.watch(report)
+                child.watch(lambda text: print(text, file=sys.stderr, flush=True))
             time.sleep(poll_seconds)
     finally:
         end_all(children)
+
+
+def path_with_binaries() -> str:
+    """``PATH`` with this Python's own programs first."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def end_all(children: Sequence[Child]) -> None:
@@ -124,8 +130,4 @@ def end_all(children: Sequence[Child]) -> None:
 
 def exit_on_sigterm() -> None:
     """SIGTERM becomes SystemExit, so that ``finally`` ends what was started."""
-    signal.signal(signal.SIGTERM, lambda *_: exit_with(0))
-
-
-def exit_with(status: int) -> None:
-    raise SystemExit(status)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -15,11 +15,13 @@ from typing import Any, TypeVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from adapters.base import is_hub_name as is_hub_model
 from adapters.finetune import TrainSettings, check_training
 from adapters.model import LoraSettings, ModelSettings, check_lora, check_model
 from gradcodec.build import CodecSettings, check_codec
 from gradcodec.training import FitSettings
 from strategies.build import StrategySettings, check_strategy
+from tasks.corpora import is_hub_name as is_hub_dataset
 from tasks.shards import TaskSettings, check_task
 
 Run = TypeVar("Run", bound="Settings")
@@ -59,6 +61,7 @@ class Settings:
 
     seed: int = 0
     arm: str = "coded"  # base | centralised | dense | coded
+    dry_run: bool = False  # print what the run would do, and end
     output: str = "outputs/federate"
     run_id: str = ""  # set at the start; names the run in the clients' memory
     resume: str | None = None  # folder of a run that did not end: go on from its last finished round
@@ -182,8 +185,11 @@ def _typed(schema: type[Run], config: Any) -> Run:
 
 def _absolute(settings: Run) -> Run:
     settings.output = str(Path(settings.output).absolute())
-    settings.model.path = str(Path(settings.model.path).absolute())
-    for holder, key in ((settings, "record"), (settings.task, "path"), (settings.codec, "artifact")):
+    if not is_hub_model(settings.model.path):
+        settings.model.path = str(Path(settings.model.path).absolute())
+    if settings.task.path is not None and not is_hub_dataset(settings.task.path):
+        settings.task.path = str(Path(settings.task.path).absolute())
+    for holder, key in ((settings, "record"), (settings.lora, "start"), (settings.codec, "artifact")):
         if getattr(holder, key) is not None:
             setattr(holder, key, str(Path(getattr(holder, key)).absolute()))
     return settings

@@ -94,7 +94,7 @@ def _start(args: argparse.Namespace) -> None:
     except BaseException:
         end_all(children)
         raise
-    stay_up(children, lambda text: print(text, file=sys.stderr, flush=True))
+    stay_up(children)
 
 
 def _register(args: argparse.Namespace) -> None:

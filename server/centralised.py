@@ -1,4 +1,7 @@
-"""The arm ``centralised``: LoRA on the pooled data, as many steps as all clients of the federation take together."""
+"""The arm ``centralised``: LoRA on the pooled data, as many steps as all clients of the federation take together.
+
+Where ``train.epochs`` gives the clients different numbers of steps, their mean counts.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from adapters.finetune import finetune
+from adapters.finetune import Windows, finetune, num_steps
 from adapters.model import add
 from conf.output import open_output, write_json
 from conf.schema import Settings, check_settings
@@ -35,10 +38,13 @@ def run_alone(settings: Settings) -> RunResults:
     adapter = evaluator.initial
     if settings.arm == "centralised":
         federation = settings.federation
-        steps_a_round = federation.clients_per_round * settings.train.steps
-        pooled = torch.cat([shard.train for shard in evaluator.shards])
+        pooled = Windows.cat([shard.train for shard in evaluator.shards])
+        steps = [num_steps(settings.train, len(shard.train)) for shard in evaluator.shards]
+        steps_a_round = round(federation.clients_per_round * sum(steps) / len(steps))
         lr = settings.train.lr if settings.train.update == "delta" else settings.strategy.lr
-        training = dataclasses.replace(settings.train, update="delta", lr=lr, steps=steps_a_round * federation.rounds)
+        training = dataclasses.replace(
+            settings.train, update="delta", lr=lr, steps=steps_a_round * federation.rounds, epochs=None
+        )
         torch.set_num_threads(os.cpu_count() or 1)  # alone on the machine
         with progress_bar() as progress:
             bar = progress.add_task("centralised", total=training.steps, note="")
@@ -52,6 +58,6 @@ def run_alone(settings: Settings) -> RunResults:
             update, _ = finetune(evaluator.model, adapter, pooled, training, settings.seed, on_step)
             adapter = add(adapter, update)
     results.seconds = time.monotonic() - start
-    evaluator.save(adapter, output / "adapter")
+    evaluator.save(adapter, results.facts(), output / "adapter")
     write_json(results.to_json(), output / "results.json")
     return results

@@ -6,7 +6,6 @@ round, results so far, which payload of every client was accepted last, and who 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
@@ -19,8 +18,6 @@ from torch import Tensor
 
 from conf.schema import Settings
 from server.results import RunResults
-from strategies.ledger import Uplink
-from strategies.sampling import Fault
 
 NAME = "checkpoint.safetensors"
 _ADAPTER, _OPTIMIZER, _SIDE = "adapter/", "optimizer/", "side"
@@ -47,18 +44,12 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     tensors |= {_OPTIMIZER + name: tensor.contiguous() for name, tensor in checkpoint.optimizer.items()}
     if checkpoint.side is not None:
         tensors[_SIDE] = checkpoint.side.contiguous()
-    results = checkpoint.results
     head = {
         "settings": checkpoint.settings.to_json(),
         "state": json.dumps(
             {
                 "server_round": checkpoint.server_round,
-                "num_parameters": results.num_parameters,
-                "heldout_loss": results.heldout_loss,
-                "uplinks": [dataclasses.asdict(uplink) for uplink in results.uplinks],
-                "faults": [dataclasses.asdict(fault) for fault in results.faults],
-                "seconds": results.seconds,
-                "downlink_bytes": results.downlink_bytes,
+                **checkpoint.results.state(),
                 **{key: list(getattr(checkpoint, key).items()) for key in ("accepted", "failures", "resting")},
             }
         ),
@@ -83,20 +74,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
         state: dict[str, Any] = json.loads(head["state"])
         settings = Settings.from_json(head["settings"])
-        results = RunResults(
-            settings,
-            state["num_parameters"],
-            state["heldout_loss"],
-            [Uplink(**uplink) for uplink in state["uplinks"]],
-            [Fault(**fault) for fault in state["faults"]],
-            state["seconds"],
-            state["downlink_bytes"],
-        )
         return Checkpoint(
             settings=settings,
             server_round=state["server_round"],
             adapter=_under(_ADAPTER, tensors),
-            results=results,
+            results=RunResults.of_state(settings, state),
             optimizer=_under(_OPTIMIZER, tensors),
             side=tensors.get(_SIDE),
             **{key: dict(map(tuple, state[key])) for key in ("accepted", "failures", "resting")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,34 +10,49 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from adapters.base import max_positions
+from adapters.export import load_start, save_adapter
+from adapters.finetune import Windows
 from adapters.model import Adapter, get_adapter, load_model, load_tokenizer, set_adapter
 from conf.schema import Settings
-from tasks.shards import Shard, load_shard
+from tasks.shards import Shard, check_window, load_shards
 from tasks.windows import heldout_loss
+
+_LOG = logging.getLogger(__name__)
 
 
 class Evaluator:
     """Base model, every client's shard and the initial adapter, on the server's side.
 
     Raises:
-        ValueError: the server cannot read the task's text.
+        ValueError: the server cannot read the task's text, or ``lora.start`` does not fit.
     """
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.train.threads)
+        check_window(settings.task, max_positions(settings.model))
         tokenizer = load_tokenizer(settings.model)
         num_clients = settings.federation.num_clients
-        self.shards: list[Shard] = [load_shard(settings.task, tokenizer, i, num_clients) for i in range(num_clients)]
-        self.heldout = torch.cat([shard.heldout for shard in self.shards])
+        self.shards: list[Shard] = list(load_shards(settings.task, tokenizer, range(num_clients), num_clients))
+        _report_losses(self.shards, settings.task.window)
+        self.heldout = Windows.cat([shard.heldout for shard in self.shards])
         self.model: PeftModel = load_model(settings.model, settings.lora, settings.seed)
-        self.initial: Adapter = get_adapter(self.model)
+        start = settings.lora.start
+        self.initial: Adapter = get_adapter(self.model) if start is None else load_start(Path(start), self.model)
 
     def loss(self, adapter: Mapping[str, Tensor]) -> float:
         """Held-out loss in nats per token."""
         set_adapter(self.model, adapter)
         return heldout_loss(self.model, self.heldout)
 
-    def save(self, adapter: Mapping[str, Tensor], folder: Path) -> None:
-        """Writes the adapter as a PEFT directory, which ``PeftModel.from_pretrained`` loads."""
-        set_adapter(self.model, adapter)
-        self.model.save_pretrained(str(folder))
+    def save(self, adapter: Mapping[str, Tensor], facts: Mapping[str, str], folder: Path) -> None:
+        """Writes the adapter as a PEFT directory, its card telling the facts of the run."""
+        save_adapter(adapter, self.model.peft_config["default"], facts, folder)
+
+
+def _report_losses(shards: list[Shard], window: int) -> None:
+    num_cut, num_empty = sum(shard.num_cut for shard in shards), sum(shard.num_empty for shard in shards)
+    if num_cut:
+        _LOG.warning("%s records are longer than task.window=%s tokens and are cut", num_cut, window)
+    if num_empty:
+        _LOG.warning("%s records are left out: no token that counts is in their window", num_empty)

@@ -4,6 +4,7 @@ python -m server.federate [arm=coded|dense|centralised|base] [codec=learned|iden
 python -m server.federate -m codec=learned,identity seed=0,1        # a sweep
 python -m server.federate backend=superlink                          # on a running SuperLink, over gRPC
 python -m server.federate resume=outputs/federate/2026-01-31/12-00-00  # a run that did not end, bit for bit
+python -m server.federate +experiment=llama7b_dolly dry_run=true      # what a run would do: steps, bytes, memory, time
 python -m server.federate --cfg job                                  # every setting and its value
 """
 
@@ -18,9 +19,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from adapters.base import is_hub_name
 from conf.output import open_output
 from conf.schema import Settings, changed, check_settings, register_schemas, settings_of
 from server.checkpoint import load_checkpoint
+from server.plan import Plan, plan_of, print_plan
 from server.quiet import quiet
 from server.results import RunResults
 
@@ -40,6 +43,9 @@ def main(config: DictConfig) -> float:
             settings = resumed(Path(settings.resume), HydraConfig.get().overrides.task)
         else:
             settings.run_id = uuid.uuid4().hex[:12]
+        if settings.dry_run:
+            print_plan(planned(settings))
+            return 0.0
         results = run(settings)
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -52,6 +58,16 @@ def main(config: DictConfig) -> float:
         f"{results.seconds:.0f} s, results in {settings.output}"
     )
     return losses[-1]
+
+
+def planned(settings: Settings) -> Plan:
+    """``plan_of``; where the model is not here, the error says what serves a dry run as well."""
+    try:
+        return plan_of(settings)
+    except ValueError as error:
+        if not is_hub_name(settings.model.path):
+            raise
+        raise ValueError(f"{error}; a dry run needs its shapes alone: model.path=assets/geometries/NAME") from None
 
 
 def resumed(folder: Path, overrides: Sequence[str]) -> Settings:

@@ -11,14 +11,13 @@ import os
 import secrets
 import socket
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from conf.output import write_json
-from conf.processes import Child, end_all, last_line
+from conf.processes import Child, end_all, last_line, path_with_binaries
 from server.keys import CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY, write_private
 from server.quiet import ENVIRONMENT
 
@@ -42,8 +41,7 @@ class ServerPlace:
 
     def environment(self) -> dict[str, str]:
         """For every Flower command on this host."""
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        return {**os.environ, **ENVIRONMENT, "FLWR_HOME": str(self.flwr_home), "PATH": path}
+        return {**os.environ, **ENVIRONMENT, "FLWR_HOME": str(self.flwr_home), "PATH": path_with_binaries()}
 
 
 def start_server(place: ServerPlace) -> list[Child]:
@@ -69,17 +67,16 @@ def start_server(place: ServerPlace) -> list[Child]:
     )
     (place.folder / SECRET).unlink(missing_ok=True)
     write_private(place.folder / SECRET, secrets.token_bytes(32))
-    children = [_superlink(place), _executor(place)]
+    superlink, executor = children = [_superlink(place), _executor(place)]
     try:
-        children[0].start()
+        superlink.start()
         deadline = time.monotonic() + START_SECONDS
         while not (_answers(fleet_host, int(fleet_port)) and _answers("127.0.0.1", place.control_port)):
-            assert children[0].process is not None
-            if children[0].process.poll() is not None or time.monotonic() > deadline:
-                log = children[0].log
-                raise ValueError(f"the SuperLink did not start; {log} ends with: {last_line(log)}")
+            assert superlink.process is not None
+            if superlink.process.poll() is not None or time.monotonic() > deadline:
+                raise ValueError(f"the SuperLink did not start; {superlink.log} ends with: {last_line(superlink.log)}")
             time.sleep(0.2)
-        children[1].start()
+        executor.start()
     except BaseException:  # also Ctrl-C and SIGTERM: nothing is left running
         end_all(children)
         raise
@@ -155,6 +152,8 @@ def list_nodes(place: ServerPlace) -> list[dict[str, Any]]:
 
 
 def _supernode(place: ServerPlace, verb: str, *arguments: str) -> dict[str, Any]:
+    if not (place.flwr_home / "config.toml").is_file():
+        raise ValueError(f"{place.folder} is no folder of a SuperLink: `python -m server start --folder ...` makes one")
     command = ["flwr", "supernode", verb, *arguments, CONNECTION, "--format", "json"]
     done = subprocess.run(command, env=place.environment(), capture_output=True, text=True, timeout=60)
     try:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 from torch import Tensor
 
 from adapters.finetune import num_examples
+from adapters.model import adapter_parts, adapter_shapes
 from conf.output import open_output, write_json
 from conf.schema import Settings, check_settings
 from gradcodec.artifact import load_artifact
@@ -77,7 +77,7 @@ class _Run:
         self.events = events
         self.before = before
         self.evaluator = Evaluator(settings)
-        self.layout = Layout.of({name: tuple(tensor.shape) for name, tensor in self.evaluator.initial.items()})
+        self.layout = Layout.of(adapter_shapes(self.evaluator.model), adapter_parts(self.evaluator.model))
         self.results = before.results if before is not None else RunResults(settings, self.layout.num_parameters)
         self.results.settings = settings
         self.adapter: Mapping[str, Tensor] = self.evaluator.initial
@@ -87,7 +87,7 @@ class _Run:
                     f"resume={settings.resume}: its adapter is not that of model.path={settings.model.path}"
                 )
             self.adapter = {name: before.adapter[name] for name in self.adapter}  # strategies zip them by position
-        self.first_round = 1 if before is None else before.server_round + 1
+        self.first_round = self.server_round = 1 if before is None else before.server_round + 1
         self.started = time.monotonic() - self.results.seconds
         self.progress = progress_bar()
 
@@ -110,7 +110,7 @@ class _Run:
                 self._save(server_round, roster)
         if self.recording is not None and self.settings.record is not None:
             self.recording.save(Path(self.settings.record))
-        self.evaluator.save(self.adapter, self.output / "adapter")
+        self.evaluator.save(self.adapter, self.results.facts(), self.output / "adapter")
         write_json(self.results.to_json(), self.output / "results.json")
         self.events.write("run_finished", seconds=self.results.seconds)
         return self.results
@@ -119,18 +119,19 @@ class _Run:
         """The strategies, one around the other, with the state of the checkpoint if there is one."""
         settings, federation, before = self.settings, self.settings.federation, self.before
         self.inner = build_inner(settings.strategy)
-        self.recording = RecordingStrategy(self.inner) if settings.record is not None else None
+        self.recording = RecordingStrategy(self.inner, self.layout) if settings.record is not None else None
         self.coded: CodedStrategy | None = None
         if settings.arm == "coded":
             codec = build_codec(settings.codec, self.layout)
             self.coded = CodedStrategy(self.inner, codec, federation.min_replies)
-        receiving: Strategy = self.coded or DenseStrategy(self.recording or self.inner, federation.min_replies)
+        receiving = self.coded or DenseStrategy(self.recording or self.inner, federation.min_replies)
+        receiving.on_refused = lambda node, reason: self.strategy.refuse(self.server_round, node, reason)
         self.strategy = SeededStrategy(
             LedgerStrategy(receiving, self._uplink),
             roster,
             federation.clients_per_round,
             settings.seed,
-            num_examples(settings.train),
+            num_examples(settings.train, settings.task.max_windows),
             federation.max_failures,
             federation.rest_rounds,
             self._fault,
@@ -148,7 +149,7 @@ class _Run:
         Raises:
             RoundError: it came to nothing every time.
         """
-        federation = self.settings.federation
+        federation, self.server_round = self.settings.federation, server_round
         for attempt in range(federation.retries + 1):
             arrays = to_record(dict(self.adapter))
             messages = list(self.strategy.configure_train(server_round, arrays, ConfigRecord({**config}), self.grid))

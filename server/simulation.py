@@ -15,7 +15,7 @@ from flwr.supercore.object_ref import load_app
 from conf.schema import Settings
 from server.results import RunResults
 from server.rounds import run_federation
-from strategies.records import MEMORY_VARIABLE
+from strategies.records import MEMORY_VARIABLE, TRUST_VARIABLE
 
 
 def run_in_simulation(settings: Settings) -> RunResults:
@@ -25,6 +25,7 @@ def run_in_simulation(settings: Settings) -> RunResults:
         ValueError: as ``run_federation`` does.
     """
     os.environ[MEMORY_VARIABLE] = str(Path(settings.output) / "memory")
+    os.environ[TRUST_VARIABLE] = "1" if settings.model.trust_remote_code else ""
     finished: list[RunResults] = []
     server_app = ServerApp()
 

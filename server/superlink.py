@@ -80,13 +80,18 @@ def _show(progress: Progress, bar: TaskID, description: str, output: Path) -> No
 
 
 def _flwr(*arguments: str) -> dict[str, Any]:
+    home = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr"))
+    if not (home / "config.toml").is_file():  # Flower would make one, of servers that are not ours
+        raise ValueError(
+            f"{home} names no SuperLink: set FLWR_HOME to the folder `flwr` of a running one, as "
+            "`python -m server start` prints it"
+        )
     done = _command(*arguments, "--format", "json")
     try:
         answer = json.loads(done.stdout)
     except json.JSONDecodeError:
         answer = {"success": False, "error-message": (done.stdout + done.stderr).strip()}
     if not answer.get("success", False):
-        home = os.environ.get("FLWR_HOME", "~/.flwr")
         reason = answer.get("error-message") or answer.get("error_message") or answer
         raise ValueError(
             f"`flwr {arguments[0]}` failed: {reason}\n"

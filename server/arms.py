@@ -1,0 +1,66 @@
+"""A finished run or a PEFT adapter directory, as the programs that come after training take it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel
+
+from adapters.export import CONFIG, load_adapter, lora_settings
+from adapters.model import Adapter, ModelSettings, load_model, set_adapter
+from conf.schema import Settings, changed
+from server.results import RunResults, load_results
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One adapter, and what is known of the run that it came from."""
+
+    name: str
+    path: str  # as it was given
+    config: LoraConfig
+    adapter: Adapter
+    settings: Settings  # those of the run; of an adapter alone the defaults, with its base model and its LoRA
+    results: RunResults | None
+
+    def load_model(self) -> PeftModel:
+        """The base model with this adapter in it. Raises ValueError: they do not fit."""
+        model = load_model(self.settings.model, self.settings.lora, self.settings.seed)
+        try:
+            set_adapter(model, self.adapter)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        return model
+
+
+def read_arm(path: str, overrides: Sequence[str] = ()) -> Arm:
+    """The arm in a run's output folder or in a PEFT adapter directory; loads no model.
+
+    Args:
+        overrides: ``key=value`` changes to its settings, such as ``model.path=...``.
+
+    Raises:
+        ValueError: neither is there, a file is broken, or an override names no setting.
+    """
+    folder = Path(path)
+    run = folder if (folder / "adapter" / CONFIG).is_file() else folder.parent if folder.name == "adapter" else None
+    config, adapter = load_adapter(folder / "adapter" if run == folder else folder)
+    results = read_results(run) if run is not None and (run / "results.json").is_file() else None
+    base = ModelSettings(path=str(config.base_model_name_or_path))
+    settings = results.settings if results is not None else Settings(model=base)
+    settings = changed(replace(settings, lora=lora_settings(config)), overrides)
+    name = results.settings.arm if results is not None else "adapter"
+    return Arm(name, path, config, adapter, settings, results)
+
+
+def read_results(run: Path) -> RunResults:
+    """What a finished run wrote. Raises ValueError: it cannot be read."""
+    path = run / "results.json"
+    try:
+        settings = Settings.from_json(json.dumps(json.loads(path.read_text())["settings"]))
+        return load_results(path, settings)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not what a run writes ({error!r}): give the run's adapter folder alone") from None

@@ -1,0 +1,63 @@
+"""A run's adapter for others: a PEFT directory, or the base model with the adapter merged in.
+
+python -m server.export outputs/federate/2026-01-31/12-00-00 --output DIR            # adapter and model card
+python -m server.export outputs/federate/2026-01-31/12-00-00 --output DIR --merged   # a whole model, with tokenizer
+python -m server.export RUN --output DIR --set model.path=Qwen/Qwen2.5-1.5B          # the base model as others name it
+
+RUN_OR_ADAPTER is a run's output folder, or any PEFT directory of plain LoRA. Merged weights have the dtype of the
+run's base weights (model.dtype); float32 keeps the adapter's effect whole, bfloat16 rounds small changes away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from adapters.export import save_adapter, save_merged
+from adapters.model import load_tokenizer
+from conf.output import open_output
+from server.arms import read_arm
+from server.quiet import quiet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m server.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("arm", metavar="RUN_OR_ADAPTER", help="a run's output folder or a PEFT adapter directory")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="an empty or new folder")
+    parser.add_argument("--merged", action="store_true", help="the base model with the adapter merged in")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting: model.path, model.dtype ..."
+    )
+    args = parser.parse_args()
+    quiet()
+    try:
+        export(args.arm, args.output, args.merged, args.set)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    print(f"{'merged model' if args.merged else 'adapter'} in {args.output}")
+
+
+def export(path: str, output: Path, merged: bool, overrides: list[str]) -> None:
+    """Writes the adapter of a run or a PEFT directory, or its merged model, into ``output``.
+
+    Raises:
+        ValueError: something is missing or does not fit, or ``output`` holds files already.
+    """
+    arm = read_arm(path, overrides)
+    if any(open_output(output).iterdir()):
+        raise ValueError(f"--output {output} holds files already: give an empty or new folder")
+    facts = arm.results.facts() if arm.results is not None else {}
+    if merged:
+        save_merged(arm.load_model(), load_tokenizer(arm.settings.model), facts, output)
+    else:
+        arm.config.base_model_name_or_path = arm.settings.model.path
+        save_adapter(arm.adapter, arm.config, facts, output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""What a run would do, from its settings alone: clients, steps, bytes, memory, time. ``dry_run=true`` prints it.
+
+Reads the model's config.json and, where they are here, the task's records; no weights, no tokens, no clients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, prod
+
+from rich.console import Console
+from rich.table import Table
+
+from adapters.base import empty_base, max_positions
+from adapters.finetune import num_steps
+from adapters.memory import MemoryEstimate
+from adapters.model import adapter_shapes, empty_model
+from conf.memory import client_memory
+from conf.schema import Settings, check_settings
+from gradcodec.build import byte_budget
+from gradcodec.layout import Layout
+from server.progress import bytes_text
+from tasks.shards import check_window, client_records
+
+ROUND_SECONDS = 6.0
+"""What Flower takes of a round over gRPC besides training: `python -m bench.rounds`, column `rest`."""
+SUSTAINED = 0.35
+DEVICES = {"RTX 4090": 165e12, "A100": 312e12, "H100": 989e12}
+"""Dense bfloat16 FLOP/s by the data sheets; an adapter's training reaches about ``SUSTAINED`` of it."""
+LINKS = {"10 Mbit/s": 10e6, "100 Mbit/s": 100e6}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of one client and round are those of a client of mean size."""
+
+    settings: Settings
+    num_base_parameters: int
+    layout: Layout
+    num_records: int | None  # of all clients; None: neither the data nor their number are known
+    records_here: bool  # counted, not said by ``task.expected_records``
+    steps: int | None
+    payload_bytes: int  # at most
+    dense_bytes: int
+    memory: MemoryEstimate
+
+    @property
+    def uplinks(self) -> int:
+        return self.settings.federation.rounds * self.settings.federation.clients_per_round
+
+    @property
+    def tokens(self) -> int | None:
+        """That one client trains on in one round, padding included."""
+        training = self.settings.train
+        return None if self.steps is None else self.steps * training.batch_size * self.settings.task.window
+
+    @property
+    def flops(self) -> float | None:
+        """Of one client in one round: forward, and backward through frozen weights, 2 each a weight and token; once
+        more forward with gradient checkpointing."""
+        passes = 3 if self.settings.model.gradient_checkpointing else 2
+        return None if self.tokens is None else 2.0 * passes * self.num_base_parameters * self.tokens
+
+
+def plan_of(settings: Settings) -> Plan:
+    """Raises ValueError: the settings cannot be served."""
+    check_settings(settings)
+    check_window(settings.task, max_positions(settings.model))
+    model = empty_model(settings.model, settings.lora)
+    shapes = adapter_shapes(model)
+    layout = Layout.of(shapes)
+    dense = 4 * layout.num_parameters
+    budget = byte_budget(settings.codec, layout) if settings.arm == "coded" else None
+    num_records, here = _count_records(settings)
+    return Plan(
+        settings=settings,
+        num_base_parameters=sum(prod(p.shape) for p in empty_base(settings.model).parameters()),
+        layout=layout,
+        num_records=num_records,
+        records_here=here,
+        steps=_mean_steps(settings, num_records),
+        payload_bytes=budget if budget is not None else dense,
+        dense_bytes=dense,
+        memory=client_memory(settings),
+    )
+
+
+def _count_records(settings: Settings) -> tuple[int | None, bool]:
+    task, num_clients = settings.task, settings.federation.num_clients
+    try:
+        records_of = client_records(task, num_clients)
+        return sum(len(records_of(client)) for client in range(num_clients)), True
+    except ValueError:
+        return task.expected_records, False
+
+
+def _mean_steps(settings: Settings, num_records: int | None) -> int | None:
+    task, training = settings.task, settings.train
+    if training.epochs is None:
+        return training.steps
+    if num_records is None or task.packing:
+        return None
+    share = {"tgap": task.tgap_fraction, "faf": 1 - task.tgap_fraction, "all": 1.0}[task.split]
+    windows = num_records / settings.federation.num_clients * (1 - task.heldout_fraction) * share
+    return num_steps(training, max(1, round(min(windows, task.max_windows))))
+
+
+def print_plan(plan: Plan) -> None:
+    """One line a figure."""
+    table = Table(title="what this run would do", show_header=False, box=None, pad_edge=False, title_justify="left")
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column()
+    for name, text in _lines(plan).items():
+        table.add_row(name, text)
+    Console().print(table)
+
+
+def _lines(plan: Plan) -> dict[str, str]:
+    settings, federation, training = plan.settings, plan.settings.federation, plan.settings.train
+    model, lora = settings.model, settings.lora
+    held = model.dtype if model.quantization == "none" else f"{model.quantization}, the rest float32"
+    batch = f"{training.batch_size} windows ({training.micro_batch_size} a pass)"
+    steps = "an unknown number of" if plan.steps is None else f"{plan.steps:,}"
+    lines = {
+        "model": f"{model.path}: {plan.num_base_parameters / 1e9:.2f} B parameters, {held}",
+        "adapter": f"rank {lora.rank}, alpha {lora.alpha:g}: {plan.layout.num_parameters:,} parameters in "
+        f"{len(plan.layout.blocks)} tensors",
+        "data": _data_line(plan),
+        "memory": f"of a client's device: {plan.memory}",
+    }
+    if settings.arm == "base":
+        return {**lines, "training": "none: arm=base is the model as it is"}
+    lines["training"] = f"{steps} steps of {batch}, lr {training.lr:g}, a client and round"
+    lines["clients"] = (
+        f"{federation.num_clients}, {federation.clients_per_round} of them in each of {federation.rounds} rounds"
+    )
+    if settings.arm == "centralised":
+        return {**lines, "network": "none: arm=centralised takes the steps of all of them in one place"}
+    return {
+        **lines,
+        "codec": _codec_line(settings),
+        "bytes up": f"{_traffic(plan, plan.payload_bytes)}; dense: {_traffic(plan, plan.dense_bytes)}",
+        "bytes down": f"{_traffic(plan, plan.dense_bytes)}: the adapter in float32",
+        "upload": ", ".join(
+            f"{_seconds(8 * plan.payload_bytes / speed)} at {name} (dense {_seconds(8 * plan.dense_bytes / speed)})"
+            for name, speed in LINKS.items()
+        ),
+        **_time_lines(plan),
+    }
+
+
+def _time_lines(plan: Plan) -> dict[str, str]:
+    if plan.flops is None:
+        return {}
+    seconds = {name: plan.flops / (SUSTAINED * speed) for name, speed in DEVICES.items()}
+    rounds = plan.settings.federation.rounds
+    computing = ", ".join(f"{name} {_seconds(value)}" for name, value in seconds.items())
+    whole = ", ".join(f"{name} {_seconds(rounds * (value + ROUND_SECONDS))}" for name, value in seconds.items())
+    return {
+        "computing": f"{plan.flops / 1e15:.3g} PFLOP a client and round: {computing}",
+        "whole run": f"clients side by side, without the network: {whole}",
+    }
+
+
+def _traffic(plan: Plan, num_bytes: int) -> str:
+    return f"{bytes_text(num_bytes)} a client and round, {bytes_text(num_bytes * plan.uplinks)} in all"
+
+
+def _codec_line(settings: Settings) -> str:
+    codec = settings.codec
+    if settings.arm != "coded":
+        return f"none (arm={settings.arm}): float32"
+    return codec.name if codec.bits is None else f"{codec.name}, at most {codec.bits:g} bits a parameter"
+
+
+def _data_line(plan: Plan) -> str:
+    task = plan.settings.task
+    if plan.num_records is None:
+        return f"{task.name}: not here, and task.expected_records is not said"
+    per_client = ceil(plan.num_records / plan.settings.federation.num_clients)
+    source = "" if plan.records_here else " by task.expected_records, as the data are not here"
+    return f"{task.name}, {plan.num_records:,} records{source}; about {per_client:,} a client, windows of {task.window}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

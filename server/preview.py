@@ -1,0 +1,128 @@
+"""What the clients of a task hold, and what one example looks like: to be seen before hours of training.
+
+python -m server.preview task=dolly task.path=dolly.jsonl federation.num_clients=10 [key=value ...]
+
+Reads the data, the tokenizer and the model's config.json; needs no weights and leaves no files.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from adapters.base import max_positions
+from adapters.finetune import Windows, check_training, num_steps
+from adapters.model import load_tokenizer
+from conf.schema import Settings, register_schemas, settings_of
+from server.quiet import quiet
+from tasks.shards import Shard, check_task, check_window, client_records, shard_of
+
+register_schemas()
+
+MOST_FREQUENT = 2
+"""So many values of the partition's column are shown."""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """One client's data."""
+
+    num_records: int
+    values: Counter[str]  # of the column that the partition goes by
+    shard: Shard
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="preview")
+def main(config: DictConfig) -> None:
+    quiet()
+    try:
+        settings = settings_of(config)
+        check_task(settings.task)
+        check_training(settings.train)
+        check_window(settings.task, max_positions(settings.model))
+        tokenizer = load_tokenizer(settings.model)
+        holdings = holdings_of(settings, tokenizer)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    console = Console()
+    console.print(holdings_table(settings, holdings))
+    console.print("\nOne example of client 0; what counts in the loss is green and in brackets:\n")
+    console.print(example_text(holdings[0].shard.train, tokenizer))
+
+
+def holdings_of(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Holding]:
+    """Every client's data. Raises ValueError: it is not as the settings say."""
+    task, num_clients = settings.task, settings.federation.num_clients
+    records_of = client_records(task, num_clients)
+    holdings = []
+    for client in range(num_clients):
+        records = records_of(client)
+        values = Counter(map(str, records[task.partition_by])) if task.partition_by is not None else Counter()
+        holdings.append(Holding(len(records), values, shard_of(task, tokenizer, records, client, num_clients)))
+    return holdings
+
+
+def holdings_table(settings: Settings, holdings: Sequence[Holding]) -> Table:
+    """One row a client and one of all.
+
+    Records are ``cut`` that are longer than a window, and ``empty`` if no token that counts is left; ``windows``,
+    ``counted`` tokens and ``steps`` a round are those of ``task.split``, ``held out`` are windows.
+    """
+    task = settings.task
+    table = Table(title=f"{task.name}, windows of {task.window} tokens, split {task.split}", box=None, pad_edge=False)
+    for name in ("client", "records", "cut", "empty", "windows", "counted", "steps", "held out"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if task.partition_by is not None:
+        table.add_column(task.partition_by)
+    rows = [_figures(settings, holding) for holding in holdings]
+    for client, (row, holding) in enumerate(zip(rows, holdings, strict=True)):
+        table.add_row(str(client), *(f"{figure:,}" for figure in row), _mix(holding.values))
+    table.add_section()
+    everything: Counter[str] = sum((holding.values for holding in holdings), Counter())
+    table.add_row("all", *(f"{sum(column):,}" for column in zip(*rows, strict=True)), _mix(everything))
+    return table
+
+
+def _figures(settings: Settings, holding: Holding) -> list[int]:
+    shard = holding.shard
+    windows = len(shard.train)
+    steps = num_steps(settings.train, windows)
+    return [
+        holding.num_records,
+        shard.num_cut,
+        shard.num_empty,
+        windows,
+        shard.train.num_counted,
+        steps,
+        len(shard.heldout),
+    ]
+
+
+def _mix(values: Counter[str]) -> str:
+    shown = [f"{value} {count / values.total():.0%}" for value, count in values.most_common(MOST_FREQUENT)]
+    return ", ".join([*shown, f"{len(values) - MOST_FREQUENT} more"] if len(values) > MOST_FREQUENT else shown)
+
+
+def example_text(windows: Windows, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """The first window as the model reads it, without padding and what else follows the last token that counts."""
+    window = windows[:1].trimmed()
+    text = Text()
+    tokens = zip(window.ids[0].tolist(), window.counted[0].tolist(), strict=True)
+    for counts, run in groupby(tokens, key=lambda token: token[1]):
+        decoded = tokenizer.decode([token for token, _ in run])
+        text.append(f"[{decoded}]" if counts else decoded, style="green" if counts else "dim")
+    return text
+
+
+if __name__ == "__main__":
+    main()

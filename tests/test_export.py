@@ -1,0 +1,214 @@
+"""Adapters out and in again: what a run writes is what others load, and what does not fit is named before training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_federation import run, settings_for
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from adapters.export import CARD, CONFIG, WEIGHTS, load_adapter, load_start, public_name, save_adapter
+from adapters.finetune import Windows
+from adapters.model import LoraSettings, ModelSettings, get_adapter, load_model
+from server.arms import read_arm
+from server.evaluate import Evaluator
+from server.export import export
+from server.results import RunResults
+from tasks.windows import heldout_loss
+
+BASE = Path("assets/tiny-llama")
+MERGED_BF16 = 0.01  # nats per token: what rounding the merged weights to bfloat16 may change
+
+
+ROTATED: dict[str, object] = {"codec__name": "rotated", "codec__bits": 1.0}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunResults:
+    folder = tmp_path_factory.mktemp("finished")
+    return run(settings_for(folder, "run", **ROTATED), folder)
+
+
+@pytest.fixture(scope="module")
+def heldout(finished: RunResults) -> Windows:
+    return Evaluator(finished.settings).heldout
+
+
+@pytest.fixture
+def adapter(finished: RunResults, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(Path(finished.settings.output) / "adapter", tmp_path / "adapter"))
+
+
+def test_peft_loads_the_adapter_and_gives_the_runs_loss(finished: RunResults, heldout: Windows) -> None:
+    assert finished.heldout_loss[-1] < finished.heldout_loss[0] - 0.02
+    folder = Path(finished.settings.output) / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    assert heldout_loss(PeftModel.from_pretrained(base, str(folder)), heldout) == pytest.approx(
+        finished.heldout_loss[-1], abs=1e-5
+    )
+    by_name = AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    assert heldout_loss(by_name, heldout) == pytest.approx(finished.heldout_loss[-1], abs=1e-5)
+
+
+def test_the_adapter_is_what_vllm_asks_for(finished: RunResults) -> None:
+    folder = Path(finished.settings.output) / "adapter"
+    config = json.loads((folder / CONFIG).read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["bias"]) == ("LORA", 8, 16.0, "none")
+    assert config["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert not any(config[key] for key in ("modules_to_save", "use_dora", "use_rslora"))
+    assert config["base_model_name_or_path"] == "assets/tiny-llama"
+    names = load_file(folder / WEIGHTS).keys()
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names
+    assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
+
+
+def test_the_card_tells_the_run_and_no_path_of_its_host(finished: RunResults) -> None:
+    card = ModelCard.load(Path(finished.settings.output) / "adapter" / CARD)
+    assert card.data.library_name == "peft"
+    for fact in (
+        finished.settings.run_id,
+        "| arm | coded |",
+        "| rounds | 3, 2 of 3 clients each |",
+        f"| bytes up per client and round | {finished.payload_bytes_per_client_round:,.0f} |",
+        f"| bits up per parameter | {finished.bits_per_parameter:.3f} |",
+        f"{finished.heldout_loss[0]:.4f} -> {finished.heldout_loss[-1]:.4f}",
+        "PeftModel.from_pretrained",
+    ):
+        assert fact in card.content
+    assert str(Path.home()) not in card.content
+    assert str(Path(finished.settings.output).parent) not in card.content
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", MERGED_BF16)])
+def test_the_merged_model_is_the_run_without_peft(
+    finished: RunResults, heldout: Windows, tmp_path: Path, dtype: str, tolerance: float
+) -> None:
+    export(finished.settings.output, tmp_path / "merged", merged=True, overrides=[f"model.dtype={dtype}"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert model.dtype == getattr(torch, dtype)
+    assert heldout_loss(model, heldout) == pytest.approx(finished.heldout_loss[-1], abs=tolerance)
+    text = "def merged(self):\n    return 你好"
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")(text)["input_ids"]
+    assert ids == AutoTokenizer.from_pretrained(BASE)(text)["input_ids"]
+    assert not list((tmp_path / "merged").glob("adapter*"))
+
+
+def test_an_exported_adapter_is_the_same_under_another_base_name(finished: RunResults, tmp_path: Path) -> None:
+    export(finished.settings.output, tmp_path / "out", merged=False, overrides=["model.path=someone/tiny-llama"])
+    config, tensors = load_adapter(tmp_path / "out")
+    assert config.base_model_name_or_path == "someone/tiny-llama"
+    assert "base_model: someone/tiny-llama" in (tmp_path / "out" / CARD).read_text()
+    original = load_file(Path(finished.settings.output) / "adapter" / WEIGHTS)
+    assert tensors.keys() == original.keys() and all(torch.equal(tensors[name], original[name]) for name in original)
+    assert f"| run | {finished.settings.run_id} |" in (tmp_path / "out" / CARD).read_text()
+    with pytest.raises(ValueError, match="holds files already"):
+        export(finished.settings.output, tmp_path / "out", merged=False, overrides=[])
+
+
+def test_an_adapter_alone_is_an_arm_of_its_own_base_model(adapter: Path) -> None:
+    arm = read_arm(str(adapter))
+    assert (arm.name, arm.results, arm.settings.model.path) == ("adapter", None, "assets/tiny-llama")
+    assert all(torch.equal(tensor, arm.adapter[name]) for name, tensor in get_adapter(arm.load_model()).items())
+
+
+def test_a_run_goes_on_from_an_adapter(finished: RunResults, tmp_path: Path) -> None:
+    start = Path(finished.settings.output) / "adapter"
+    results = run(settings_for(tmp_path, "run", lora__start=str(start), **ROTATED), tmp_path)
+    assert results.heldout_loss[0] == pytest.approx(finished.heldout_loss[-1], abs=1e-5)
+    assert results.heldout_loss[-1] < results.heldout_loss[0]
+    assert all(uplink.payload_bytes > 0 for uplink in results.uplinks)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lora__rank": 4}, r"has another rank than this run: give lora\.rank=8"),
+        ({"lora__alpha": 32.0}, r"has another alpha than this run: give lora\.alpha=16"),
+        ({"lora__target_modules": ["q_proj"]}, r"give lora\.target_modules=\[k_proj,o_proj,q_proj,v_proj\]"),
+    ],
+)
+def test_a_start_of_another_shape_is_refused_before_any_round(
+    adapter: Path, tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        run(settings_for(tmp_path, "run", arm="dense", lora__start=str(adapter), **change), tmp_path)
+    assert "round_started" not in (tmp_path / "run" / "events.jsonl").read_text()
+
+
+def test_a_start_of_another_base_model_is_refused(adapter: Path, tmp_path: Path) -> None:
+    model = load_model(ModelSettings(), LoraSettings(), seed=0)
+    path = adapter / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "Qwen/Qwen2.5-1.5B"}))
+    with pytest.raises(ValueError, match=r"base model 'Qwen/Qwen2\.5-1\.5B', this run is on 'assets/tiny-llama'"):
+        load_start(adapter, model)
+    wider = LlamaConfig(vocab_size=64, hidden_size=96, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    other = get_peft_model(LlamaForCausalLM(wider), LoraConfig(r=8, lora_alpha=16.0, target_modules=targets))
+    save_adapter(get_adapter(other), model.peft_config["default"], {}, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"the model wants .* another lora\.rank or base model"):
+        load_start(tmp_path / "other", model)
+
+
+def test_damaged_and_missing_files_are_named(adapter: Path, tmp_path: Path) -> None:
+    whole = (adapter / WEIGHTS).read_bytes()
+    for part in (whole[: len(whole) // 2], whole[:6], b""):
+        (adapter / WEIGHTS).write_bytes(part)
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged"):
+            load_adapter(adapter)
+    (adapter / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=r"holds no adapter_model\.safetensors"):
+        load_adapter(adapter)
+    (adapter / WEIGHTS).write_bytes(whole)
+    (adapter / CONFIG).write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config\.json cannot be read"):
+        load_adapter(adapter)
+    with pytest.raises(ValueError, match="nowhere is no directory"):
+        load_adapter(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"use_rslora": True}, "use_rslora=True"),
+        ({"bias": "all"}, "bias=all"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"target_modules": ".*_proj"}, "target_modules='"),
+        ({"peft_type": "IA3"}, "peft_type=.*IA3|cannot be read"),
+    ],
+)
+def test_what_is_no_plain_lora_is_refused(adapter: Path, change: dict[str, object], said: str) -> None:
+    path = adapter / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=said):
+        load_adapter(adapter)
+
+
+def test_a_tensor_too_many_is_refused(adapter: Path) -> None:
+    save_file({**load_file(adapter / WEIGHTS), "more": torch.zeros(1)}, adapter / WEIGHTS)
+    with pytest.raises(ValueError, match=r"the adapter and the model differ in tensor 'more'"):
+        load_start(adapter, load_model(ModelSettings(), LoraSettings(), seed=0))
+
+
+def test_results_of_another_program_are_named(finished: RunResults, tmp_path: Path) -> None:
+    copy = shutil.copytree(finished.settings.output, tmp_path / "run")
+    (copy / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"results\.json is not what a run writes"):
+        read_arm(str(copy))
+
+
+def test_a_base_models_public_name_is_its_name_on_the_hub() -> None:
+    cached = "/data/hub/models--Qwen--Qwen2.5-1.5B/snapshots/0123abc"
+    assert public_name(cached) == "Qwen/Qwen2.5-1.5B"
+    assert public_name("Qwen/Qwen2.5-1.5B") == "Qwen/Qwen2.5-1.5B"
+    assert public_name(str(BASE.absolute())) == "assets/tiny-llama"
+    assert public_name("/models/llama") == "/models/llama"
