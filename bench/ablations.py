@@ -9,7 +9,6 @@ Error feedback shows in runs alone: ``python -m bench.loss_over_bytes --runs lea
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +21,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from bench.fidelity import rates_of, rounds_of
-from conf.output import provenance, write_json
+from bench.fidelity import rates_of, recording_parser, rounds_of, save_rows
 from gradcodec.artifact import load_artifact
 from gradcodec.autoencoder.fit_learned import Sample, fit_learned
 from gradcodec.autoencoder.learned import LearnedCodec, LearnedTables
@@ -33,7 +31,7 @@ from gradcodec.build import codec_of
 from gradcodec.codec import Codec, WithoutSideInformation
 from gradcodec.entropy import integer_table
 from gradcodec.recording import Recording, Update, load_recording
-from gradcodec.training import FitSettings, Row, measure, rows_to_json, sides_of
+from gradcodec.training import FitSettings, Row, measure, sides_of
 
 ROUNDS = (1, 3, 10)
 
@@ -50,13 +48,7 @@ class _PlainRounding(ClassCoder):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=Path, required=True, metavar="FILE", help="recorded updates")
-    parser.add_argument("--bits", default="0.05,0.1,0.25,0.5,1", help="bits per parameter, payloads whole")
-    parser.add_argument("--artifact", type=Path, default=Path("assets/codec"), help="the general artifact")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, metavar="OUT", help="save the rows")
-    args = parser.parse_args()
+    args = recording_parser(__doc__ or "").parse_args()
     torch.set_num_threads(args.threads)
     try:
         rates = rates_of(args.bits)
@@ -73,9 +65,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("stopped")
     print_table(rows, rates, len(heldout))
-    if args.json is not None:
-        about = {"updates": args.updates.name, "num_parameters": recording.layout.num_parameters}
-        write_json({"rows": rows_to_json(rows), **about, "made_with": provenance()}, args.json)
+    save_rows(rows, recording, args.updates, args.json)
 
 
 def variants(recording: Recording, rounds: Sequence[int], general: Path) -> Iterator[tuple[str, Codec]]:

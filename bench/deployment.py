@@ -14,7 +14,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.namespaces import Namespaces
 from bench.relay import CountingRelay
+
+FLEET_PORT, NODE_PORT = 9092, 9094
+"""The programs' defaults."""
 
 
 @dataclass
@@ -23,7 +27,6 @@ class Deployment:
 
     folder: Path
     fleet_port: int
-    control_port: int
     server: subprocess.Popen[bytes]
     relays: list[CountingRelay]
     nodes: list[subprocess.Popen[bytes]]
@@ -43,6 +46,23 @@ def node_command(folder: Path, partition: int, num_nodes: int, address: str, por
 
 
 @contextlib.contextmanager
+def deployment_on_hosts(folder: Path, num_nodes: int, hosts: Namespaces) -> Iterator[Deployment]:
+    """The same with a host and addresses of its own for the server and every node."""
+    shutil.rmtree(folder, ignore_errors=True)
+    server, names = [sys.executable, "-m", "server"], ",".join(map(hosts.server_address, range(num_nodes)))
+    subprocess.run([*server, "keys", "--folder", str(folder), "--nodes", str(num_nodes), "--hosts", names], check=True)
+    with contextlib.ExitStack() as stack:
+        start = hosts.in_server([*server, "start", "--folder", str(folder)])
+        link = stack.enter_context(running(start, folder / "server.log"))
+        wait_for("SuperLink up", folder / "server.log", link)
+        nodes = []
+        for i in range(num_nodes):
+            command = node_command(folder, i, num_nodes, f"{hosts.server_address(i)}:{FLEET_PORT}", NODE_PORT)
+            nodes.append(stack.enter_context(running(hosts.in_node(i, command), folder / f"node-{i}.log")))
+        yield Deployment(folder, FLEET_PORT, link, [], nodes)
+
+
+@contextlib.contextmanager
 def deployment(folder: Path, num_nodes: int, node_options: Sequence[str] = ()) -> Iterator[Deployment]:
     """A SuperLink and its nodes with TLS and node keys on loopback; ended on every way out."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -58,7 +78,7 @@ def deployment(folder: Path, num_nodes: int, node_options: Sequence[str] = ()) -
         for i, relay in enumerate(relays):
             command = node_command(folder, i, num_nodes, f"127.0.0.1:{relay.port}", node_ports[i])
             nodes.append(stack.enter_context(running([*command, *node_options], folder / f"node-{i}.log")))
-        yield Deployment(folder, fleet_port, control_port, link, relays, nodes)
+        yield Deployment(folder, fleet_port, link, relays, nodes)
 
 
 @contextlib.contextmanager

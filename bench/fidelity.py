@@ -31,14 +31,9 @@ GENERAL = "learned (general)"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=Path, required=True, metavar="FILE", help="recorded updates")
-    parser.add_argument("--bits", default="0.05,0.1,0.25,0.5,1", help="bits per parameter, payloads whole")
+    parser = recording_parser(__doc__ or "")
     parser.add_argument("--codecs", default=",".join(CODECS), help="which codecs (default: all)")
-    parser.add_argument("--artifact", type=Path, default=Path("assets/codec"), help="the general artifact of `learned`")
     parser.add_argument("--network-steps", type=int, default=300, help="training of the paper's autoencoders")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, metavar="OUT", help="save the rows")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     try:
@@ -54,9 +49,25 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("stopped")
     print_table(rows, recording)
-    if args.json is not None:
-        about = {"updates": args.updates.name, "num_parameters": recording.layout.num_parameters}
-        write_json({"rows": rows_to_json(rows), **about, "made_with": provenance()}, args.json)
+    save_rows(rows, recording, args.updates, args.json)
+
+
+def recording_parser(description: str) -> argparse.ArgumentParser:
+    """The options of every bench on a recording."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--updates", type=Path, required=True, metavar="FILE", help="recorded updates")
+    parser.add_argument("--bits", default="0.05,0.1,0.25,0.5,1", help="bits per parameter, payloads whole")
+    parser.add_argument("--artifact", type=Path, default=Path("assets/codec"), help="the general artifact of `learned`")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, metavar="OUT", help="save the rows")
+    return parser
+
+
+def save_rows(rows: list[Row], recording: Recording, updates: Path, place: Path | None) -> None:
+    """What such a bench found, if the user wants it saved."""
+    if place is not None:
+        about = {"updates": updates.name, "num_parameters": recording.layout.num_parameters}
+        write_json({"rows": rows_to_json(rows), **about, "made_with": provenance()}, place)
 
 
 def first_third(recording: Recording) -> tuple[list[Update], list[Update]]:

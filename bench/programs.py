@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
-def run_program(module: str, overrides: Sequence[str]) -> None:
-    """``python -m MODULE OVERRIDES...``, its output shown. Raises ValueError: it failed."""
-    if subprocess.run([sys.executable, "-m", module, *overrides]).returncode != 0:
+def run_program(module: str, overrides: Sequence[str], flwr_home: Path | None = None) -> None:
+    """``python -m MODULE OVERRIDES...``, its output shown, with Flower's home where it is given.
+
+    Raises:
+        ValueError: it failed.
+    """
+    environment = {**os.environ, "FLWR_HOME": str(flwr_home)} if flwr_home is not None else None
+    if subprocess.run([sys.executable, "-m", module, *overrides], env=environment).returncode != 0:
         raise ValueError(f"`python -m {module}` failed; the reason stands above")
 
 

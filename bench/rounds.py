@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,14 +23,19 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from adapters.model import ModelSettings, load_tokenizer
+from assets.pretrain import build_model
 from bench.deployment import deployment
+from bench.programs import run_program
 from conf.output import provenance, write_json
 
+TRAINERS = {"resident trainer": [], "fresh process": ["--no-trainer"]}
+"""What the table calls them, and the options of their nodes."""
 TINY = Path("assets/tiny-llama")
 LIGHT = ["train.steps=1", "train.batch_size=1", "train.micro_batch_size=1", "task.window=32", "task.max_windows=64"]
-COMMON = ["backend=superlink", "codec=rotated", "codec.bits=0.5", "federation.num_clients=2"]
+COMMON = ["backend=superlink", "codec.artifact=assets/codec", "federation.num_clients=2"]
 COMMON += ["federation.clients_per_round=2", "task.heldout_windows=2"]
 
 
@@ -51,12 +53,13 @@ def main() -> None:
             folder = Path(name)
             load_seconds = make_model(folder / "model", args.width, args.layers)
             rows = []
-            for label, options in (("resident trainer", []), ("fresh process", ["--no-trainer"])):
+            for label, options in TRAINERS.items():
                 with deployment(folder / label.split()[0], 2, options) as place:
                     for model, path in (("random", folder / "model"), ("embedded", TINY.absolute())):
                         own = [*COMMON, *LIGHT, f"model.path={path}", f"federation.rounds={args.rounds}"]
                         output = folder / f"{label.split()[0]}-{model}"
-                        run(place.flwr_home, output, [*own, *args.overrides])
+                        where = [f"output={output}", f"hydra.run.dir={output}"]
+                        run_program("server.federate", [*where, *own, *args.overrides], place.flwr_home)
                         rows.append({"trainer": label, "model": model, **medians(output)})
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -77,36 +80,15 @@ def main() -> None:
         write_json({"rows": rows, **about, "made_with": provenance()}, args.json)
 
 
-TRAINERS = ("resident trainer", "fresh process")
-
-
 def make_model(folder: Path, width: int, layers: int) -> float:
     """A LLaMA of random weights with the embedded model's tokenizer; gives the seconds that loading it takes."""
     torch.manual_seed(0)
-    small = LlamaConfig.from_pretrained(TINY)
-    config = LlamaConfig(
-        vocab_size=small.vocab_size,
-        hidden_size=width,
-        intermediate_size=8 * width // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        max_position_embeddings=512,
-        bos_token_id=small.bos_token_id,
-        eos_token_id=small.eos_token_id,
-        pad_token_id=small.pad_token_id,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY / name, folder)
+    tokenizer = load_tokenizer(ModelSettings(path=str(TINY)))
+    build_model(len(tokenizer), tokenizer.eos_token_id, width, layers).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     start = time.perf_counter()
     LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return time.perf_counter() - start
-
-
-def run(flwr_home: Path, output: Path, overrides: list[str]) -> None:
-    command = [sys.executable, "-m", "server.federate", f"output={output}", f"hydra.run.dir={output}", *overrides]
-    if subprocess.run(command, env={**os.environ, "FLWR_HOME": str(flwr_home)}).returncode != 0:
-        raise ValueError("`python -m server.federate` failed; the reason stands above")
 
 
 def medians(output: Path) -> dict[str, Any]:

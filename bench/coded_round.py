@@ -1,0 +1,156 @@
+"""One client's coded round on a model of real size with random weights: seconds a stage, tokens a second, peak memory.
+
+    python -m bench.coded_round --geometry assets/geometries/llama-7b --quantization nf4 [--steps 8] [--json OUT]
+
+Writes random weights of the geometry (its config.json) in the format that users have, loads them as a client does,
+trains an adapter on random tokens, encodes the update and decodes it again. The codec's share of the round is what
+matters: it should be lost in the training. Works where the model works: on a GPU if there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from adapters.base import QUANTIZATIONS, ModelSettings, resolve_device
+from adapters.finetune import TrainSettings, Windows, finetune
+from adapters.memory import estimate_memory
+from adapters.model import LoraSettings, adapter_parts, adapter_shapes, get_adapter, load_model
+from bench.speed import device_name, peak_bytes
+from conf.output import provenance, write_json
+from gradcodec.build import CodecSettings, build_codec
+from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
+from gradcodec.layout import Layout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", type=Path, default=Path("assets/geometries/llama-7b"), help="has config.json")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="nf4")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--bits", type=float, default=0.5)
+    parser.add_argument("--artifact", default="assets/codec")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    args = parser.parse_args()
+    try:
+        with tempfile.TemporaryDirectory(prefix="coded-round-") as folder:
+            write_random_weights(args.geometry, Path(folder), getattr(torch, args.dtype))
+            figures = measure(args, folder)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    table = Table(title=f"{args.geometry.name}, {args.quantization}, on {figures['device']}", show_header=False)
+    for key, value in figures.items():
+        text = f"{value:,.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        table.add_row(key.replace("_", " "), text)
+    Console().print(table)
+    if args.json is not None:
+        write_json(
+            {**figures, "options": {k: str(v) for k, v in vars(args).items()}, "made_with": provenance()}, args.json
+        )
+
+
+def write_random_weights(geometry: Path, folder: Path, dtype: torch.dtype) -> None:
+    """A checkpoint of the geometry in safetensors, a normal draw of the usual size in every matrix."""
+    if not (geometry / "config.json").is_file():
+        raise ValueError(f"--geometry {geometry} holds no config.json")
+    config = AutoConfig.from_pretrained(geometry)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0.0, 0.02)
+    model.tie_weights()
+    model.save_pretrained(folder)
+
+
+def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    settings = ModelSettings(
+        path=folder, dtype=args.dtype, device=args.device, quantization=args.quantization, gradient_checkpointing=True
+    )
+    lora = LoraSettings(rank=args.rank)
+    training = TrainSettings(
+        update="delta",
+        lr=1.5e-4,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        micro_batch_size=args.micro_batch_size,
+    )
+    device = resolve_device(settings)
+    clock = _Clock(device)
+    model = load_model(settings, lora, seed=0)
+    load = clock.lap()
+    layout = Layout.of(adapter_shapes(model), adapter_parts(model))
+    codec = build_codec(CodecSettings(artifact=args.artifact), layout, device)
+    adapter = get_adapter(model)
+    vocabulary = int(model.get_base_model().config.vocab_size)
+    drawn = torch.randint(vocabulary, (64, args.window), generator=torch.Generator().manual_seed(0))
+    clock.lap()
+    update, loss = finetune(model, adapter, Windows.whole(drawn), training, seed=0)
+    train = clock.lap()
+    peak_training = _peak(device)
+    budget = max_payload_bytes(args.bits, layout.num_parameters)
+    encode_update(update, None, codec=codec, max_bytes=budget)  # kernels are chosen at the first call
+    clock.lap()
+    payload, _ = encode_update(update, None, codec=codec, max_bytes=budget)
+    encode = clock.lap()
+    decode_update(payload, codec=codec)
+    decode = clock.lap()
+    tokens = args.steps * args.batch_size * args.window
+    return {
+        "device": device_name(str(device)),
+        "adapter_parameters": layout.num_parameters,
+        "payload_bytes": len(payload),
+        "train_loss": loss,
+        "load_seconds": load,
+        "train_seconds": train,
+        "encode_seconds": encode,
+        "decode_seconds": decode,
+        "tokens_per_second": tokens / train,
+        "codec_share_of_round": (encode + decode) / (train + encode + decode),
+        "peak_bytes_training": peak_training,
+        "peak_bytes": _peak(device),
+        "estimated_bytes": estimate_memory(settings, lora, training, args.window).total,
+    }
+
+
+class _Clock:
+    """Seconds between laps, the device's work included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds
+
+
+def _peak(device: torch.device) -> int:
+    """Of the device's memory, or of this process."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_bytes()
+
+
+if __name__ == "__main__":
+    main()
