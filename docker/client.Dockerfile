@@ -11,5 +11,5 @@ COPY gradcodec gradcodec
 COPY tasks tasks
 RUN pip install --no-cache-dir --constraint constraints.txt .
 COPY . .
-USER fed
+USER 10001
 ENTRYPOINT ["python", "-m", "client"]

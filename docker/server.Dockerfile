@@ -12,7 +12,7 @@ COPY tasks tasks
 RUN pip install --no-cache-dir --constraint constraints.txt .
 COPY . .
 RUN mkdir /deploy && chown fed /deploy
-USER fed
+USER 10001
 EXPOSE 9092
 ENTRYPOINT ["python", "-m", "server"]
 CMD ["start", "--folder", "/deploy"]
