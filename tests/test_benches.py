@@ -10,6 +10,7 @@ import torch
 from conftest import heavy_tailed_update
 from safetensors.torch import save_file
 
+from adapters.model import LoraSettings, ModelSettings, adapter_shapes, empty_model
 from bench.fidelity import first_third, measure_all
 from bench.fuzz import honest_payloads, hostile
 from bench.loss_over_bytes import Run, summary
@@ -77,8 +78,13 @@ def test_loss_over_bytes_counts_what_is_kept_and_when() -> None:
     assert row["bytes_until"]["0.95"] is None
 
 
-def test_the_geometry_of_llama_7b() -> None:
-    assert layout_of("7b", 8).num_parameters == 8_388_608
+@pytest.mark.parametrize(("name", "geometry"), [("7b", "llama-7b"), ("70b", "llama-70b")])
+def test_geometries_are_those_of_real_adapters(name: str, geometry: str) -> None:
+    """What `bench.speed` times has the factors of the model that transformers and PEFT make of the config."""
+    model = empty_model(ModelSettings(path=f"assets/geometries/{geometry}", dtype="bfloat16"), LoraSettings(rank=8))
+    shapes = sorted(adapter_shapes(model).values())
+    assert sorted(layout_of(name, 8).shapes.values()) == shapes
+    assert name != "7b" or layout_of(name, 8).num_parameters == 8_388_608
 
 
 @pytest.mark.parametrize("name", [name for name in CODECS if name not in TRAINED])

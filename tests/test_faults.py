@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 class Run:
     """``python -m server.federate`` on the deployment, as a process of its own."""
 
-    def __init__(self, place: Deployment, output: Path, *overrides: str) -> None:
+    def __init__(self, place: Deployment, output: Path, *overrides: str, prefix: Sequence[str] = ()) -> None:
         self.output = output
         output.mkdir(parents=True, exist_ok=True)
         where = ["backend=superlink", f"hydra.run.dir={output}"]
@@ -53,7 +53,7 @@ class Run:
         self._log = output / "run.log"
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "server.federate", *where, *overrides],
+                [*prefix, sys.executable, "-m", "server.federate", *where, *overrides],
                 env={**os.environ, "FLWR_HOME": str(place.flwr_home)},
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -278,6 +278,22 @@ def test_a_node_without_its_files_is_named_before_training(tmp_path: Path, artif
         assert all(message.metadata.message_type == "query" for message in grid.sent)
 
 
+def test_a_model_that_does_not_fit_is_named_before_training(tmp_path: Path, artifact: str) -> None:
+    settings = settings_for(tmp_path, "large", codec__artifact=artifact)
+    settings.train.batch_size = settings.train.micro_batch_size = 1_000_000
+    with pytest.raises(FederationError, match=r"training needs about .* free: try model\.gradient_checkpointing=true"):
+        run(settings, tmp_path)
+
+
+def test_a_models_own_code_runs_on_a_node_only_if_its_owner_agrees(tmp_path: Path, artifact: str) -> None:
+    settings = settings_for(tmp_path, "code", codec__artifact=artifact, model__trust_remote_code=True)
+    with pytest.raises(FederationError, match="start it with --trust-remote-code if its owner agrees"):
+        run(settings, tmp_path)
+    grid = InProcessGrid(client_app, 3, {"trust-remote-code": "true", "memory": str(tmp_path / "memory")})
+    settings.federation.rounds = 1
+    assert len(run_federation(grid, settings).heldout_loss) == 2
+
+
 def test_a_node_with_another_artifact_is_refused(tmp_path: Path, artifact: str) -> None:
     loaded = load_artifact(Path(artifact), "learned")
     other = Artifact("learned", {**loaded.tensors, "centroids.0": loaded.tensors["centroids.0"] + 1}, loaded.settings)

@@ -307,6 +307,7 @@ def test_scales_out_of_range_are_refused(layout: Layout) -> None:
             peer(name, layout).decode((bytes(codes),), None)
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_papers_autoencoders_have_one_rate_and_learn(architecture: str, layout: Layout) -> None:
     blocks = layout.unflatten(torch.sin(torch.linspace(0, 3, layout.num_parameters)))

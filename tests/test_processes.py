@@ -79,8 +79,14 @@ def test_gpus_are_dealt(wanted: str, dealt: list[str]) -> None:
     assert deal_gpus(wanted, 2) == dealt
 
 
+def test_a_client_may_have_several() -> None:
+    assert deal_gpus("0,1,2,3", 2, per_client=2) == ["0,1", "2,3"]
+    with pytest.raises(ValueError, match="2 clients need 4 GPUs"):
+        deal_gpus("0,1,2", 2, per_client=2)
+
+
 def test_too_few_gpus_are_named() -> None:
-    with pytest.raises(ValueError, match="3 clients need as many GPUs, and --gpus 0,1 gives 2"):
+    with pytest.raises(ValueError, match="3 clients need 3 GPUs, and --gpus 0,1 gives 2"):
         deal_gpus("0,1", 3)
     with pytest.raises(ValueError, match="different numbers"):
         deal_gpus("0,0", 1)

@@ -38,7 +38,7 @@ def test_tgap_records_densely_on_its_own_split() -> None:
 @pytest.mark.parametrize("group", ["codec", "strategy", "task", "train", "backend", "model"])
 def test_every_option_of_every_group_composes(group: str) -> None:
     for option in Path("conf", group).glob("*.yaml"):
-        extra = ["task.path=somewhere"] if option.stem in ("jsonl", "text") else []
+        extra = ["task.path=somewhere"] if option.stem in ("jsonl", "text", "chat", "ceval", "mmlu") else []
         check_settings(composed(f"{group}={option.stem}", *extra))
 
 
