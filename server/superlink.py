@@ -35,6 +35,11 @@ def run_on_superlink(settings: Settings) -> RunResults:
         ValueError: no SuperLink under that name, or the run failed; the message has the engine's reason.
     """
     connection = settings.backend.connection
+    if not (_flwr_home() / "config.toml").is_file():  # Flower would make one, of servers that are not ours
+        raise ValueError(
+            f"backend.connection={connection!r} is not known: {_flwr_home()} names no SuperLink. Set FLWR_HOME to the "
+            "folder `flwr` of a running one, as `python -m server start` prints it"
+        )
     with tempfile.TemporaryDirectory() as folder:
         overrides = Path(folder) / "run.toml"
         overrides.write_text(f"settings = {json.dumps(settings.to_json())}\n")  # a JSON string is a TOML string
@@ -80,12 +85,6 @@ def _show(progress: Progress, bar: TaskID, description: str, output: Path) -> No
 
 
 def _flwr(*arguments: str) -> dict[str, Any]:
-    home = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr"))
-    if not (home / "config.toml").is_file():  # Flower would make one, of servers that are not ours
-        raise ValueError(
-            f"{home} names no SuperLink: set FLWR_HOME to the folder `flwr` of a running one, as "
-            "`python -m server start` prints it"
-        )
     done = _command(*arguments, "--format", "json")
     try:
         answer = json.loads(done.stdout)
@@ -95,10 +94,14 @@ def _flwr(*arguments: str) -> dict[str, Any]:
         reason = answer.get("error-message") or answer.get("error_message") or answer
         raise ValueError(
             f"`flwr {arguments[0]}` failed: {reason}\n"
-            f"(is a SuperLink running, and is it named in {home}/config.toml? `python -m server start` writes one)"
+            f"(is a SuperLink running, and is it named in {_flwr_home()}/config.toml? `python -m server start` writes one)"
         )
     assert isinstance(answer, dict)
     return answer
+
+
+def _flwr_home() -> Path:
+    return Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr"))
 
 
 def _log_tail(connection: str, run_id: str, lines: int = 12) -> str:

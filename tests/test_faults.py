@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.deployment import Deployment, deployment, free_ports, node_command
+from bench.deployment import Deployment, deployment, free_ports, node_command, wait_for
 from server.events import read_status
 
 pytestmark = [pytest.mark.grpc, pytest.mark.timeout(900)]
@@ -189,6 +189,7 @@ def test_nodes_that_may_not_join_are_told_why(place: Deployment, tmp_path: Path)
 
 def test_the_server_ends_all_that_it_started(tmp_path: Path) -> None:
     with deployment(tmp_path / "server", 1) as place:
+        wait_for("joining", place.folder / "node-0.log", place.nodes[0])
         descendants = psutil.Process(place.server.pid).children(recursive=True)
         descendants += psutil.Process(place.nodes[0].pid).children(recursive=True)
         place.server.send_signal(signal.SIGTERM)

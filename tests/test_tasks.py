@@ -94,7 +94,7 @@ def test_a_folder_of_texts_is_dealt_out(tmp_path: Path) -> None:
     [
         ('{"text": "a"}\n{"text": \n', "line 2: no JSON"),
         ('{"text": "a"}\n[1]\n', "line 2: a JSON object is expected, not list"),
-        ("", "holds 0 records for 1 clients"),
+        ("", "holds no record"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path: Path, content: str, said: str) -> None:
