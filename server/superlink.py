@@ -94,7 +94,7 @@ def _flwr(*arguments: str) -> dict[str, Any]:
         reason = answer.get("error-message") or answer.get("error_message") or answer
         raise ValueError(
             f"`flwr {arguments[0]}` failed: {reason}\n"
-            f"(is a SuperLink running, and is it named in {_flwr_home()}/config.toml? `python -m server start` writes one)"
+            f"(is a SuperLink running, and does {_flwr_home()}/config.toml name it? `python -m server start` writes it)"
         )
     assert isinstance(answer, dict)
     return answer
