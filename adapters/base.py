@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from bitsandbytes.nn.modules import Linear4bit
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -46,7 +47,7 @@ class ModelSettings:
     attention: str = "auto"  # auto: flash attention where it can run, else sdpa | sdpa | eager | flash_attention_2
     gradient_checkpointing: bool = False  # less memory, the same gradients, a third more time
     trust_remote_code: bool = False  # runs Python code that comes with the model
-    device: str = "auto"  # auto: the first GPU, else the CPU
+    device: str = "auto"  # auto: the first GPU, else the CPU | cpu | cuda | cuda:1 ...
 
 
 def is_hub_name(path: str) -> bool:
@@ -59,6 +60,7 @@ def check_model(settings: ModelSettings) -> None:
     for key, known in (("dtype", DTYPES), ("quantization", QUANTIZATIONS), ("attention", ATTENTIONS)):
         if getattr(settings, key) not in known:
             raise ValueError(f"model.{key}={getattr(settings, key)!r} is none of {', '.join(known)}")
+    _named_device(settings)
     if settings.attention == "flash_attention_2":
         if settings.dtype == "float32":
             raise ValueError("model.attention=flash_attention_2 needs model.dtype=bfloat16 or float16")
@@ -71,9 +73,20 @@ def check_model(settings: ModelSettings) -> None:
 
 
 def resolve_device(settings: ModelSettings) -> torch.device:
-    if settings.device == "auto":
+    """Where the model is held. Raises ValueError: there is no such device here."""
+    if (device := _named_device(settings)) is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(settings.device)
+    if device.type == "cuda" and (device.index or 0) >= (found := torch.cuda.device_count()):
+        raise ValueError(f"model.device={settings.device!r}: there are {found} GPUs here: give auto or cpu")
+    return device
+
+
+def _named_device(settings: ModelSettings) -> torch.device | None:
+    """None: ``auto``. Whether the device is here is not asked, so that a dry run serves any."""
+    try:
+        return None if settings.device == "auto" else torch.device(settings.device)
+    except RuntimeError:
+        raise ValueError(f"model.device={settings.device!r} is no device: give auto, cpu, cuda or cuda:1") from None
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -185,13 +198,13 @@ def _in_one_line(settings: ModelSettings) -> Iterator[None]:
     """What transformers says over many lines and in many types of error, as one ValueError of one line."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+    except Exception as error:  # whatever a file that is missing, broken or of another program leads to
         text = str(error)
-        if text.startswith("model."):
+        if isinstance(error, ValueError) and text.startswith("model."):
             raise
         if isinstance(error, SafetensorError):
             raise ValueError(f"{_damaged_file(settings)} is damaged or not whole: download it again ({text})") from None
-        raise ValueError(f"model.path={settings.path!r}: {_reason(settings, text)}") from None
+        raise ValueError(f"model.path={settings.path!r}: {_reason(settings, error)}") from None
 
 
 def _damaged_file(settings: ModelSettings) -> str:
@@ -204,7 +217,8 @@ def _damaged_file(settings: ModelSettings) -> str:
     return f"a weights file of model.path={settings.path!r}"
 
 
-def _reason(settings: ModelSettings, text: str) -> str:
+def _reason(settings: ModelSettings, error: Exception) -> str:
+    text = str(error)
     if "trust_remote_code" in text:
         return "the model brings Python code of its own: model.trust_remote_code=true runs it, if you trust its authors"
     if "model type" in text or "Unrecognized model" in text:
@@ -213,6 +227,11 @@ def _reason(settings: ModelSettings, text: str) -> str:
         return f"there are no weights in the safetensors format ({_first_line(text)})"
     if "backend tokenizer" in text:
         return "there is no tokenizer beside the model that transformers can read"
+    if isinstance(error, StrictDataclassError):
+        return f"config.json is not as transformers wants it ({' '.join(text.split())})"
+    if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
+        found = f"{type(error).__name__}: {_first_line(text)}"
+        return f"transformers cannot use what config.json or the tokenizer's files say ({found}): are they the model's?"
     if is_hub_name(settings.path):
         return f"no such directory, and the Hugging Face hub does not give it ({_first_line(text)})"
     return _first_line(text)

@@ -102,7 +102,10 @@ def save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, facts: Map
     """
     base_name = public_name(str(model.peft_config["default"].base_model_name_or_path))
     if getattr(model.get_base_model(), "hf_quantizer", None) is not None:
-        raise ValueError(f"{base_name} is loaded quantised: an adapter can be merged into unquantised weights only")
+        raise ValueError(
+            f"{base_name} is loaded quantised, and an adapter can be merged into unquantised weights only: "
+            "give --set model.quantization=none"
+        )
     merged = model.merge_and_unload()
     merged.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))

@@ -11,6 +11,7 @@ End it with Ctrl-C or SIGTERM: it frees the GPUs.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import tempfile
@@ -40,7 +41,11 @@ def main() -> None:
     parser.add_argument("--key", default="", help="private keys, one a partition: node-0 or node-0,node-1")
     parser.add_argument("--partition", required=True, help="which partitions this host holds, from 0: 0 or 0,1,2")
     parser.add_argument("--partitions", required=True, type=int, help="how many there are in the federation")
-    parser.add_argument("--gpus", default="all", help="all, none, or numbers as in 0,1 (default all that there are)")
+    parser.add_argument(
+        "--gpus",
+        default="all",
+        help="all, none, or numbers as in 0,1: places in CUDA_VISIBLE_DEVICES where it is set (default all)",
+    )
     parser.add_argument(
         "--gpus-per-client", type=int, default=1, help="how many GPUs train one partition together (default 1)"
     )
@@ -113,13 +118,17 @@ def _check_keys(parser: argparse.ArgumentParser, args: argparse.Namespace, num_p
 
 
 def deal_gpus(wanted: str, num_clients: int, per_client: int = 1) -> list[str]:
-    """For every client what ``CUDA_VISIBLE_DEVICES`` holds: its GPUs' numbers with commas, or nothing.
+    """For every client what ``CUDA_VISIBLE_DEVICES`` holds: its GPUs with commas, or nothing.
+
+    Where this process has the variable already (Slurm sets it), only its GPUs are dealt, by the names they have in it.
 
     Raises:
         ValueError: fewer GPUs than the clients need.
     """
     if wanted == "none":
         return [""] * num_clients
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = None if visible is None else _names_in(visible)
     if wanted == "all":
         import torch
 
@@ -130,12 +139,23 @@ def deal_gpus(wanted: str, num_clients: int, per_client: int = 1) -> list[str]:
         numbers = wanted.split(",")
         if not all(number.isdigit() for number in numbers) or len(set(numbers)) != len(numbers):
             raise ValueError(f"--gpus {wanted}: all, none or different numbers as in 0,1 are expected")
+        if names is not None and any(int(number) >= len(names) for number in numbers):
+            raise ValueError(
+                f"--gpus {wanted}: CUDA_VISIBLE_DEVICES={visible} holds {len(names)} GPUs, which count from 0 here"
+            )
     if len(numbers) < num_clients * per_client:
         raise ValueError(
             f"{num_clients} clients need {num_clients * per_client} GPUs, and --gpus {wanted} gives {len(numbers)}: "
             "hold fewer partitions here, or say --gpus none"
         )
-    return [",".join(numbers[i * per_client : (i + 1) * per_client]) for i in range(num_clients)]
+    gpus = numbers if names is None else [names[int(number)] for number in numbers]
+    return [",".join(gpus[i * per_client : (i + 1) * per_client]) for i in range(num_clients)]
+
+
+def _names_in(visible: str) -> list[str]:
+    """Numbers or UUIDs; for CUDA the list ends at the first that is none, as -1."""
+    names = (name.strip() for name in visible.split(","))
+    return list(itertools.takewhile(lambda name: name and not name.startswith("-"), names))
 
 
 def node(args: argparse.Namespace, place: int, partition: int, gpus: str, sockets: Path, logs: Path) -> Sequence[Child]:

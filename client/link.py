@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 SIDE, ADAPTER = "side", "adapter/"
 RESTART_SECONDS = 60.0
 """How long a client waits for a trainer that died to come back, before it fails."""
+MOST_DEATHS = 3
+"""How often a trainer may die of one question, before its client fails."""
 _FRAME = struct.Struct("<QQ")
 _MAX_HEAD, _MAX_BODY = 1 << 24, 1 << 38
 _LOG = logging.getLogger(__name__)
@@ -60,19 +62,27 @@ class ResidentTrainer:
 
         Raises:
             ValueError: the trainer refuses.
-            ConnectionError: there was none for ``RESTART_SECONDS``.
+            ConnectionError: there was none for ``RESTART_SECONDS``, or it died ``MOST_DEATHS`` times.
         """
         question = {**head, "settings": self._settings_json, "overrides": self._overrides}
-        deadline = time.monotonic() + RESTART_SECONDS
+        gone_since: float | None = None  # when it first could not be reached or died, since it last could
+        times_asked = 0
         while True:
             try:
                 with socket.socket(socket.AF_UNIX) as connection:
                     connection.connect(str(self._path))
+                    gone_since, times_asked = None, times_asked + 1
                     send(connection, question, body)
                     answer, content = receive(connection)
                 break
             except (OSError, EOFError) as error:
-                if time.monotonic() > deadline:
+                if times_asked >= MOST_DEATHS:
+                    raise ConnectionError(
+                        f"the resident trainer at {self._path} died {times_asked} times of one message: see its log"
+                    ) from None
+                now = time.monotonic()
+                gone_since = now if gone_since is None else gone_since
+                if now > gone_since + RESTART_SECONDS:
                     raise ConnectionError(f"no resident trainer at {self._path}: {error}") from None
                 _LOG.warning("the resident trainer at %s is gone (%r): asking again", self._path, error)
                 time.sleep(0.5)

@@ -2,8 +2,10 @@
 
 Two files a federation (run) and partition, each written whole or not at all and checked by a digest: what the last
 round left, and what the round before it left. A server that died in a round asks for that round again; the client then
-goes on from what the round before left, so that the second answer is the first one to the bit. A file that cannot be
-read, is damaged or belongs to another layout is dropped with a warning: the client goes on without it.
+goes on from what the round before left, so that the second answer is the first one to the bit. One that was killed
+while it wrote has the second file alone, and has not answered: it goes on from that. A file that cannot be read, is
+damaged or belongs to another layout is dropped with a warning, and the client goes on without it: what lies before it
+may have arrived, and would be sent twice.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def load_residual(folder: Path, partition: int, layout: Layout, server_round: in
     """What the last round before ``server_round`` left of this partition, or None if there is nothing that fits."""
     last, before = _paths(folder, partition)
     kept = _read(last, layout)
-    if kept is not None and kept.server_round >= server_round:  # this round is asked for again
+    asked_again = kept is not None and kept.server_round >= server_round
+    if asked_again or not last.is_file():
         kept = _read(before, layout)
     return kept.residual if kept is not None and kept.server_round < server_round else None
 

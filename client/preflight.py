@@ -48,7 +48,7 @@ def _check_tls(connection: socket.socket, address: str, host: str, ca: Path) -> 
         context.wrap_socket(connection, server_hostname=host).close()
     except ssl.SSLCertVerificationError as error:
         causes = {
-            _EXPIRED: "its certificate has expired: make a new one with `python -m server keys`",
+            _EXPIRED: "its certificate has expired: run `python -m server keys` on its host and start it again",
             _NOT_YET: "its certificate does not hold yet: compare both clocks",
             _OTHER_HOST: f"its certificate does not hold for {host}: `python -m server keys --hosts {host}`",
         }

@@ -89,11 +89,16 @@ def follow(team: Team) -> None:
     while True:
         question, body = json.loads(team.told()), team.told()
         with contextlib.suppress(ValueError):  # the first one gives it as the answer
-            trainer = _trainer(question)
-            if question["verb"] == "check":
-                trainer.check(int(question["partition"]))
-            else:
-                trainer.finetune(unpack_work(question, body), team)
+            _take_part(question, body, team)
+
+
+def _take_part(question: dict[str, Any], body: bytes, team: Team) -> None:
+    """On its own, so that nothing holds the trainer between two messages: the next may need its memory."""
+    trainer = _trainer(question)
+    if question["verb"] == "check":
+        trainer.check(int(question["partition"]))
+    else:
+        trainer.finetune(unpack_work(question, body), team)
 
 
 def _done(head: dict[str, Any], body: bytes, team: Team) -> tuple[dict[str, Any], bytes]:

@@ -6,15 +6,17 @@ Knows settings, libraries and the disk; must not know Flower's messages (``app.p
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import time
-from functools import cached_property, lru_cache
+from functools import cached_property
+from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from adapters.base import max_positions, resolve_device
+from adapters.base import is_hub_name, max_positions, resolve_device
 from adapters.finetune import finetune, num_examples
 from adapters.memory import check_fits
 from adapters.model import Adapter, adapter_parts, adapter_shapes, load_model, load_tokenizer
@@ -30,6 +32,8 @@ from gradcodec.layout import Layout
 from strategies.records import TRUST_VARIABLE
 from tasks.shards import Shard, check_window, load_shard
 
+CHECKOUT = Path(__file__).resolve().parents[1]
+
 
 class Trainer:
     """One per process and settings; serves any partition."""
@@ -40,14 +44,23 @@ class Trainer:
         self.settings = settings
         self.own_data = own_data
         self._shards: dict[int, Shard] = {}
+        self._source = _source_of(settings)
+        self._given: tuple[PeftModel, PreTrainedTokenizerBase] | None = None
+
+    def take_over(self, old: Trainer) -> None:
+        """Model and tokenizer of the trainer before, if this one would load the same."""
+        if self._source == old._source:
+            self._given = (old.model, old.tokenizer) if "model" in old.__dict__ else old._given
 
     @cached_property
     def model(self) -> PeftModel:
+        if self._given is not None:
+            return self._given[0]
         return load_model(self.settings.model, self.settings.lora, self.settings.seed)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.settings.model)
+        return self._given[1] if self._given is not None else load_tokenizer(self.settings.model)
 
     @cached_property
     def codec(self) -> Codec:
@@ -66,8 +79,11 @@ class Trainer:
     def check(self, partition: int) -> None:
         """Loads everything that training needs. Raises ValueError: something is missing or does not fit."""
         self.shard(partition)
-        if "model" not in self.__dict__:  # once it is loaded, its memory is no longer free
-            check_fits(client_memory(self.settings), resolve_device(self.settings.model))
+        if "model" not in self.__dict__:  # once it is in use, its memory is no longer free
+            needed = client_memory(self.settings)
+            if self._given is not None:
+                needed = dataclasses.replace(needed, weights=0)
+            check_fits(needed, resolve_device(self.settings.model))
         _ = self.model
         if self.settings.arm == "coded":
             layout = self.codec.layout
@@ -94,6 +110,7 @@ class Trainer:
     def finetune(self, work: Work, team: Team) -> tuple[Adapter, float]:
         """The part of ``train`` that all of a team do: the update and the mean loss."""
         torch.set_num_threads(self.settings.train.threads)
+        self.model.zero_grad()  # a message that failed within a step left its gradients
         return finetune(
             self.model,
             {name: torch.from_numpy(array) for name, array in work.adapter.items()},
@@ -126,22 +143,57 @@ def training_seed(seed: int, server_round: int, partition: int) -> int:
     return (seed * 1_000_003 + server_round) * 1_000_003 + partition
 
 
-@lru_cache(maxsize=2)
 def trainer_for(settings_json: str, overrides: Overrides) -> Trainer:
     """The trainer of these settings in this process, made at the first call.
+
+    There is one at a time: the one before hands its model over, or frees its memory before anything is loaded.
 
     Args:
         settings_json: the run's settings, as the server sent them.
         overrides: this node's own paths, and whether it runs a model's own code.
     """
+    global _current
+    asked = (settings_json, overrides)
+    if _current is None or _current[0] != asked:
+        trainer = _new_trainer(settings_json, dict(overrides))  # settings that are refused leave the one before alone
+        if _current is not None:
+            trainer.take_over(_current[1])
+            _current = None
+            gc.collect()  # modules refer to each other in circles
+            torch.cuda.empty_cache()
+        _current = (asked, trainer)
+    return _current[1]
+
+
+_current: tuple[tuple[str, Overrides], Trainer] | None = None
+
+
+def _new_trainer(settings_json: str, own: dict[str, str]) -> Trainer:
     settings = Settings.from_json(settings_json)
-    own = dict(overrides)
     if settings.model.trust_remote_code and not (own.get(TRUST) == "true" or os.environ.get(TRUST_VARIABLE)):
         raise ValueError(
             "the run wants model.trust_remote_code=true, which runs the model's own Python code on this node: start it "
             "with --trust-remote-code if its owner agrees"
         )
-    settings.model = dataclasses.replace(settings.model, path=own.get("model-path", settings.model.path))
+    model_path = own.get("model-path") or _in_this_checkout(settings.model.path)
+    artifact = own.get("codec-artifact") or (settings.codec.artifact and _in_this_checkout(settings.codec.artifact))
+    settings.model = dataclasses.replace(settings.model, path=model_path)
     settings.task = dataclasses.replace(settings.task, path=own.get("task-path", settings.task.path))
-    settings.codec = dataclasses.replace(settings.codec, artifact=own.get("codec-artifact", settings.codec.artifact))
+    settings.codec = dataclasses.replace(settings.codec, artifact=artifact)
     return Trainer(settings, own_data="task-path" in own)
+
+
+def _in_this_checkout(path: str) -> str:
+    """The server's settings name what ships with the project by its place on the server: ``.../assets/codec``."""
+    _, shipped, name = path.rpartition("/assets/")
+    own = CHECKOUT / "assets" / name
+    return str(own) if shipped and name and not Path(path).exists() and own.exists() else path
+
+
+def _source_of(settings: Settings) -> tuple[object, ...]:
+    """All that a loaded model depends on: with an equal one it need not be loaded again."""
+    files = [file for file in sorted(Path(settings.model.path).glob("*")) if file.is_file()]
+    dates = [(file.name, file.stat().st_mtime_ns) for file in files]
+    moves = is_hub_name(settings.model.path) and settings.model.revision is None  # each run sees the hub's newest
+    lora = dataclasses.replace(settings.lora, start=None)  # the server's alone
+    return settings.model, lora, settings.seed, dates, settings.run_id if moves else ""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
@@ -52,7 +53,7 @@ class BackendSettings:
     name: str = "simulation"  # simulation: Flower's, on this machine; superlink: a running one, over gRPC
     connection: str = "cg-fedllm"  # superlink: its name in Flower's config.toml
     client_cpus: int = 1  # simulation: CPU cores a client occupies
-    client_gpus: float = 0.0  # simulation: share of a GPU a client occupies
+    client_gpus: float = 0.0  # simulation: GPUs, or share of one, a client occupies; with 0 it sees none
 
 
 @dataclass
@@ -120,8 +121,12 @@ def settings_of(config: DictConfig) -> Settings:
 
 def changed(settings: Settings, overrides: Sequence[str]) -> Settings:
     """The settings with ``key=value`` changes. Raises ValueError naming the key."""
-    config = OmegaConf.merge(OmegaConf.create(dataclasses.asdict(settings)), OmegaConf.from_dotlist(list(overrides)))
-    assert isinstance(config, DictConfig)
+    config: Any = OmegaConf.create(dataclasses.asdict(settings))
+    for text in overrides:
+        try:
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
+        except Exception as error:  # YAML's and OmegaConf's, many of several lines
+            raise ValueError(f"setting {text!r} is no key=value: {' '.join(str(error).split())}") from None
     return _typed(Settings, config)
 
 
@@ -132,7 +137,7 @@ def tgap_run_of(config: DictConfig) -> TgapRun:
 
 
 def check_settings(settings: Settings) -> None:
-    """Raises ValueError naming the first key that cannot be served, before any work."""
+    """Raises ValueError naming the first key that cannot be served, before any work; a dry run needs no GPU."""
     if settings.arm not in ARMS:
         raise ValueError(f"arm={settings.arm!r} is none of {', '.join(ARMS)}")
     if settings.backend.name not in BACKENDS:
@@ -156,6 +161,8 @@ def check_settings(settings: Settings) -> None:
             raise ValueError(f"federation.{key}={getattr(federation, key)} must be at least 0")
     if federation.max_failures < 1:
         raise ValueError(f"federation.max_failures={federation.max_failures} must be at least 1")
+    if federation.metrics_port is not None and not 1 <= federation.metrics_port <= 65535:
+        raise ValueError(f"federation.metrics_port={federation.metrics_port} must lie between 1 and 65535, or be null")
     for key in ("wait_seconds", "round_seconds"):
         if not getattr(federation, key) > 0:
             raise ValueError(f"federation.{key}={getattr(federation, key)} must be greater than 0")
@@ -172,13 +179,28 @@ def check_settings(settings: Settings) -> None:
     check_strategy(settings.strategy)
     if settings.arm == "coded":
         check_codec(settings.codec)
+    if settings.backend.name == "simulation" and settings.arm in ("dense", "coded"):
+        _check_simulation(settings.backend, settings.dry_run)
+
+
+def _check_simulation(backend: BackendSettings, dry_run: bool) -> None:
+    if backend.client_cpus < 1:
+        raise ValueError(f"backend.client_cpus={backend.client_cpus} must be at least 1")
+    if not backend.client_gpus >= 0:
+        raise ValueError(f"backend.client_gpus={backend.client_gpus} must be at least 0")
+    if not dry_run and backend.client_gpus > (found := torch.cuda.device_count()):
+        raise ValueError(
+            f"backend.client_gpus={backend.client_gpus:g} is more than the {found} GPUs of this machine: "
+            "give backend.client_gpus=0 to simulate on its CPUs"
+        )
 
 
 def _typed(schema: type[Run], config: Any) -> Run:
     try:
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
     except Exception as error:  # OmegaConf has a dozen kinds, all of them about one key
-        raise ValueError(f"settings: {error}".split("\n")[0]) from None
+        key = getattr(error, "full_key", None)
+        raise ValueError(f"settings: {f'{key}: ' if key else ''}{error}".split("\n")[0]) from None
     assert isinstance(typed, schema)
     return typed
 

@@ -97,6 +97,11 @@ def encode_update(
 
 def decode_update(payload: bytes, *, codec: Codec, side: Tensor | None = None) -> dict[str, Tensor]:
     """Payload -> update, float32 on the CPU. It decodes, or raises ``CodecError``, never anything else."""
+    return codec.layout.to_update(decode_blocks(payload, codec=codec, side=side))
+
+
+def decode_blocks(payload: bytes, *, codec: Codec, side: Tensor | None = None) -> Tensor:
+    """The same as blocks ``[R, C]``."""
     frame = unpack(payload, codec.num_streams)
     if frame.codec_id != codec.id:
         raise CodecError(
@@ -111,7 +116,7 @@ def decode_update(payload: bytes, *, codec: Codec, side: Tensor | None = None) -
     decoded_RC = _scaled(codec.decode(frame.codes, side), frame.gain)
     if not math.isfinite(inner_product(decoded_RC, decoded_RC)):  # torch.isfinite takes another update's memory
         raise CodecError("the payload decodes to NaN or infinity")
-    return codec.layout.to_update(decoded_RC)
+    return decoded_RC
 
 
 def contractive_gain(target_RC: Tensor, decoded_RC: Tensor) -> float:

@@ -123,6 +123,13 @@ class Layout:
             rows[block.tensor] += block.shape[0]
         return {block.tensor: (rows[block.tensor], block.shape[1]) for block in self.blocks}
 
+    @cached_property
+    def _of_tensor(self) -> dict[str, list[Block]]:
+        found: dict[str, list[Block]] = {}
+        for block in self.blocks:
+            found.setdefault(block.tensor, []).append(block)
+        return found
+
     @property
     def parts(self) -> dict[str, dict[str, Rows]]:
         """Of the tensors that are several blocks; with ``shapes``, what ``Layout.of`` makes this layout from."""
@@ -156,11 +163,16 @@ class Layout:
             raise CodecError(
                 f"blocks have shape {tuple(blocks_RC.shape)}, the layout wants {(self.rank, self.num_columns)}"
             )
-        update = {name: blocks_RC.new_empty(shape) for name, shape in self.shapes.items()}
-        for block in self.blocks:
-            tensor = blocks_RC[: block.rank, block.start : block.stop]
-            update[block.tensor][block.row_index] = tensor.T if block.transposed else tensor
-        return update
+        return dict(self.tensors(blocks_RC))
+
+    def tensors(self, blocks_RC: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """What ``to_update`` gives, one tensor at a time: for who has no room for all of them beside the blocks."""
+        for name, shape in self.shapes.items():
+            made = blocks_RC.new_empty(shape)
+            for block in self._of_tensor[name]:
+                part = blocks_RC[: block.rank, block.start : block.stop]
+                made[block.row_index] = part.T if block.transposed else part
+            yield name, made
 
     def flatten(self, blocks_RC: Tensor) -> Tensor:
         """Blocks ``[R, C]`` -> the ``num_parameters`` values alone, block after block, without padding."""

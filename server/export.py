@@ -5,7 +5,8 @@ python -m server.export outputs/federate/2026-01-31/12-00-00 --output DIR --merg
 python -m server.export RUN --output DIR --set model.path=Qwen/Qwen2.5-1.5B          # the base model as others name it
 
 RUN_OR_ADAPTER is a run's output folder, or any PEFT directory of plain LoRA. Merged weights have the dtype of the
-run's base weights (model.dtype); float32 keeps the adapter's effect whole, bfloat16 rounds small changes away.
+run's base weights (model.dtype); float32 keeps the adapter's effect whole, bfloat16 rounds small changes away. A run
+on a quantised base is merged into the unquantised one, --set model.quantization=none: near what was trained, not it.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def export(path: str, output: Path, merged: bool, overrides: list[str]) -> None:
         raise ValueError(f"--output {output} holds files already: give an empty or new folder")
     facts = arm.results.facts() if arm.results is not None else {}
     if merged:
+        arm.settings.model.gradient_checkpointing = False  # of training; it would leave use_cache=false in config.json
         save_merged(arm.load_model(), load_tokenizer(arm.settings.model), facts, output)
     else:
         arm.config.base_model_name_or_path = arm.settings.model.path

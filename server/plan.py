@@ -1,12 +1,14 @@
 """What a run would do, from its settings alone: clients, steps, bytes, memory, time. ``dry_run=true`` prints it.
 
-Reads the model's config.json and, where they are here, the task's records; no weights, no tokens, no clients.
+Reads the model's config.json and, where they are here, the task's records; no weights, no tokens, no clients. Of a
+data set on the hub nothing is downloaded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -14,11 +16,14 @@ from rich.table import Table
 from adapters.base import empty_base, max_positions
 from adapters.finetune import num_steps
 from adapters.memory import MemoryEstimate
-from adapters.model import adapter_shapes, empty_model
+from adapters.model import adapter_parts, adapter_shapes, empty_model
 from conf.memory import client_memory
 from conf.schema import Settings, check_settings
-from gradcodec.build import byte_budget
+from gradcodec.autoencoder.resnet import picture_shape
+from gradcodec.build import CODECS_WITH_A_RATE, byte_budget
+from gradcodec.frame import HEADER_BYTES
 from gradcodec.layout import Layout
+from gradcodec.peers.casts import INT8_RUN, NF4_RUN
 from server.progress import bytes_text
 from tasks.shards import check_window, client_records
 
@@ -40,7 +45,7 @@ class Plan:
     num_records: int | None  # of all clients; None: neither the data nor their number are known
     records_here: bool  # counted, not said by ``task.expected_records``
     steps: int | None
-    payload_bytes: int  # at most
+    payload_bytes: int | None  # at most; None: the codec takes what an update needs
     dense_bytes: int
     memory: MemoryEstimate
 
@@ -64,13 +69,11 @@ class Plan:
 
 def plan_of(settings: Settings) -> Plan:
     """Raises ValueError: the settings cannot be served."""
-    check_settings(settings)
+    check_settings(replace(settings, dry_run=True))
     check_window(settings.task, max_positions(settings.model))
     model = empty_model(settings.model, settings.lora)
-    shapes = adapter_shapes(model)
-    layout = Layout.of(shapes)
+    layout = Layout.of(adapter_shapes(model), adapter_parts(model))
     dense = 4 * layout.num_parameters
-    budget = byte_budget(settings.codec, layout) if settings.arm == "coded" else None
     num_records, here = _count_records(settings)
     return Plan(
         settings=settings,
@@ -79,19 +82,35 @@ def plan_of(settings: Settings) -> Plan:
         num_records=num_records,
         records_here=here,
         steps=_mean_steps(settings, num_records),
-        payload_bytes=budget if budget is not None else dense,
+        payload_bytes=_payload_bytes(settings, layout) if settings.arm == "coded" else dense,
         dense_bytes=dense,
         memory=client_memory(settings),
     )
 
 
+def _payload_bytes(settings: Settings, layout: Layout) -> int | None:
+    """Of one client and round: the budget, or what a codec of one rate takes, to the byte."""
+    name = settings.codec.name
+    if name in CODECS_WITH_A_RATE:
+        return byte_budget(settings.codec, layout)
+    num_values, scales = layout.num_parameters, 4 * len(layout.blocks)
+    codes = {
+        "identity": 4 * num_values,
+        "bf16": 2 * num_values,
+        "int8": num_values + 4 * ceil(num_values / INT8_RUN),
+        "nf4": ceil(num_values / 2) + 4 * ceil(num_values / NF4_RUN),
+        "sign": ceil(num_values / 8) + scales,
+    }
+    of_a_picture = ceil(scales.bit_length() / 7) + scales + prod(picture_shape(num_values)) // 16  # resnet and its like
+    return HEADER_BYTES + codes.get(name, of_a_picture)
+
+
 def _count_records(settings: Settings) -> tuple[int | None, bool]:
     task, num_clients = settings.task, settings.federation.num_clients
-    try:
-        records_of = client_records(task, num_clients)
-        return sum(len(records_of(client)) for client in range(num_clients)), True
-    except ValueError:
+    if task.path is not None and not Path(task.path).exists():
         return task.expected_records, False
+    records_of = client_records(task, num_clients)
+    return sum(len(records_of(client)) for client in range(num_clients)), True
 
 
 def _mean_steps(settings: Settings, num_records: int | None) -> int | None:
@@ -124,7 +143,7 @@ def _lines(plan: Plan) -> dict[str, str]:
     lines = {
         "model": f"{model.path}: {plan.num_base_parameters / 1e9:.2f} B parameters, {held}",
         "adapter": f"rank {lora.rank}, alpha {lora.alpha:g}: {plan.layout.num_parameters:,} parameters in "
-        f"{len(plan.layout.blocks)} tensors",
+        f"{len(plan.layout.shapes)} tensors",
         "data": _data_line(plan),
         "memory": f"of a client's device: {plan.memory}",
     }
@@ -139,14 +158,25 @@ def _lines(plan: Plan) -> dict[str, str]:
     return {
         **lines,
         "codec": _codec_line(settings),
-        "bytes up": f"{_traffic(plan, plan.payload_bytes)}; dense: {_traffic(plan, plan.dense_bytes)}",
+        "bytes up": f"{_up(plan)}; dense: {_traffic(plan, plan.dense_bytes)}",
         "bytes down": f"{_traffic(plan, plan.dense_bytes)}: the adapter in float32",
-        "upload": ", ".join(
-            f"{_seconds(8 * plan.payload_bytes / speed)} at {name} (dense {_seconds(8 * plan.dense_bytes / speed)})"
-            for name, speed in LINKS.items()
-        ),
+        **_upload_line(plan),
         **_time_lines(plan),
     }
+
+
+def _up(plan: Plan) -> str:
+    if plan.payload_bytes is None:
+        return "as many as an update needs, since codec.bits=null"
+    return _traffic(plan, plan.payload_bytes)
+
+
+def _upload_line(plan: Plan) -> dict[str, str]:
+    if plan.payload_bytes is None:
+        return {}
+    coded, dense = 8 * plan.payload_bytes, 8 * plan.dense_bytes
+    times = (f"{_seconds(coded / speed)} at {name} (dense {_seconds(dense / speed)})" for name, speed in LINKS.items())
+    return {"upload": ", ".join(times)}
 
 
 def _time_lines(plan: Plan) -> dict[str, str]:
@@ -170,7 +200,9 @@ def _codec_line(settings: Settings) -> str:
     codec = settings.codec
     if settings.arm != "coded":
         return f"none (arm={settings.arm}): float32"
-    return codec.name if codec.bits is None else f"{codec.name}, at most {codec.bits:g} bits a parameter"
+    if codec.name not in CODECS_WITH_A_RATE or codec.bits is None:
+        return codec.name
+    return f"{codec.name}, at most {codec.bits:g} bits a parameter"
 
 
 def _data_line(plan: Plan) -> str:

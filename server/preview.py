@@ -63,6 +63,8 @@ def main(config: DictConfig) -> None:
 def holdings_of(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Holding]:
     """Every client's data. Raises ValueError: it is not as the settings say."""
     task, num_clients = settings.task, settings.federation.num_clients
+    if num_clients < 1:
+        raise ValueError(f"federation.num_clients={num_clients} must be at least 1")
     records_of = client_records(task, num_clients)
     holdings = []
     for client in range(num_clients):
@@ -75,12 +77,13 @@ def holdings_of(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[
 def holdings_table(settings: Settings, holdings: Sequence[Holding]) -> Table:
     """One row a client and one of all.
 
-    Records are ``cut`` that are longer than a window, and ``empty`` if no token that counts is left; ``windows``,
-    ``counted`` tokens and ``steps`` a round are those of ``task.split``, ``held out`` are windows.
+    Records are ``cut`` that are longer than a window, ``empty`` if no token that counts is left, and ``over`` if
+    ``task.max_windows`` leaves them out, whole or in part; ``windows``, ``counted`` tokens and ``steps`` a round are
+    those of ``task.split``, ``held out`` are windows.
     """
     task = settings.task
     table = Table(title=f"{task.name}, windows of {task.window} tokens, split {task.split}", box=None, pad_edge=False)
-    for name in ("client", "records", "cut", "empty", "windows", "counted", "steps", "held out"):
+    for name in ("client", "records", "cut", "empty", "over", "windows", "counted", "steps", "held out"):
         table.add_column(name, justify="right", no_wrap=True)
     if task.partition_by is not None:
         table.add_column(task.partition_by)
@@ -101,6 +104,7 @@ def _figures(settings: Settings, holding: Holding) -> list[int]:
         holding.num_records,
         shard.num_cut,
         shard.num_empty,
+        shard.num_over,
         windows,
         shard.train.num_counted,
         steps,

@@ -57,8 +57,8 @@ def run_federation(grid: Grid, settings: Settings) -> RunResults:
     try:
         with serve_metrics(settings.federation.metrics_port, events):
             return _Run(grid, settings, output, events, before).go()
-    except ValueError as error:
-        events.write("run_failed", reason=str(error))
+    except Exception as error:
+        events.write("run_failed", reason=str(error) if isinstance(error, ValueError) else repr(error))
         raise
 
 
@@ -127,13 +127,14 @@ class _Run:
         receiving = self.coded or DenseStrategy(self.recording or self.inner, federation.min_replies)
         receiving.on_refused = lambda node, reason: self.strategy.refuse(self.server_round, node, reason)
         self.strategy = SeededStrategy(
-            LedgerStrategy(receiving, self._uplink),
+            LedgerStrategy(receiving, self._uplink, lambda partition: partition in self.strategy.refused),
             roster,
             federation.clients_per_round,
             settings.seed,
             num_examples(settings.train, settings.task.max_windows),
             federation.max_failures,
             federation.rest_rounds,
+            federation.wait_seconds,
             self._fault,
         )
         if before is not None:
@@ -152,12 +153,14 @@ class _Run:
         federation, self.server_round = self.settings.federation, server_round
         for attempt in range(federation.retries + 1):
             arrays = to_record(dict(self.adapter))
-            messages = list(self.strategy.configure_train(server_round, arrays, ConfigRecord({**config}), self.grid))
-            size = sum(len(a.data) for m in messages for r in m.content.array_records.values() for a in r.values())
-            self.events.write("round_started", server_round=server_round, clients=len(messages), bytes_down=size)
-            self.results.downlink_bytes += size
-            replies = replies_to(self.grid, messages, federation.round_seconds)
             try:
+                messages = list(
+                    self.strategy.configure_train(server_round, arrays, ConfigRecord({**config}), self.grid)
+                )
+                size = sum(len(a.data) for m in messages for r in m.content.array_records.values() for a in r.values())
+                self.events.write("round_started", server_round=server_round, clients=len(messages), bytes_down=size)
+                self.results.downlink_bytes += size
+                replies = replies_to(self.grid, messages, federation.round_seconds)
                 new, _ = self.strategy.aggregate_train(server_round, replies)
             except RoundError as error:
                 if attempt == federation.retries:

@@ -32,6 +32,11 @@ def check_strategy(settings: StrategySettings) -> None:
         raise FederationError(f"strategy.name={settings.name!r} is none of {', '.join(STRATEGIES)}")
     if not (settings.lr > 0 and math.isfinite(settings.lr)):
         raise FederationError(f"strategy.lr={settings.lr} must be greater than 0")
+    for key in ("momentum", "beta_2"):
+        if not 0 <= getattr(settings, key) < 1:
+            raise FederationError(f"strategy.{key}={getattr(settings, key)} must be at least 0 and less than 1")
+    if not (settings.tau > 0 and math.isfinite(settings.tau)):
+        raise FederationError(f"strategy.tau={settings.tau} must be greater than 0")
 
 
 OF_THE_MEAN = ("fedavg", "fedavgm", "fedadam")

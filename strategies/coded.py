@@ -17,9 +17,9 @@ from torch import Tensor
 
 from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
-from gradcodec.exchange import decode_update, digest_of
+from gradcodec.exchange import decode_blocks, digest_of
 from strategies.records import ACCEPTED, ARRAYS, CONFIG, SIDE, unwrap_payload
-from strategies.tensors import check_values, from_record, moved_to_record, to_record
+from strategies.tensors import check_values, from_record, to_record
 from strategies.wrapping import AdapterStrategy
 
 
@@ -66,15 +66,23 @@ class CodedStrategy(AdapterStrategy):
             node = reply.metadata.src_node_id
             try:
                 payload = unwrap_payload(reply.content)
-                update = decode_update(payload, codec=self.codec, side=self.side)
-                adapter = {name: update.pop(name).add_(tensor) for name, tensor in self.current.items()}
-                check_values(adapter)
+                adapter = self._adapter_of(payload)
             except CodecError as error:
                 self.refuse(node, f"{error}. Its mass stays with the client")
                 continue
             taken[node] = digest_of(payload)
-            reply.content = RecordDict({**reply.content, ARRAYS: moved_to_record(adapter)})
+            reply.content = RecordDict({**reply.content, ARRAYS: adapter})
             yield reply
+
+    def _adapter_of(self, payload: bytes) -> ArrayRecord:
+        """The adapter that a payload stands for; beside it, only its blocks are ever held. Raises CodecError."""
+        blocks_RC = decode_blocks(payload, codec=self.codec, side=self.side)
+        arrays = ArrayRecord()
+        for name, tensor in self.codec.layout.tensors(blocks_RC):
+            tensor.add_(self.current[name])
+            check_values(name, tensor)
+            arrays.update(to_record({name: tensor}))
+        return ArrayRecord({name: arrays[name] for name in self.current})  # strategies zip them by position
 
     def summary(self) -> None:
         log(INFO, "\t├──> %s, id %s", type(self.codec).__name__, self.codec.id.hex())

@@ -44,5 +44,5 @@ class DenseStrategy(AdapterStrategy):
         for name, tensor in adapter.items():
             if tensor.shape != self.current[name].shape:
                 raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}")
-        check_values(adapter)
+            check_values(name, tensor)
         return {name: adapter[name] for name in self.current}

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from logging import INFO, WARNING
+from types import SimpleNamespace
+from typing import cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -30,7 +32,7 @@ from strategies.records import (
     config_of,
     metric,
 )
-from strategies.wrapping import FederationError, WrappingStrategy
+from strategies.wrapping import FederationError, RoundError, WrappingStrategy
 
 Roster = Mapping[int, int]
 """Partition id -> Flower node id."""
@@ -79,6 +81,11 @@ def call_roll(
             raise FederationError(f"two nodes hold partition {partition}: give each its own partition-id")
         roster[partition] = node
     if missing := sorted(set(range(num_clients)) - roster.keys()):
+        if silent := len(asked) - len(roster) - len(refusals):
+            refusals.append(
+                f"{silent} of {len(asked)} nodes did not answer within {wait_seconds:.0f} s: if they are still loading "
+                "the model, give them more with federation.wait_seconds"
+            )
         reasons = "".join(f"; {refusal}" for refusal in refusals)
         raise FederationError(
             f"no node serves partition {missing[0]} ({len(missing)} of {num_clients} missing){reasons}"
@@ -126,6 +133,7 @@ class SeededStrategy(WrappingStrategy):
         max_examples: int,
         max_failures: int = 3,
         rest_rounds: int = 5,
+        wait_seconds: float = 180.0,
         on_fault: Callable[[Fault], None] | None = None,
     ) -> None:
         if not 1 <= clients_per_round <= len(roster):
@@ -139,12 +147,13 @@ class SeededStrategy(WrappingStrategy):
         self.max_examples = max_examples  # a client's weight in the mean is its own word: this bounds it
         self.max_failures = max_failures
         self.rest_rounds = rest_rounds
+        self.wait_seconds = wait_seconds  # for one of a round's nodes to be connected
         self.on_fault = on_fault
         self.failures: dict[int, int] = {}  # partition -> failures in a row
         self.resting: dict[int, int] = {}  # partition -> the last round that it is left out of
         self._partition_of = {node: partition for partition, node in roster.items()}
         self._messages: list[Message] = []
-        self._refused: set[int] = set()  # partitions whose replies of this round the inner strategy could not use
+        self.refused: set[int] = set()  # partitions whose replies of this round the inner strategy could not use
 
     def sample(self, server_round: int) -> list[int]:
         """The partitions of a round, ascending; depends on seed, round and who rests. All rest: all are awake."""
@@ -155,23 +164,42 @@ class SeededStrategy(WrappingStrategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
+        """Messages to those of the round's clients whose nodes are connected.
+
+        Raises:
+            RoundError: none of them was within ``wait_seconds``.
+        """
         chosen = {self.roster[partition] for partition in self.sample(server_round)}
-        messages = super().configure_train(server_round, arrays, config, grid)
-        sampled = [message for message in messages if message.metadata.dst_node_id in chosen]
-        self._messages = sorted(sampled, key=lambda message: self._partition_of[message.metadata.dst_node_id])
-        for node in sorted(chosen - {message.metadata.dst_node_id for message in sampled}):
+        present = self._connected(chosen, grid)
+        for node in sorted(chosen - present):
             self._note(server_round, self._partition_of[node], "its node is not connected")
+        if not present:
+            raise RoundError(
+                f"round {server_round}: none of the nodes of its {len(chosen)} clients was connected within "
+                f"{self.wait_seconds:.0f} s (federation.wait_seconds)"
+            )
+        # Flower's sampling waits for ever for nodes to come: it is shown those that are there, and takes them all
+        shown = cast(Grid, SimpleNamespace(get_node_ids=lambda: sorted(present)))
+        messages = super().configure_train(server_round, arrays, config, shown)
+        self._messages = sorted(messages, key=lambda message: self._partition_of[message.metadata.dst_node_id])
         return self._messages
+
+    def _connected(self, nodes: set[int], grid: Grid) -> set[int]:
+        """Those of the nodes that are connected; waits while none is."""
+        deadline = time.monotonic() + self.wait_seconds
+        while not (present := nodes & set(grid.get_node_ids())) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return present
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        self._refused = set()
+        self.refused = set()
         return super().aggregate_train(server_round, self._in_order(server_round, replies))
 
     def refuse(self, server_round: int, node: int, reason: str) -> None:
         """To be called by whoever finds that a reply that was handed on cannot be used."""
-        self._refused.add(self._partition_of[node])
+        self.refused.add(self._partition_of[node])
         self._note(server_round, self._partition_of[node], reason)
 
     def _in_order(self, server_round: int, replies: Iterable[Message]) -> Iterator[Message]:
@@ -199,7 +227,7 @@ class SeededStrategy(WrappingStrategy):
         """The reply, if there is a usable one; afterwards a failure less, unless it turned out to be of no use."""
         if reply is not None:
             yield reply
-            if partition not in self._refused:
+            if partition not in self.refused:
                 self.failures.pop(partition, None)
 
     def _note(self, server_round: int, partition: int, problem: str) -> None:

@@ -33,8 +33,7 @@ def from_record(record: ArrayRecord) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays_of(record).items()}
 
 
-def check_values(adapter: Mapping[str, Tensor]) -> None:
+def check_values(name: str, tensor: Tensor) -> None:
     """Raises CodecError: a value is NaN, infinite or beyond ``MAX_VALUE``, so that sums would overflow."""
-    for name, tensor in adapter.items():
-        if not bool((tensor.abs() <= MAX_VALUE).all()):
-            raise CodecError(f"tensor {name!r} holds NaN, infinity or a value beyond {MAX_VALUE:g}")
+    if not bool((tensor.abs() <= MAX_VALUE).all()):
+        raise CodecError(f"tensor {name!r} holds NaN, infinity or a value beyond {MAX_VALUE:g}")

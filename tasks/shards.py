@@ -18,7 +18,7 @@ from tasks.corpora import RECORDS, TASKS, package_text, read_records, read_texts
 from tasks.exams import EXAMS, read_exam
 from tasks.partitions import BY_COLUMN, PARTITIONS, deal, own_path
 from tasks.templates import LOSS_ON, TEMPLATES, Example, check_template, example_of
-from tasks.windows import Padded, Tokenizer, packed, padded, tokens_of
+from tasks.windows import Tokenizer, packed, padded, tokens_of
 
 SPLITS = ("tgap", "faf", "all")
 
@@ -53,6 +53,7 @@ class Shard:
     heldout: Windows
     num_cut: int = 0  # records that were longer than a window
     num_empty: int = 0  # records left out, since no token that counts was in their window
+    num_over: int = 0  # records left out, whole or in part, since `max_windows` were full
 
 
 def check_task(settings: TaskSettings) -> None:
@@ -159,7 +160,7 @@ def shard_of(settings: TaskSettings, tokenizer: Tokenizer, records: Dataset, cli
     check_template(settings.template if settings.name in RECORDS else "none", tokenizer)
     tokens = tokens_of(_examples(settings, tokenizer, records), tokenizer)
     if settings.packing:
-        made = Padded(packed(tokens, settings.window, settings.max_windows), 0, 0)
+        made = packed(tokens, settings.window, settings.max_windows)
     else:
         made = padded(islice(tokens, settings.max_windows), tokenizer, settings.window)
     windows = made.windows
@@ -178,7 +179,8 @@ def shard_of(settings: TaskSettings, tokenizer: Tokenizer, records: Dataset, cli
             f"client {client} of {num_clients} has {len(windows)} windows of {settings.window} tokens, none of them "
             f"in task.split={settings.split}: give it more text, fewer clients or a smaller task.window"
         )
-    return Shard(part, heldout[: settings.heldout_windows], made.num_cut, made.num_empty)
+    num_over = len(records) - made.num_read
+    return Shard(part, heldout[: settings.heldout_windows], made.num_cut, made.num_empty, num_over)
 
 
 def _examples(settings: TaskSettings, tokenizer: Tokenizer, records: Dataset) -> Iterator[Example]:

@@ -96,7 +96,7 @@ def _rendered(record: Record, template: str, tokenizer: ChatTokenizer) -> Exampl
         question = f"{instruction}\n\n{given}" if given else str(instruction)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": str(response)}]
     elif record.get("messages") is not None:
-        messages = [_message(turn) for turn in record["messages"]]
+        messages = _messages(record["messages"])
         if template == "alpaca":
             raise ValueError("task.template=alpaca cannot render a record with 'messages': use task.template=chat")
     elif record.get("text") is not None:
@@ -113,10 +113,13 @@ def _first(record: Record, *keys: str) -> Any:
     return next((record[key] for key in keys if record.get(key) is not None), None)
 
 
-def _message(turn: Any) -> Message:
-    if not isinstance(turn, Mapping) or turn.get("role") is None or turn.get("content") is None:
-        raise ValueError("every entry of 'messages' needs a 'role' and a 'content'")
-    return {"role": str(turn["role"]), "content": str(turn["content"])}
+def _messages(turns: Any) -> list[Message]:
+    if not isinstance(turns, Sequence) or not turns:
+        raise ValueError("'messages' must be a list of at least one turn: leave records without a dialogue out")
+    for turn in turns:
+        if not isinstance(turn, Mapping) or turn.get("role") is None or turn.get("content") is None:
+            raise ValueError("every entry of 'messages' needs a 'role' and a 'content'")
+    return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in turns]
 
 
 def _joined(messages: Sequence[Message]) -> Example:
@@ -136,7 +139,7 @@ def _chat(messages: list[Message], tokenizer: ChatTokenizer) -> Example:
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _render(messages[:i], tokenizer, add_generation_prompt=True)
+        prompt = _render(messages[:i], tokenizer, add_generation_prompt=True) if i else _opening(whole, tokenizer)
         turn = whole if i + 1 == len(messages) else _render(messages[: i + 1], tokenizer)
         if not (whole.startswith(prompt) and whole.startswith(turn)):
             raise ValueError(
@@ -147,6 +150,21 @@ def _chat(messages: list[Message], tokenizer: ChatTokenizer) -> Example:
         parts += [Part(whole[done : len(prompt)], False), Part(said, True)]
         done = len(prompt) + len(said)
     return Example([*parts, Part(whole[done:], False)], complete=True)
+
+
+def _opening(whole: str, tokenizer: ChatTokenizer) -> str:
+    """What stands before the first turn of a dialogue that the assistant opens: nothing comes before it, and templates
+    do not render nothing, so the mark of its turn is that which they write behind a question."""
+    question = [{"role": "user", "content": "?"}]
+    asked = _render(question, tokenizer)
+    prompt = _render(question, tokenizer, add_generation_prompt=True)
+    mark = prompt.removeprefix(asked)
+    if mark in ("", prompt) or mark not in whole:
+        raise ValueError(
+            "the assistant opens a dialogue, and in the chat template of model.path its turn cannot be told apart: "
+            "begin dialogues with a turn of the user, or use task.template=none"
+        )
+    return whole[: whole.index(mark) + len(mark)]
 
 
 def _render(messages: list[Message], tokenizer: ChatTokenizer, add_generation_prompt: bool = False) -> str:

@@ -38,15 +38,18 @@ class Tokens(NamedTuple):
     counted: list[bool]
 
 
-class Padded(NamedTuple):
+class Cut(NamedTuple):
+    """Examples, cut into windows."""
+
     windows: Windows
-    num_cut: int  # examples longer than a window
-    num_empty: int  # examples left out, since no token that counts is left in their window
+    num_read: int  # examples that are in them, whole but for what `num_cut` and `num_empty` say
+    num_cut: int = 0  # examples longer than a window
+    num_empty: int = 0  # examples left out, since no token that counts is left in their window
 
 
 def windows_of(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Windows:
     """Windows of plain texts, in which every token counts; see ``packed``."""
-    return packed(tokens_of((Example([Part(text, True)]) for text in texts), tokenizer), length)
+    return packed(tokens_of((Example([Part(text, True)]) for text in texts), tokenizer), length).windows
 
 
 def tokens_of(examples: Iterable[Example], tokenizer: Tokenizer) -> Iterator[Tokens]:
@@ -79,30 +82,32 @@ def _opening(tokenizer: Tokenizer) -> list[int]:
     return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
 
 
-def packed(examples: Iterable[Tokens], length: int, max_windows: int | None = None) -> Windows:
+def packed(examples: Iterable[Tokens], length: int, max_windows: int | None = None) -> Cut:
     """Joins the examples into one stream and cuts it into windows.
 
     Returns:
         At most ``max_windows`` of ``length`` tokens; those in which no token counts are left out, and so is the tail
-        that does not fill a window: W may be 0.
+        that does not fill a window: W may be 0. An example that goes beyond the last of ``max_windows`` is not read.
     """
     ids: list[int] = []
     counted: list[bool] = []
+    num_read = 0
+    most = None if max_windows is None else max_windows * length
     for example in examples:
         ids += example.ids
         counted += example.counted
-        if max_windows is not None and len(ids) >= max_windows * length:
+        num_read += most is None or len(ids) <= most
+        if most is not None and len(ids) >= most:
             break
     count = min(len(ids) // length, max_windows or len(ids))
-    return _counting(
-        Windows(
-            torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length),
-            torch.tensor(counted[: count * length], dtype=torch.bool).reshape(count, length),
-        )
+    windows = Windows(
+        torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length),
+        torch.tensor(counted[: count * length], dtype=torch.bool).reshape(count, length),
     )
+    return Cut(_counting(windows), num_read)
 
 
-def padded(examples: Iterable[Tokens], tokenizer: Tokenizer, length: int) -> Padded:
+def padded(examples: Iterable[Tokens], tokenizer: Tokenizer, length: int) -> Cut:
     """One example a window: cut or padded to ``length`` at its end. Padding never counts."""
     tokens = list(examples)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -114,7 +119,7 @@ def padded(examples: Iterable[Tokens], tokenizer: Tokenizer, length: int) -> Pad
         windows.counted[row, : len(ids)] = torch.tensor(counted[:length])
     num_cut = sum(len(example.ids) > length for example in tokens)
     kept = _counting(windows)
-    return Padded(kept, num_cut, len(windows) - len(kept))
+    return Cut(kept, len(tokens), num_cut, len(windows) - len(kept))
 
 
 def _counting(windows: Windows) -> Windows:
@@ -125,6 +130,9 @@ def _counting(windows: Windows) -> Windows:
 @torch.no_grad()
 def heldout_loss(model: torch.nn.Module, windows: Windows, batch_size: int = 16) -> float:
     """Mean next-token loss over all tokens that count, in nats per token. Leaves the model in evaluation mode.
+
+    Args:
+        batch_size: windows a pass; smaller needs less memory and gives the same loss, but for the rounding of floats.
 
     Raises:
         ValueError: there are no windows.

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,22 @@ def test_every_turn_of_the_assistant_counts_and_nothing_else(chat_tokenizer: Any
     assert counted == ["3<|end|>"]
 
 
+def test_a_dialogue_that_the_assistant_opens_is_rendered_where_the_template_can(chat_tokenizer: Any) -> None:
+    opened = {"messages": [{"role": "assistant", "content": "Hello."}, *DIALOGUE[1:3]]}
+    for before in ("", "<|system|>\nBe kind.<|end|>\n"):
+        chat_tokenizer.chat_template = before + CHATML
+        whole, counted = text_of(opened, "chat", chat_tokenizer)
+        assert whole == chat_tokenizer.apply_chat_template(opened["messages"], tokenize=False)
+        assert counted == ["Hello.<|end|>", "Two.<|end|>"]
+    for template, said in (
+        ("{% for m in messages %}[{{ m['content'] }}]{% endfor %}", "the assistant opens a dialogue"),
+        ("{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHATML, "user first"),
+    ):
+        chat_tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=said):
+            text_of(opened, "chat", chat_tokenizer)
+
+
 @pytest.mark.parametrize(("template", "end"), [("alpaca", "<|end|>"), ("none", "<|end|>"), ("chat", "<|end|>")])
 def test_the_tokens_that_count_are_the_response_and_its_end(
     chat_tokenizer: PreTrainedTokenizerBase, dolly: str, template: str, end: str
@@ -195,7 +212,8 @@ def test_padding_changes_no_loss(
         together = next_token_loss(model, windows.trimmed())
     mean = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     torch.testing.assert_close(together, mean)
-    assert heldout_loss(model, windows, batch_size=2) == pytest.approx(float(mean), abs=1e-5)
+    for batch_size in (1, 2, 16):
+        assert heldout_loss(model, windows, batch_size) == pytest.approx(float(mean), abs=1e-5)
 
 
 def test_padding_is_the_end_token_where_there_is_no_other(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -205,6 +223,19 @@ def test_padding_is_the_end_token_where_there_is_no_other(tokenizer: PreTrainedT
     for (ids, counted), token in zip(zip_windows(windows), tokens, strict=True):
         assert counted.tolist() == [True] * len(token.ids) + [False] * (40 - len(token.ids))
         assert set(ids[len(token.ids) :].tolist()) == {tokenizer.eos_token_id}
+
+
+def test_what_max_windows_leaves_out_is_counted(tokenizer: PreTrainedTokenizerBase, dolly: str) -> None:
+    """Padded, a record is a window; packed, the stream ends somewhere in a record."""
+    for most, num_over in ((60, 0), (61, 0), (25, 35)):
+        assert load_shard(task(dolly, max_windows=most), tokenizer, 0, 1).num_over == num_over
+    records = client_records(task(dolly), 1)(0)
+    examples = (example_of(record, "alpaca", "all", tokenizer) for record in records)
+    ends = list(accumulate(len(tokens.ids) for tokens in tokens_of(examples, tokenizer)))
+    for most in (5, 20, 10_000):
+        settings = task(dolly, loss_on="all", packing=True, window=32, max_windows=most)
+        num_whole = sum(end <= 32 * most for end in ends)
+        assert load_shard(settings, tokenizer, 0, 1).num_over == 60 - num_whole
 
 
 def test_long_records_are_cut_counted_and_said(
@@ -383,6 +414,9 @@ def test_shards_of_all_clients_are_those_of_each(tokenizer: PreTrainedTokenizerB
         ({"text": "x"}, {}, "use task.loss_on=all"),
         ({"messages": DIALOGUE}, {}, "task.template=alpaca cannot render"),
         ({"messages": [{"role": "user"}]}, {"template": "none"}, "needs a 'role' and a 'content'"),
+        ({"messages": []}, {"template": "none"}, "'messages' must be a list of at least one turn"),
+        ({"messages": []}, {"template": "chat"}, "'messages' must be a list of at least one turn"),
+        ({"messages": 3}, {"template": "none"}, "'messages' must be a list of at least one turn"),
         ({"messages": DIALOGUE}, {"template": "chat"}, "writes a dialogue's earlier turns anew"),
         ({"messages": DIALOGUE[1:]}, {"template": "chat"}, "refuses a dialogue: no system turn"),
     ],
@@ -510,14 +544,27 @@ def test_the_preview_counts_what_clients_hold_and_shows_an_example(
     sizes = [len(holding.shard.train) for holding in holdings]
     steps = [-(-size // 8) for size in sizes]
     counted = [holding.shard.train.num_counted for holding in holdings]
-    assert ["0", "20", "0", "0", str(sizes[0]), str(counted[0]), str(steps[0]), "2", "closed_qa", "100%"] in rows
-    assert ["1", "40", "0", "0", str(sizes[1]), str(counted[1]), str(steps[1]), "4", "open_qa", "100%"] in rows
-    assert rows[-1][:5] == ["all", "60", "0", "0", str(sum(sizes))]
+    assert ["0", "20", "0", "0", "0", str(sizes[0]), str(counted[0]), str(steps[0]), "2", "closed_qa", "100%"] in rows
+    assert ["1", "40", "0", "0", "0", str(sizes[1]), str(counted[1]), str(steps[1]), "4", "open_qa", "100%"] in rows
+    assert rows[-1][:6] == ["all", "60", "0", "0", "0", str(sum(sizes))]
     shown = example_text(holdings[0].shard.train, tokenizer).plain
     record = next(row for row in DOLLY if f"\n{row['instruction']}\n" in shown)
     assert shown == text_of(record, "alpaca", tokenizer)[0].replace(
         record["response"], f"[{record['response']}<|end|>]"
     )
+
+
+def test_the_preview_counts_what_max_windows_leaves_out(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, dolly: str
+) -> None:
+    settings = federation(tmp_path, dolly, max_windows=25)
+    console = Console(width=120, file=io.StringIO())
+    with console.capture() as printed:
+        console.print(holdings_table(settings, holdings_of(settings, tokenizer)))
+    assert printed.get().splitlines()[-1].split()[:5] == ["all", "60", "0", "0", "15"]
+    settings.federation.num_clients = 0
+    with pytest.raises(ValueError, match=r"federation\.num_clients=0 must be at least 1"):
+        holdings_of(settings, tokenizer)
 
 
 def test_the_preview_needs_no_weights_and_leaves_no_files(tmp_path: Path, dolly: str) -> None:

@@ -101,6 +101,15 @@ def test_the_merged_model_is_the_run_without_peft(
     assert not list((tmp_path / "merged").glob("adapter*"))
 
 
+def test_an_adapter_of_a_quantised_base_is_merged_into_the_unquantised_one(adapter: Path, tmp_path: Path) -> None:
+    trained = ["model.quantization=int8", "model.gradient_checkpointing=true"]
+    with pytest.raises(ValueError, match=r"give --set model\.quantization=none"):
+        export(str(adapter), tmp_path / "merged", merged=True, overrides=trained)
+    export(str(adapter), tmp_path / "merged", merged=True, overrides=[*trained, "model.quantization=none"])
+    exported, original = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "merged", BASE))
+    assert exported.get("use_cache") == original.get("use_cache")
+
+
 def test_an_exported_adapter_is_the_same_under_another_base_name(finished: RunResults, tmp_path: Path) -> None:
     export(finished.settings.output, tmp_path / "out", merged=False, overrides=["model.path=someone/tiny-llama"])
     config, tensors = load_adapter(tmp_path / "out")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import InProcessGrid
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from google.protobuf.message import DecodeError
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -424,6 +425,41 @@ def test_a_client_that_keeps_failing_rests_and_the_round_waits_for_it_no_longer(
     assert [(fault.server_round, fault.partition) for fault in results.faults] == [(1, 0), (2, 0), (3, 0), (6, 0)]
     assert "failed 3 times in a row and rests for 2 rounds" in results.faults[2].reason
     assert results.heldout_loss[-1] < results.heldout_loss[0] - 0.02
+
+
+class CrashingGrid(InProcessGrid):
+    """In round 2 Flower cannot inflate what partition 0 sent."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(super().pull_messages(message_ids))
+        asked = str(self.sent[-1].content.config_records[CONFIG].get("server-round"))
+        if asked == "2" and any(reply.metadata.src_node_id == 1000 for reply in replies):
+            raise DecodeError("Error parsing message")
+        return replies
+
+
+def test_a_reply_that_flower_cannot_read_costs_itself_alone(tmp_path: Path, artifact: str) -> None:
+    settings = settings_for(tmp_path, "crash", codec__artifact=artifact, federation__clients_per_round=3)
+    results = run(settings, tmp_path, CrashingGrid)
+    assert [(fault.server_round, fault.partition) for fault in results.faults] == [(2, 0)]
+    assert "cannot be read" in results.faults[0].reason
+    assert len(results.uplinks) == 8
+
+
+class EmptyGrid(InProcessGrid):
+    """All nodes leave after the roll call."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [] if self.sent else super().get_node_ids()
+
+
+def test_a_round_without_any_node_is_waited_for_and_then_ends_the_run(tmp_path: Path, artifact: str) -> None:
+    settings = settings_for(
+        tmp_path, "empty", codec__artifact=artifact, federation__wait_seconds=0.2, federation__retries=1
+    )
+    with pytest.raises(FederationError, match=r"none of the nodes of its 2 clients .*; tried 2 times"):
+        run(settings, tmp_path, EmptyGrid)
+    assert read_status(tmp_path / "empty").state == "failed"
 
 
 def test_a_round_with_too_few_replies_is_not_averaged(tmp_path: Path, artifact: str) -> None:

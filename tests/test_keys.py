@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,26 @@ def test_keys_are_never_overwritten_and_more_nodes_can_be_added(tmp_path: Path) 
     assert (tmp_path / "node-1").is_file()
     with pytest.raises(ValueError, match=r"does not hold for host 'example\.org'"):
         make_keys(tmp_path, ["example.org"], 1)
+
+
+def test_an_expired_server_certificate_is_made_anew_for_its_old_hosts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.keys.DAYS", -1)
+    make_keys(tmp_path, ["server.example.org"], 0)
+    before = (tmp_path / "ca.crt").read_bytes()
+    monkeypatch.undo()
+    make_keys(tmp_path, [], 0)
+    server = x509.load_pem_x509_certificate((tmp_path / "server.pem").read_bytes())
+    assert server.not_valid_after_utc > datetime.datetime.now(datetime.UTC)
+    names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert "server.example.org" in [str(name.value) for name in names]
+    assert (tmp_path / "ca.crt").read_bytes() == before
+    monkeypatch.setattr("server.keys.AUTHORITY_DAYS", -1)
+    (tmp_path / "other").mkdir()
+    make_keys(tmp_path / "other", [], 0)
+    with pytest.raises(ValueError, match=r"ca\.crt has expired"):
+        make_keys(tmp_path / "other", [], 0)
 
 
 def test_a_superlink_without_keys_or_with_a_taken_port_says_so(tmp_path: Path) -> None:

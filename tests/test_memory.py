@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from client.memory import load_residual, save_residual
+from client.memory import _paths, load_residual, save_residual
 from gradcodec.exchange import Residual
 from gradcodec.layout import Layout
 
@@ -78,6 +78,45 @@ def test_a_round_that_is_asked_for_again_starts_from_what_the_round_before_left(
     found = load_residual(tmp_path, 0, layout, 5)
     assert found is not None
     assert found.payload_digest == "second"
+
+
+def test_a_client_that_is_killed_while_it_writes_loses_nothing(
+    tmp_path: Path, layout: Layout, residual: Residual, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = Residual(2 * residual.target_RC, residual.left_RC, "second")
+    last, before = _paths(tmp_path, 0)
+    replace = os.replace
+
+    def killed_between(source: Path, target: Path) -> None:
+        if target == last:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    save_residual(tmp_path, 0, layout, 1, residual)
+    with monkeypatch.context() as patch:
+        patch.setattr("client.memory.os.replace", killed_between)
+        with pytest.raises(KeyboardInterrupt):
+            save_residual(tmp_path, 0, layout, 2, second)
+    assert not last.exists() and before.exists()
+    for server_round, digest in ((1, None), (2, residual.payload_digest), (3, residual.payload_digest)):
+        found = load_residual(tmp_path, 0, layout, server_round)
+        assert (None if found is None else found.payload_digest) == digest
+    save_residual(tmp_path, 0, layout, 2, second)
+    for server_round, digest in ((2, residual.payload_digest), (3, "second")):
+        found = load_residual(tmp_path, 0, layout, server_round)
+        assert found is not None
+        assert found.payload_digest == digest
+
+
+def test_what_lies_before_a_damaged_residual_is_not_sent_twice(
+    tmp_path: Path, layout: Layout, residual: Residual
+) -> None:
+    for server_round in (1, 2):
+        save_residual(tmp_path, 0, layout, server_round, residual)
+    last, before = _paths(tmp_path, 0)
+    last.write_bytes(last.read_bytes()[:100])
+    assert before.exists()
+    assert load_residual(tmp_path, 0, layout, 3) is None
 
 
 def test_what_was_kept_stays_if_the_disk_is_full(

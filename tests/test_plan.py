@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from test_settings import composed
 
-from conf.schema import Settings
-from server.plan import plan_of
+from adapters.model import LoraSettings, ModelSettings, adapter_parts, adapter_shapes, empty_model
+from conf.schema import Settings, check_settings
+from gradcodec.autoencoder.networks import ARCHITECTURES
+from gradcodec.autoencoder.resnet import ResnetCodec
+from gradcodec.build import CodecSettings, build_codec
+from gradcodec.codec import Codec
+from gradcodec.exchange import encode_update
+from gradcodec.layout import Layout
+from server.plan import plan_of, print_plan
 
 SHAPES = {"llama7b_dolly": "llama-7b", "llama7b_ceval": "llama-7b", "qwen7b_mmlu": "qwen2.5-7b"}
 
@@ -54,6 +64,65 @@ def test_records_that_are_here_are_counted() -> None:
     plan = plan_of(composed("task=stdlib"))
     assert plan.records_here
     assert plan.steps == plan.settings.train.steps
+
+
+def written(path: Path, num_records: int) -> str:
+    path.write_text("\n".join([json.dumps({"instruction": "a", "response": "b", "category": "c"})] * num_records))
+    return f"task.path={path}"
+
+
+def test_a_number_of_records_is_assumed_only_where_the_data_are_not_here(tmp_path: Path) -> None:
+    for path in ("databricks/databricks-dolly-15k", str(tmp_path / "nowhere.jsonl")):
+        plan = plan_of(composed("task=dolly", f"task.path={path}"))
+        assert (plan.num_records, plan.records_here) == (15_011, False)
+    plan = plan_of(composed("task=dolly", written(tmp_path / "some.jsonl", 30), "task.alpha=100"))
+    assert (plan.num_records, plan.records_here) == (30, True)
+    with pytest.raises(ValueError, match="'colour' is no column of"):
+        plan_of(composed("task=dolly", written(tmp_path / "some.jsonl", 30), "task.partition_by=colour"))
+    with pytest.raises(ValueError, match="holds 3 records for 10 clients"):
+        plan_of(composed("task=dolly", written(tmp_path / "few.jsonl", 3)))
+
+
+def test_a_dry_run_downloads_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.corpora.load_dataset", lambda *_, **__: pytest.fail("a download"))
+    assert plan_of(composed("task=alpaca")).num_records == 52_002
+
+
+@pytest.mark.parametrize("name", ["identity", "bf16", "int8", "nf4", "sign", *ARCHITECTURES])
+def test_a_codec_of_one_rate_takes_what_is_planned(name: str) -> None:
+    model = empty_model(ModelSettings(), LoraSettings())
+    layout = Layout.of(adapter_shapes(model), adapter_parts(model))
+    codec: Codec
+    if name in ARCHITECTURES:
+        codec = ResnetCodec(layout, ARCHITECTURES[name](False), False, b"test")
+    else:
+        codec = build_codec(CodecSettings(name), layout)
+    payload, _ = encode_update({key: torch.randn(shape) for key, shape in layout.shapes.items()}, None, codec=codec)
+    plan = plan_of(composed("task=alpaca", f"codec.name={name}", "codec.artifact=somewhere"))
+    assert plan.payload_bytes == len(payload)
+
+
+def test_what_an_update_decides_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of(composed("task=alpaca", "codec.name=rotated", "codec.bits=null"))
+    assert plan.payload_bytes is None
+    print_plan(plan)
+    assert "codec.bits=null" in capsys.readouterr().out
+
+
+def test_simulated_clients_have_a_gpu_or_the_run_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run needs none."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name in SHAPES:
+        settings = experiment(name)
+        assert settings.backend.client_gpus == 1
+        plan_of(settings)
+        with pytest.raises(ValueError, match=r"backend\.client_gpus=1 is more than the 0 GPUs of this machine"):
+            check_settings(settings)
+        check_settings(experiment(name, "backend.client_gpus=0"))
+        check_settings(experiment(name, "backend=superlink"))
+        check_settings(experiment(name, "arm=centralised"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_settings(experiment("llama7b_dolly"))
 
 
 def test_a_dry_run_prints_and_ends() -> None:

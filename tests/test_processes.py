@@ -74,22 +74,58 @@ def test_one_that_keeps_failing_waits_longer_every_time(tmp_path: Path) -> None:
     end_all([one])
 
 
+@pytest.fixture
+def all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.usefixtures("all_gpus")
 @pytest.mark.parametrize(("wanted", "dealt"), [("none", ["", ""]), ("0,1", ["0", "1"]), ("3,1,0", ["3", "1"])])
 def test_gpus_are_dealt(wanted: str, dealt: list[str]) -> None:
     assert deal_gpus(wanted, 2) == dealt
 
 
+@pytest.mark.usefixtures("all_gpus")
 def test_a_client_may_have_several() -> None:
     assert deal_gpus("0,1,2,3", 2, per_client=2) == ["0,1", "2,3"]
     with pytest.raises(ValueError, match="2 clients need 4 GPUs"):
         deal_gpus("0,1,2", 2, per_client=2)
 
 
+@pytest.mark.usefixtures("all_gpus")
 def test_too_few_gpus_are_named() -> None:
     with pytest.raises(ValueError, match="3 clients need 3 GPUs, and --gpus 0,1 gives 2"):
         deal_gpus("0,1", 3)
     with pytest.raises(ValueError, match="different numbers"):
         deal_gpus("0,0", 1)
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen", "wanted", "dealt"),
+    [
+        ("2,3", 2, "all", ["2", "3"]),
+        ("2, 3,5", 3, "2,0", ["5", "2"]),
+        ("GPU-8932f937,GPU-1f5a", 2, "all", ["GPU-8932f937", "GPU-1f5a"]),
+        ("4,5,-1,6", 2, "all", ["4", "5"]),
+        ("", 0, "all", ["", ""]),
+        ("2,3", 2, "none", ["", ""]),
+    ],
+)
+def test_gpus_that_were_given_to_this_process_are_dealt_by_their_names(
+    visible: str, seen: int, wanted: str, dealt: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
+    assert deal_gpus(wanted, 2) == dealt
+
+
+@pytest.mark.parametrize(("visible", "held"), [("2,3", 2), ("", 0), ("-1", 0)])
+def test_gpus_that_this_process_was_not_given_are_named(
+    visible: str, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES={visible} holds {held} GPUs"):
+        deal_gpus("0,2", 2)
 
 
 def tls_server(folder: Path) -> int:

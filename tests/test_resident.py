@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -11,14 +14,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_federation import settings_for
 
+from adapters.memory import MemoryEstimate
+from adapters.team import Team
 from client.link import ResidentTrainer, receive, send, trainer_at
+from client.resident import follow
 from client.trainer import Trainer, trainer_for
 from client.work import Work
 from conf.schema import Settings
@@ -156,3 +164,134 @@ def test_a_trainer_that_is_killed_is_asked_again_when_it_is_back(tmp_path: Path,
 def start_again(place: Path) -> subprocess.Popen[bytes]:
     place.unlink(missing_ok=True)
     return start(place)
+
+
+def answer_one(place: Path, answer: Callable[[socket.socket], object]) -> None:
+    """A trainer that lives for one question."""
+    place.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place))
+        listener.listen()
+        connection, _ = listener.accept()
+        with connection:
+            receive(connection)
+            answer(connection)
+
+
+def test_one_that_dies_late_is_waited_for_as_long_as_one_that_dies_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.link.RESTART_SECONDS", 2.0)
+    place = tmp_path / "trainer.sock"
+
+    def live() -> None:
+        answer_one(place, lambda _: time.sleep(2.5))  # longer than the client's patience, and then it dies
+        place.unlink()
+        time.sleep(1)
+        answer_one(place, lambda connection: send(connection, {}, b""))
+
+    living = threading.Thread(target=live)
+    living.start()
+    ResidentTrainer(place, "{}", ()).check(0)
+    living.join()
+    with pytest.raises(ConnectionError, match="no resident trainer at"):
+        ResidentTrainer(place, "{}", ()).check(0)
+
+
+def test_one_that_dies_of_every_question_is_given_up(tmp_path: Path) -> None:
+    place = tmp_path / "trainer.sock"
+
+    def die_again_and_again() -> None:
+        for _ in range(3):
+            answer_one(place, lambda _: None)
+
+    dying = threading.Thread(target=die_again_and_again)
+    dying.start()
+    with pytest.raises(ConnectionError, match="died 3 times of one message"):
+        ResidentTrainer(place, "{}", ()).check(0)
+    dying.join()
+
+
+def test_another_run_keeps_the_model_and_another_model_frees_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[MemoryEstimate] = []
+    monkeypatch.setattr("client.trainer.check_fits", lambda estimate, _: checked.append(estimate))
+    settings = dataclasses.replace(settings, seed=6, run_id="first")
+    first = trainer_for(settings.to_json(), ())
+    first.check(0)
+    model, tokenizer = first.model, first.tokenizer
+    assert trainer_for(settings.to_json(), ()) is first
+    with pytest.raises(ValueError, match="/nowhere"):  # changes nothing
+        trainer_for(settings.to_json(), (("model-path", "/nowhere"),))
+    for run_id, arm in (("second", "coded"), ("third", "dense")):
+        another = trainer_for(dataclasses.replace(settings, run_id=run_id, arm=arm).to_json(), ())
+        another.check(0)
+        assert another is not first
+        assert another.model is model and another.tokenizer is tokenizer
+    assert [estimate.weights > 0 for estimate in checked] == [True, False, False]
+    gone = weakref.ref(model)
+    del first, another, model
+    trainer_for(dataclasses.replace(settings, seed=7).to_json(), ())
+    assert gone() is None  # before anything of the new one is loaded
+
+
+def test_a_model_whose_files_were_replaced_is_loaded_again(settings: Settings, tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    shutil.copytree(settings.model.path, place)
+    own = (("model-path", str(place)),)
+    old = trainer_for(dataclasses.replace(settings, run_id="old").to_json(), own).model
+    os.utime(place / "model.safetensors", (1, 1))
+    assert trainer_for(dataclasses.replace(settings, run_id="new").to_json(), own).model is not old
+
+
+def test_gradients_of_a_message_that_failed_do_not_count(settings: Settings, tmp_path: Path) -> None:
+    trainer = trainer_for(dataclasses.replace(settings, arm="dense").to_json(), ())
+    work = Work({name: t.numpy() for name, t in Evaluator(settings).initial.items()}, None, 0, 1, "", tmp_path)
+    clean = trainer.train(work).adapter
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    again = trainer.train(work).adapter
+    assert clean is not None and again is not None
+    assert all(np.array_equal(clean[name], again[name]) for name in clean)
+
+
+def test_others_of_a_team_hold_no_trainer_between_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Trainer]] = []
+
+    class Small:
+        def check(self, partition: int) -> None:
+            pass
+
+    def trainer_of(_: object) -> Small:
+        gc.collect()
+        assert not any(old() for old in made)
+        made.append(weakref.ref(trainer := Small()))  # type: ignore[arg-type]
+        return trainer
+
+    class Told(Team):
+        def told(self) -> bytes:
+            if len(made) == 2:
+                raise EOFError
+            return json.dumps({"verb": "check", "partition": 0}).encode()
+
+    monkeypatch.setattr("client.resident._trainer", trainer_of)
+    with pytest.raises(EOFError):
+        follow(Told())
+
+
+def test_what_ships_with_the_project_is_found_in_this_nodes_checkout(settings: Settings, tmp_path: Path) -> None:
+    here = Path("assets").absolute()
+    there = dataclasses.replace(
+        settings,
+        model=dataclasses.replace(settings.model, path="/srv/of-the-server/assets/tiny-llama"),
+        codec=dataclasses.replace(settings.codec, name="learned", artifact="/srv/of-the-server/assets/codec"),
+    )
+    found = trainer_for(there.to_json(), ()).settings
+    assert (found.model.path, found.codec.artifact) == (str(here / "tiny-llama"), str(here / "codec"))
+    shutil.copytree(here / "tiny-llama", tmp_path / "assets" / "tiny-llama")
+    there.model.path = str(tmp_path / "assets" / "tiny-llama")  # is on this node: taken as it is
+    assert trainer_for(there.to_json(), ()).settings.model.path == there.model.path
+    there.model.path = "/srv/of-the-server/assets/another"
+    with pytest.raises(ValueError, match="of-the-server/assets/another"):
+        trainer_for(there.to_json(), ())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from conf.schema import Settings, TgapRun, check_settings, register_schemas, settings_of, tgap_run_of
+from conf.schema import Settings, TgapRun, changed, check_settings, register_schemas, settings_of, tgap_run_of
 
 register_schemas()
 
@@ -52,6 +52,14 @@ def test_every_option_of_every_group_composes(group: str) -> None:
         ("codec.feedback=2", "codec.feedback=2.0"),
         ("model.path=nowhere", "nowhere' is no directory"),
         ("strategy.name=sum", "strategy.name='sum' is none of fedavg"),
+        ("strategy.momentum=5", "strategy.momentum=5.0 must be at least 0 and less than 1"),
+        ("strategy.beta_2=nan", "strategy.beta_2=nan"),
+        ("strategy.tau=0", "strategy.tau=0.0 must be greater than 0"),
+        ("model.device=gpu", "model.device='gpu' is no device: give auto, cpu, cuda or cuda:1"),
+        ("backend.client_cpus=0", "backend.client_cpus=0"),
+        ("backend.client_gpus=-1", "backend.client_gpus=-1.0"),
+        ("federation.metrics_port=0", "federation.metrics_port=0 must lie between 1 and 65535"),
+        ("federation.metrics_port=65536", "federation.metrics_port=65536"),
         ("backend.name=cloud", "backend.name='cloud' is none of simulation, superlink"),
         ("federation.clients_per_round=11", "federation.clients_per_round=11 is more than federation.num_clients=10"),
         ("federation.rounds=0", "federation.rounds=0"),
@@ -73,6 +81,17 @@ def test_a_wrong_value_is_named(override: str, said: str) -> None:
 def test_hydra_names_unknown_groups_keys_and_types(override: str, said: str) -> None:
     with pytest.raises(Exception, match=said):
         composed(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [("x=[1", "setting 'x=[1' is no key=value: while parsing"), ("sede=1", "sede"), ("seed=many", "settings: seed: ")],
+)
+def test_a_change_that_cannot_be_read_is_named_in_one_line(override: str, said: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        changed(Settings(), ["seed=3", override])
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert changed(Settings(), ["seed=3", "model.dtype=bfloat16"]).model.dtype == "bfloat16"
 
 
 def test_settings_from_a_stranger_are_checked_for_keys_and_types() -> None:
