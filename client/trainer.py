@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 import os
 import time
 from functools import cached_property
@@ -30,7 +31,9 @@ from gradcodec.codec import Codec
 from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
 from strategies.records import TRUST_VARIABLE
-from tasks.shards import Shard, check_window, load_shard
+from tasks.shards import Shard, check_window, load_shard, what_is_lost
+
+_LOG = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -73,7 +76,10 @@ class Trainer:
             if self.own_data:
                 task, client, sharers = dataclasses.replace(task, partition="iid", partition_by=None), 0, 1
             check_window(task, max_positions(self.settings.model))
-            self._shards[partition] = load_shard(task, self.tokenizer, client, sharers)
+            shard = self._shards[partition] = load_shard(task, self.tokenizer, client, sharers)
+            if self.own_data:  # the server warns of what it sees itself
+                for warning in what_is_lost([shard], task):
+                    _LOG.warning(warning)
         return self._shards[partition]
 
     def check(self, partition: int) -> None:

@@ -19,7 +19,6 @@ from conf.schema import Settings, check_settings
 from server.evaluate import Evaluator
 from server.progress import progress_bar
 from server.results import RunResults
-from tasks.windows import heldout_loss
 
 
 def run_alone(settings: Settings) -> RunResults:
@@ -52,7 +51,7 @@ def run_alone(settings: Settings) -> RunResults:
             def on_step(step: int) -> None:
                 progress.update(bar, advance=1)
                 if step % steps_a_round == 0:
-                    results.heldout_loss.append(heldout_loss(evaluator.model, evaluator.heldout))
+                    results.heldout_loss.append(evaluator.loss_as_it_is())
                     progress.update(bar, note=f"loss {results.heldout_loss[-1]:.3f}")
 
             update, _ = finetune(evaluator.model, adapter, pooled, training, settings.seed, on_step)

@@ -15,7 +15,7 @@ from adapters.export import load_start, save_adapter
 from adapters.finetune import Windows
 from adapters.model import Adapter, get_adapter, load_model, load_tokenizer, set_adapter
 from conf.schema import Settings
-from tasks.shards import Shard, check_window, load_shards
+from tasks.shards import Shard, check_window, load_shards, what_is_lost
 from tasks.windows import heldout_loss
 
 _LOG = logging.getLogger(__name__)
@@ -34,25 +34,23 @@ class Evaluator:
         tokenizer = load_tokenizer(settings.model)
         num_clients = settings.federation.num_clients
         self.shards: list[Shard] = list(load_shards(settings.task, tokenizer, range(num_clients), num_clients))
-        _report_losses(self.shards, settings.task.window)
+        for warning in what_is_lost(self.shards, settings.task):
+            _LOG.warning(warning)
         self.heldout = Windows.cat([shard.heldout for shard in self.shards])
         self.model: PeftModel = load_model(settings.model, settings.lora, settings.seed)
+        self.batch_size = settings.train.micro_batch_size  # what fits into memory in training fits here
         start = settings.lora.start
         self.initial: Adapter = get_adapter(self.model) if start is None else load_start(Path(start), self.model)
 
     def loss(self, adapter: Mapping[str, Tensor]) -> float:
         """Held-out loss in nats per token."""
         set_adapter(self.model, adapter)
-        return heldout_loss(self.model, self.heldout)
+        return self.loss_as_it_is()
+
+    def loss_as_it_is(self) -> float:
+        """The same, with the adapter that is in the model."""
+        return heldout_loss(self.model, self.heldout, self.batch_size)
 
     def save(self, adapter: Mapping[str, Tensor], facts: Mapping[str, str], folder: Path) -> None:
         """Writes the adapter as a PEFT directory, its card telling the facts of the run."""
         save_adapter(adapter, self.model.peft_config["default"], facts, folder)
-
-
-def _report_losses(shards: list[Shard], window: int) -> None:
-    num_cut, num_empty = sum(shard.num_cut for shard in shards), sum(shard.num_empty for shard in shards)
-    if num_cut:
-        _LOG.warning("%s records are longer than task.window=%s tokens and are cut", num_cut, window)
-    if num_empty:
-        _LOG.warning("%s records are left out: no token that counts is in their window", num_empty)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from logging import INFO
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
@@ -18,7 +18,7 @@ from torch import Tensor
 from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_blocks, digest_of
-from strategies.records import ACCEPTED, ARRAYS, CONFIG, SIDE, unwrap_payload
+from strategies.records import ACCEPTED, ARRAYS, CONFIG, SIDE, array_of, unwrap_payload
 from strategies.tensors import check_values, from_record, to_record
 from strategies.wrapping import AdapterStrategy
 
@@ -77,11 +77,11 @@ class CodedStrategy(AdapterStrategy):
     def _adapter_of(self, payload: bytes) -> ArrayRecord:
         """The adapter that a payload stands for; beside it, only its blocks are ever held. Raises CodecError."""
         blocks_RC = decode_blocks(payload, codec=self.codec, side=self.side)
-        arrays = ArrayRecord()
+        arrays: dict[str, Array] = {}  # no ArrayRecord: those are cycles, which live on
         for name, tensor in self.codec.layout.tensors(blocks_RC):
             tensor.add_(self.current[name])
             check_values(name, tensor)
-            arrays.update(to_record({name: tensor}))
+            arrays[name] = array_of(tensor.numpy())
         return ArrayRecord({name: arrays[name] for name in self.current})  # strategies zip them by position
 
     def summary(self) -> None:

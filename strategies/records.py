@@ -42,7 +42,11 @@ REFUSAL = "refusal"  # why a node cannot take part, at the roll call
 
 def record_of(arrays: Mapping[str, Floats]) -> ArrayRecord:
     """float32 arrays -> Arrays of the same names."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()})
+    return ArrayRecord({name: array_of(array) for name, array in arrays.items()})
+
+
+def array_of(array: Floats) -> Array:
+    return Array(np.ascontiguousarray(array))
 
 
 def arrays_of(record: ArrayRecord) -> dict[str, Floats]:

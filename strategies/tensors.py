@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from gradcodec.errors import CodecError
-from strategies.records import arrays_of, record_of
+from strategies.records import array_of, arrays_of, record_of
 
 MAX_VALUE = 1e6
 """No weight of an adapter is ever near this; larger ones are an attack or a diverged client."""
@@ -22,10 +22,7 @@ def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 
 def moved_to_record(tensors: dict[str, Tensor]) -> ArrayRecord:
     """The same a tensor at a time: the dict is empty afterwards, and two copies of all were never held."""
-    record = ArrayRecord()
-    for name in list(tensors):
-        record.update(to_record({name: tensors.pop(name)}))
-    return record
+    return ArrayRecord({name: array_of(tensors.pop(name).numpy()) for name in list(tensors)})
 
 
 def from_record(record: ArrayRecord) -> dict[str, Tensor]:

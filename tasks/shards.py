@@ -6,7 +6,7 @@ on D2. The last tenth of every client's windows is held out from both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -54,6 +54,17 @@ class Shard:
     num_cut: int = 0  # records that were longer than a window
     num_empty: int = 0  # records left out, since no token that counts was in their window
     num_over: int = 0  # records left out, whole or in part, since `max_windows` were full
+
+
+def what_is_lost(shards: Sequence[Shard], settings: TaskSettings) -> list[str]:
+    """One line for each way in which these clients' records are not trained on, for a log."""
+    cut, empty, over = (sum(getattr(shard, f"num_{key}") for shard in shards) for key in ("cut", "empty", "over"))
+    lines = {
+        f"{cut} records are longer than task.window={settings.window} tokens and are cut": cut,
+        f"{empty} records are left out: no token that counts is in their window": empty,
+        f"{over} records are left out, whole or in part: task.max_windows={settings.max_windows} a client": over,
+    }
+    return [line for line, count in lines.items() if count]
 
 
 def check_task(settings: TaskSettings) -> None:
