@@ -4,7 +4,7 @@
 
 Starts the programs that a user would start (``python -m server``, ``python -m client``), runs the same federation in
 simulation beside it, compares the payloads' digests round by round, counts the bytes on the wire with a relay before
-each node, and ends every process, also after Ctrl-C.
+each node, and ends every process, also after Ctrl-C. What idle nodes send is counted after the run: that is polling.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.deployment import deployment
+from bench.relay import CountingRelay
 from conf.output import open_output, provenance, write_json
 
 NUM_NODES = 2
+IDLE_SECONDS = 15.0
+"""Several of the node's polls, which are three seconds apart."""
 
 
 def main() -> None:
@@ -57,11 +60,19 @@ def compare(output: Path, common: list[str]) -> dict[str, Any]:
     console.rule("deployment: SuperLink and two nodes over gRPC, TLS, node keys")
     with deployment(output / "demo-deploy", NUM_NODES) as place:
         relays = place.relays
-        before, start = [(relay.bytes_up, relay.bytes_down) for relay in relays], time.monotonic()
+        before, start = counts_of(relays), time.monotonic()
         deployed = federate(output / "grpc", [*common, "backend=superlink"], {"FLWR_HOME": str(place.flwr_home)})
-        seconds = time.monotonic() - start
-        up = [relay.bytes_up - old for relay, (old, _) in zip(relays, before, strict=True)]
-        down = [relay.bytes_down - old for relay, (_, old) in zip(relays, before, strict=True)]
+        after, seconds = counts_of(relays), time.monotonic() - start
+        time.sleep(IDLE_SECONDS)
+        idle = counts_of(relays)
+    share = seconds / IDLE_SECONDS
+    wire = [
+        {
+            way: {"all": after[i][way] - before[i][way], "polling": round(share * (idle[i][way] - after[i][way]))}
+            for way in ("up", "down")
+        }
+        for i in range(NUM_NODES)
+    ]
     console.rule("the same federation in simulation")
     simulated = federate(output / "simulation", [*common, "backend=simulation"], {})
     digests = {name: payload_digests(run) for name, run in (("grpc", deployed), ("simulation", simulated))}
@@ -70,12 +81,15 @@ def compare(output: Path, common: list[str]) -> dict[str, Any]:
         "payload_digests": digests,
         "heldout_loss": {"grpc": deployed["heldout_loss"], "simulation": simulated["heldout_loss"]},
         "payload_bytes_per_client_round": deployed["uplink_payload_bytes_per_client_round"],
-        "wire_bytes_up_per_client": up,
-        "wire_bytes_down_per_client": down,
+        "wire_bytes_per_client": wire,
         "rounds": len(deployed["heldout_loss"]) - 1,
         "seconds": seconds,
         "made_with": provenance(),
     }
+
+
+def counts_of(relays: list[CountingRelay]) -> list[dict[str, int]]:
+    return [{"up": relay.bytes_up, "down": relay.bytes_down} for relay in relays]
 
 
 def payload_digests(run: dict[str, Any]) -> list[str]:
@@ -93,15 +107,19 @@ def federate(output: Path, overrides: list[str], environment: dict[str, str]) ->
 
 def print_tables(results: dict[str, Any]) -> None:
     console = Console()
-    table = Table(title=f"{results['rounds']} rounds, {NUM_NODES} nodes, {results['seconds']:.0f} s over gRPC")
-    for column in ("node", "payload bytes/round", "wire bytes up/round", "wire bytes down/round"):
+    title = (
+        f"{results['rounds']} rounds, {NUM_NODES} nodes, {results['seconds']:.0f} s over gRPC; bytes a node and round"
+    )
+    table = Table(title=title)
+    for column in ("node", "payload", "polling up", "messages up", "wire up", "polling down", "wire down"):
         table.add_column(column, justify="right")
-    pairs = zip(results["wire_bytes_up_per_client"], results["wire_bytes_down_per_client"], strict=True)
-    for node, (up, down) in enumerate(pairs):
-        payload = results["payload_bytes_per_client_round"]
-        table.add_row(
-            str(node), f"{payload:,.0f}", f"{up / results['rounds']:,.0f}", f"{down / results['rounds']:,.0f}"
+    payload = results["payload_bytes_per_client_round"]
+    for node, wire in enumerate(results["wire_bytes_per_client"]):
+        polling, up, polling_down, down = (
+            wire[way][what] / results["rounds"] for way in ("up", "down") for what in ("polling", "all")
         )
+        row = (payload, polling, up - polling - payload, up, polling_down, down)
+        table.add_row(str(node), *(f"{size:,.0f}" for size in row))
     console.print(table)
     same = "the same payloads, to the bit" if results["payloads_equal"] else "DIFFERENT payloads"
     losses = results["heldout_loss"]

@@ -60,8 +60,9 @@ def test_grpc_and_simulation_send_the_same_payloads(tmp_path: Path) -> None:
     assert results["payloads_equal"]
     assert len(results["payload_digests"]["grpc"]) == 4
     assert results["heldout_loss"]["grpc"] == results["heldout_loss"]["simulation"]
-    for up in results["wire_bytes_up_per_client"]:
-        assert up > 2 * results["payload_bytes_per_client_round"]
+    for wire in results["wire_bytes_per_client"]:
+        assert wire["up"]["all"] > 2 * results["payload_bytes_per_client_round"] + wire["up"]["polling"]
+        assert wire["up"]["polling"] > 0
     for log in (tmp_path / "demo-deploy").glob("*.log"):
         assert "Traceback" not in log.read_text(errors="replace"), log
 
