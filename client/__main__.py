@@ -33,6 +33,33 @@ INSECURE = "INSECURE: no TLS, no node key. Whoever is on the way reads and chang
 
 
 def main() -> None:
+    parser = _parser()
+    args = parser.parse_args()
+    partitions = _checked(parser, args)
+    if args.insecure:
+        print(INSECURE, file=sys.stderr, flush=True)
+    exit_on_sigterm()
+    try:
+        gpus = deal_gpus(args.gpus, len(partitions), args.gpus_per_client)
+        if not check_server(args.server, None if args.insecure else args.ca):
+            print(f"{args.server} does not answer yet: waiting for it", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(prefix="cg-fedllm-") as sockets:  # its owner's alone
+            logs = (args.logs or Path(tempfile.mkdtemp(prefix="cg-fedllm-logs-"))).absolute()
+            logs.mkdir(parents=True, exist_ok=True)
+            children: list[Child] = []
+            for place, (partition, own) in enumerate(zip(partitions, gpus, strict=True)):
+                children += node(args, place, partition, own, Path(sockets), logs)
+            names = f"partition{'s' if len(partitions) > 1 else ''} {args.partition} of {args.partitions}"
+            on = "; ".join(gpus) if any(gpus) else "none"
+            print(f"joining {args.server} with {names}, GPUs: {on}; logs in {logs}", flush=True)
+            stay_up(children)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m client", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,7 +91,11 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, help="where logs go (default: a new folder below the temporary one)")
     parser.add_argument("--no-trainer", action="store_true", help="load model and data anew for every message")
     parser.add_argument("--insecure", action="store_true", help="without TLS and key: for experiments only")
-    args = parser.parse_args()
+    return parser
+
+
+def _checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[int]:
+    """The partitions of this host. Ends the program if an option cannot be served."""
     try:
         partitions = [int(part) for part in args.partition.split(",")]
     except ValueError:
@@ -78,32 +109,12 @@ def main() -> None:
         parser.error(
             f"--gpus-per-client {args.gpus_per_client}: at least 1, and more than 1 needs the resident trainer"
         )
-    if args.insecure:
-        print(INSECURE, file=sys.stderr, flush=True)
-    else:
+    if not args.insecure:
         _check_keys(parser, args, len(partitions))
     for key in ("model_path", "task_path", "codec_artifact"):
         if (place := getattr(args, key)) is not None and not place.exists():
             parser.error(f"--{key.replace('_', '-')} {place} does not exist on this host")
-    exit_on_sigterm()
-    try:
-        gpus = deal_gpus(args.gpus, len(partitions), args.gpus_per_client)
-        if not check_server(args.server, None if args.insecure else args.ca):
-            print(f"{args.server} does not answer yet: waiting for it", file=sys.stderr, flush=True)
-        with tempfile.TemporaryDirectory(prefix="cg-fedllm-") as sockets:  # its owner's alone
-            logs = (args.logs or Path(tempfile.mkdtemp(prefix="cg-fedllm-logs-"))).absolute()
-            logs.mkdir(parents=True, exist_ok=True)
-            children: list[Child] = []
-            for place, (partition, own) in enumerate(zip(partitions, gpus, strict=True)):
-                children += node(args, place, partition, own, Path(sockets), logs)
-            names = f"partition{'s' if len(partitions) > 1 else ''} {args.partition} of {args.partitions}"
-            on = "; ".join(gpus) if any(gpus) else "none"
-            print(f"joining {args.server} with {names}, GPUs: {on}; logs in {logs}", flush=True)
-            stay_up(children)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+    return partitions
 
 
 def _check_keys(parser: argparse.ArgumentParser, args: argparse.Namespace, num_partitions: int) -> None:
