@@ -97,7 +97,7 @@ def load_artifact(folder: Path, kind: str) -> Artifact:
     try:
         head = json.loads((folder / SETTINGS).read_text())
         found = (head["format"], head["kind"], head["sha256"], head["digest"], dict(head["settings"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CodecError(f"{folder / SETTINGS} is damaged: {error!r}") from None
     if found[0] != FORMAT:
         raise CodecError(f"{folder} has artifact format {found[0]}, this version reads {FORMAT}: train it again")
@@ -108,7 +108,7 @@ def load_artifact(folder: Path, kind: str) -> Artifact:
         raise CodecError(f"{folder / WEIGHTS} does not match its digest in {SETTINGS}: the artifact is damaged")
     try:
         artifact = Artifact(kind, load_tensors(weights), found[4])
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: a type that torch does not have
         raise CodecError(f"{folder / WEIGHTS} is no safetensors file: {error}") from None
     if artifact.digest != found[3]:
         raise CodecError(f"{folder} does not match its digest: settings or weights were changed by hand")

@@ -22,6 +22,9 @@ from gradcodec.fidelity import inner_product
 from gradcodec.frame import HEADER_BYTES, Frame, pack, unpack
 from gradcodec.rate import codes_for_snr
 
+MAX_VALUE = 1e9
+"""Of an update. No weight of an adapter is ever near this; squares of its values stay finite in float32."""
+
 
 @dataclass(frozen=True)
 class Residual:
@@ -66,20 +69,23 @@ def encode_update(
         update: PEFT tensor name -> tensor; what local training changed.
         carried_RC: what earlier payloads left, ``Residual.carried``, or None.
         codec: built for the update's layout.
-        max_bytes: upper bound of ``len(payload)``; None leaves the rate to the codec.
+        max_bytes: upper bound of ``len(payload)``; None leaves the rate to the codec. Codecs of one rate ignore it.
         snr_db: with it the payload is the cheapest that reaches this ratio of the target's energy to the error's, in
             dB, as far as ``max_bytes``, which is then needed, allow.
         side: ``Codec.side_information`` of this round, equal on both ends, or None.
 
     Raises:
-        CodecError: the update does not fit the layout or is not finite.
+        CodecError: the update does not fit the layout, or holds what no sane training gives.
         BudgetError: no payload of ``max_bytes`` can be made.
     """
     target_RC = codec.layout.to_blocks(update).cpu()
     if carried_RC is not None:
         target_RC = target_RC + carried_RC
-    if not bool(torch.isfinite(target_RC).all()):
-        raise CodecError("the update holds NaN or infinity: local training diverged (lower train.lr)")
+    low, high = map(float, torch.aminmax(target_RC))
+    if not -MAX_VALUE <= low <= high <= MAX_VALUE:  # NaN comes through, and is within nothing
+        raise CodecError(
+            f"the update holds NaN, infinity or a value beyond {MAX_VALUE:g}: local training diverged (lower train.lr)"
+        )
     if max_bytes is not None and max_bytes <= HEADER_BYTES:
         raise BudgetError(f"{max_bytes} bytes a payload: the frame's header alone takes {HEADER_BYTES}")
     most_bytes = None if max_bytes is None else max_bytes - HEADER_BYTES

@@ -16,10 +16,16 @@ from gradcodec.layout import Layout
 
 
 def principal_axes(blocks_RC: Tensor, layout: Layout) -> Tensor:
-    """``[B, R, R]`` float32: per block an orthogonal matrix whose rows are its principal axes, strongest first."""
-    covariances = [block @ block.T for block in (blocks_RC[:, b.start : b.stop].double() for b in layout.blocks)]
-    axes_BRR: Tensor = torch.linalg.eigh(torch.stack(covariances))[1].flip(-1).transpose(-1, -2)
-    return axes_BRR.float().contiguous()
+    """``[B, R, R]`` float32: per block an orthogonal matrix whose rows are its principal axes, strongest first.
+
+    Rows beyond a block's own rank hold nothing and stay where they are, as does a block that is zero.
+    """
+    axes_BRR = torch.eye(layout.rank, dtype=torch.float64).repeat(len(layout.blocks), 1, 1)
+    for axes_RR, block in zip(axes_BRR, layout.blocks, strict=True):
+        rows = blocks_RC[: block.rank, block.start : block.stop].double()
+        if bool(rows.any()):
+            axes_RR[: block.rank, : block.rank] = torch.linalg.eigh(rows @ rows.T)[1].flip(-1).T
+    return axes_BRR.float()
 
 
 def rotate(blocks_RC: Tensor, axes_BRR: Tensor, layout: Layout) -> Tensor:

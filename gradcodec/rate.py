@@ -14,7 +14,6 @@ from gradcodec.errors import BudgetError
 from gradcodec.fidelity import fidelity
 from gradcodec.frame import Codes
 
-_FIRST_BYTES = 16
 _CLOSE = 1.01
 """The search ends when one per cent of the bytes is all that it could save."""
 
@@ -35,7 +34,7 @@ def codes_for_snr(codec: Codec, target_RC: Tensor, snr_db: float, most_bytes: in
     best = codec.encode(target_RC, most_bytes, side)
     if not bool(target_RC.any()) or _snr(codec, best, target_RC, side) < snr_db:
         return best
-    low, high = float(min(_FIRST_BYTES, most_bytes)), float(sum(map(len, best)))
+    low, high = 1.0, float(sum(map(len, best)))
     while high > _CLOSE * low and high - low > 1:
         middle = math.sqrt(low * high)
         try:

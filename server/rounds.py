@@ -18,7 +18,7 @@ from adapters.model import adapter_parts, adapter_shapes
 from conf.output import open_output, write_json
 from conf.schema import Settings, check_settings
 from gradcodec.artifact import load_artifact
-from gradcodec.build import TRAINED, build_codec
+from gradcodec.build import TRAINED, build_codec, byte_budget
 from gradcodec.layout import Layout
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.evaluate import Evaluator
@@ -123,7 +123,8 @@ class _Run:
         self.coded: CodedStrategy | None = None
         if settings.arm == "coded":
             codec = build_codec(settings.codec, self.layout)
-            self.coded = CodedStrategy(self.inner, codec, federation.min_replies)
+            budget = byte_budget(settings.codec, self.layout)
+            self.coded = CodedStrategy(self.inner, codec, federation.min_replies, budget)
         receiving = self.coded or DenseStrategy(self.recording or self.inner, federation.min_replies)
         receiving.on_refused = lambda node, reason: self.strategy.refuse(self.server_round, node, reason)
         self.strategy = SeededStrategy(

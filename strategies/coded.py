@@ -30,9 +30,11 @@ class CodedStrategy(AdapterStrategy):
     lost or refused goes back into the client's residual. A payload that cannot be decoded is left out of the round.
     """
 
-    def __init__(self, inner: Strategy, codec: Codec, min_replies: int = 1) -> None:
+    def __init__(self, inner: Strategy, codec: Codec, min_replies: int = 1, max_bytes: int | None = None) -> None:
+        """``max_bytes``: what a payload may take; None, for a codec of one rate: a little more than a dense update."""
         super().__init__(inner, min_replies)
         self.codec = codec
+        self.max_bytes = max_bytes or 4 * codec.layout.num_parameters + 4096
         self.accepted: dict[int, str] = {}  # node id -> digest of its last accepted payload
         self.side: Tensor | None = None  # the codec's side information of the next round
 
@@ -76,6 +78,8 @@ class CodedStrategy(AdapterStrategy):
 
     def _adapter_of(self, payload: bytes) -> ArrayRecord:
         """The adapter that a payload stands for; beside it, only its blocks are ever held. Raises CodecError."""
+        if len(payload) > self.max_bytes:
+            raise CodecError(f"its payload takes {len(payload)} bytes, and {self.max_bytes} are the most of this run")
         blocks_RC = decode_blocks(payload, codec=self.codec, side=self.side)
         arrays: dict[str, Array] = {}  # no ArrayRecord: those are cycles, which live on
         for name, tensor in self.codec.layout.tensors(blocks_RC):

@@ -253,7 +253,7 @@ class SeededStrategy(WrappingStrategy):
             return str(error)
         if len(metrics) != len(values) or not all(map(math.isfinite, values)):
             return f"its metrics are not the finite numbers {', '.join(REPLY_METRICS)}"
-        if metric(metrics, PARTITION) != partition or not 0 < metric(metrics, NUM_EXAMPLES) <= self.max_examples:
+        if metric(metrics, PARTITION) != partition or not 1 <= metric(metrics, NUM_EXAMPLES) <= self.max_examples:
             return (
                 f"it answers for partition {metric(metrics, PARTITION)} with {metric(metrics, NUM_EXAMPLES)} examples"
             )

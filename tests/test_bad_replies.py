@@ -28,6 +28,7 @@ from strategies.records import (
     ARRAYS,
     CONFIG,
     METRICS,
+    NUM_EXAMPLES,
     SERVER_ROUND,
     TRAIN_LOSS,
     unwrap_payload,
@@ -42,13 +43,15 @@ class BadGrid(InProcessGrid):
     """Changes the payload of one node in one round, or its metrics, or loses, delays or doubles its reply."""
 
     change: Change = staticmethod(lambda payload: payload)
-    nan = late = twice = False
+    nan = late = twice = weightless = False
 
     def answer(self, message: Message) -> Message | None:
         reply = super().answer(message)
         if reply is not None and is_bad(message):
             self.sent_digest = digest_of(unwrap_payload(reply.content))
             reply.content[ARRAYS] = wrap_payload(self.change(unwrap_payload(reply.content)))
+            if self.weightless:
+                reply.content.metric_records[METRICS][NUM_EXAMPLES] = 1e-300
             if self.nan:
                 reply.content.metric_records[METRICS][TRAIN_LOSS] = float("nan")
         return reply
@@ -111,6 +114,8 @@ def other_layout(layout: Layout, learned_tables: LearnedTables) -> Change:
     [
         ("NaN", "its metrics are not the finite numbers"),
         ("garbage", "payload"),
+        ("a bomb", "are the most of this run"),
+        ("no examples", "examples"),
         ("an old artifact", "both ends need the same codec artifact"),
         ("another layout", "both ends need the same"),
         ("too late", "no answer within federation.round_seconds"),
@@ -121,13 +126,14 @@ def test_a_bad_reply_costs_itself_and_its_mass_stays_with_the_client(
 ) -> None:
     changes: dict[str, Change] = {
         "garbage": lambda payload: b"\xc6\x01 garbage",
+        "a bomb": lambda payload: payload + bytes(10_000_000),
         "an old artifact": of_an_old_artifact,
         "another layout": other_layout,
     }
 
     class Grid(BadGrid):
         change = staticmethod(changes.get(fault, BadGrid.change))
-        nan, late = fault == "NaN", fault == "too late"
+        nan, late, weightless = (fault == name for name in ("NaN", "too late", "no examples"))
 
     results, grid = run(tmp_path, "bad", artifact, Grid)
     (found,) = results.faults

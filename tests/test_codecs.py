@@ -230,6 +230,16 @@ def test_rotation_keeps_energy_sorts_it_and_turns_back(layout: Layout) -> None:
     assert energies[:2].sum() > 0.9 * energies.sum()
 
 
+def test_rows_beyond_a_blocks_rank_and_blocks_of_nothing_stay_where_they_are() -> None:
+    layout = Layout.of({"a.lora_A.weight": (4, 32), "b.lora_A.weight": (2, 32), "c.lora_A.weight": (4, 32)})
+    blocks_RC = layout.to_blocks({name: torch.randn(shape) for name, shape in layout.shapes.items()})
+    blocks_RC[:, 64:] = 0
+    axes_BRR = principal_axes(blocks_RC, layout)
+    assert torch.equal(axes_BRR[1, 2:], torch.eye(4)[2:])
+    assert torch.equal(axes_BRR[2], torch.eye(4))
+    assert not rotate(blocks_RC, axes_BRR, layout)[2:, 32:64].any()
+
+
 def test_picture_shape_is_the_papers_at_its_geometry() -> None:
     """[1, 4096, 2048] and a latent of [64, 64, 32] for LLaMA-7B, rank 8, q, k, v, o (the paper, section 3.1)."""
     assert picture_shape(32 * 4 * 2 * 8 * 4096) == (4096, 2048)

@@ -52,7 +52,7 @@ def test_keys_are_never_overwritten_and_more_nodes_can_be_added(tmp_path: Path) 
 def test_an_expired_server_certificate_is_made_anew_for_its_old_hosts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.keys.DAYS", -1)
+    monkeypatch.setattr("server.keys.DAYS", -0.001)
     make_keys(tmp_path, ["server.example.org"], 0)
     before = (tmp_path / "ca.crt").read_bytes()
     monkeypatch.undo()
@@ -62,7 +62,7 @@ def test_an_expired_server_certificate_is_made_anew_for_its_old_hosts(
     names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert "server.example.org" in [str(name.value) for name in names]
     assert (tmp_path / "ca.crt").read_bytes() == before
-    monkeypatch.setattr("server.keys.AUTHORITY_DAYS", -1)
+    monkeypatch.setattr("server.keys.AUTHORITY_DAYS", -0.001)
     (tmp_path / "other").mkdir()
     make_keys(tmp_path / "other", [], 0)
     with pytest.raises(ValueError, match=r"ca\.crt has expired"):

@@ -58,6 +58,35 @@ def test_a_reflection_of_the_unit_vectors_themselves_is_not_singular() -> None:
     torch.testing.assert_close(reflection.inverse(reflection.forward(rows)), rows, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("order", [[1, 0], [1, 2, 0], [0, 2, 1, 3]])
+def test_a_reflection_of_swapped_unit_vectors_is_not_singular(order: list[int]) -> None:
+    given_WK = torch.eye(32)[:, order]
+    rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    turned = Reflection(given_WK).forward(rows)
+    torch.testing.assert_close(Reflection(given_WK).inverse(turned), rows, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(turned[:, : len(order)].abs(), (rows @ given_WK).abs(), rtol=1e-4, atol=1e-5)
+
+
+def test_training_on_two_columns_alone_gives_a_codec(layout: Layout) -> None:
+    blocks_RC = torch.zeros(layout.rank, layout.num_columns)
+    for block in layout.blocks:
+        blocks_RC[: block.rank, block.start : block.start + 2] = torch.tensor([1.0, 5.0])
+    tables = fit_learned([Sample(blocks_RC * size, None) for size in (1, 2, 3)], layout, passes=1)
+    codec = LearnedCodec(layout, tables, b"test")
+    payload, _ = encode_update(layout.to_update(blocks_RC), None, codec=codec, max_bytes=400)
+    decoded_RC = layout.to_blocks(decode_update(payload, codec=codec))
+    assert fidelity(layout.to_blocks(layout.to_update(blocks_RC)), decoded_RC).cosine > 0.99
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-28, 1e-20, 1e8])
+def test_sizes_at_the_edge_of_float32_are_coded_or_silent(layout: Layout, learned: LearnedCodec, size: float) -> None:
+    update = {name: tensor.sign() * size for name, tensor in heavy_tailed_update(0).items()}
+    for budget in (None, 200):
+        payload, residual = encode_update(update, None, codec=learned, max_bytes=budget)
+        decoded_RC = layout.to_blocks(decode_update(payload, codec=learned))
+        assert torch.equal(residual.left_RC, residual.target_RC - decoded_RC)
+
+
 def test_directions_gather_the_energy_of_a_low_rank_recording() -> None:
     generator = torch.Generator().manual_seed(1)
     rows_NW = torch.randn(40, 3, generator=generator) @ torch.randn(3, 64, generator=generator)

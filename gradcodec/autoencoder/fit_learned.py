@@ -115,7 +115,8 @@ def _expected(parts: Sequence[Tensor], num_leading: int) -> Expected:
     leading_K = (kernel_KK / kernel_KK.sum(1, keepdim=True)) @ columns_W[:num_leading]
     tail = columns_W[num_leading:].mean()[None]
     columns = _levels(torch.cat([leading_K, tail]) / overall)
-    whitened_RW = squares_RW / torch.cat([leading_K, tail.expand(len(columns_W) - num_leading)]) * overall
+    expected_W = torch.cat([leading_K, tail.expand(len(columns_W) - num_leading)]).clamp_min(1e-30)
+    whitened_RW = squares_RW / expected_W * overall
     return Expected(_levels(whitened_RW.mean(1)), columns)
 
 

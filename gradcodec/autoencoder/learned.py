@@ -84,7 +84,7 @@ class LearnedTables:
         for symbol_class in CLASSES:
             largest = largest_magnitude(symbol_class)
             table = _table(tensors, f"{_COUNTS}{symbol_class}", 2 * largest + 1)
-            centroids_M = _checked(tensors, f"{_CENTROIDS}{symbol_class}", 1, finite=True).float()
+            centroids_M = _checked(tensors, f"{_CENTROIDS}{symbol_class}", 1, torch.float32)
             if len(centroids_M) != largest + 1:
                 raise CodecError(f"artifact tensor '{_CENTROIDS}{symbol_class}' has {len(centroids_M)} values")
             coders[symbol_class] = ClassCoder(table, centroids_M)
@@ -95,7 +95,7 @@ class LearnedTables:
             for name in names
         }
         leading = {
-            name: _checked(tensors, _LEADING + name, 2, finite=True) for name in names if _LEADING + name in tensors
+            name: _checked(tensors, _LEADING + name, 2, torch.float16) for name in names if _LEADING + name in tensors
         }
         for name, basis_WK in leading.items():
             if basis_WK.shape[1] > basis_WK.shape[0] // 2:
@@ -114,26 +114,26 @@ class LearnedTables:
         return tensors | {_LEADING + name: basis_WK.half() for name, basis_WK in self.leading.items()}
 
 
-def _checked(tensors: Mapping[str, Tensor], key: str, num_dimensions: int, finite: bool = False) -> Tensor:
+def _checked(tensors: Mapping[str, Tensor], key: str, num_dimensions: int, *dtypes: torch.dtype) -> Tensor:
     if key not in tensors:
         raise CodecError(f"the artifact lacks tensor {key!r}: it was made by another version")
     if tensors[key].ndim != num_dimensions or 0 in tensors[key].shape:
         raise CodecError(f"artifact tensor {key!r} has shape {tuple(tensors[key].shape)}")
-    if finite and not bool(torch.isfinite(tensors[key]).all()):
+    if tensors[key].dtype not in dtypes:
+        raise CodecError(f"artifact tensor {key!r} has type {tensors[key].dtype}: {dtypes[0]} is expected")
+    if not bool(torch.isfinite(tensors[key]).all()):
         raise CodecError(f"artifact tensor {key!r} holds NaN or infinity")
     return tensors[key]
 
 
 def _small_integers(tensors: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
-    values = _checked(tensors, key, 1)
-    if values.dtype != torch.int8:
-        raise CodecError(f"artifact tensor {key!r} has type {values.dtype}: int8 is expected")
-    return tuple(values.tolist())
+    return tuple(_checked(tensors, key, 1, torch.int8).tolist())
 
 
 def _table(tensors: Mapping[str, Tensor], key: str, size: int) -> Table:
-    frequencies = _checked(tensors, key, 1).numpy()
-    if len(frequencies) != size or frequencies.min() < 1 or frequencies.sum() != TOTAL:
+    frequencies = _checked(tensors, key, 1, torch.int32, torch.int64).numpy()
+    in_range = len(frequencies) == size and frequencies.min() >= 1 and frequencies.max() <= TOTAL
+    if not in_range or frequencies.sum(dtype=np.int64) != TOTAL:
         raise CodecError(f"artifact tensor {key!r} is no frequency table of {size} symbols")
     return frequencies.astype(np.uint16)
 
@@ -217,7 +217,8 @@ class _Encoder:
     def fill(self, max_bytes: int | None) -> bytes:
         """The codes of the finest step that fits."""
         if max_bytes is None:
-            mean_deviation = math.sqrt(float(self._coefficients_RC.square().mean()))
+            norm = float(torch.linalg.vector_norm(self._coefficients_RC, dtype=torch.float64))
+            mean_deviation = norm / math.sqrt(self._coefficients_RC.numel())
             return self._write(self._plan(max(_step_of(mean_deviation / _OWN_STEPS_PER_DEVIATION), _FINEST)))
         # corrections and shift move with the step, and the bytes jump: sought once with them, then with those found
         coarse = self._finest(max_bytes, lambda step: self._num_bytes(self._plan(step), self._stride))

@@ -50,13 +50,15 @@ class ResnetCodec(WithoutSideInformation):
     @classmethod
     def from_artifact(cls, artifact: Artifact, layout: Layout) -> ResnetCodec:
         """Raises CodecError: the artifact was trained for another geometry, or its tensors are not the network's."""
-        trained_for = artifact.settings.get("codec", {}).get("layout")
+        settings = artifact.settings.get("codec")
+        settings = settings if isinstance(settings, dict) else {}
+        trained_for = settings.get("layout")
         if trained_for != layout.id.hex():
             raise CodecError(
                 f"the {artifact.kind} artifact was trained for layout {trained_for}, this model and adapter have "
                 f"{layout.id.hex()}: run `python -m tgap` with this model, rank and target modules"
             )
-        literal = bool(artifact.settings["codec"].get("literal"))
+        literal = bool(settings.get("literal"))
         network = ARCHITECTURES[artifact.kind](literal)
         try:
             network.load_state_dict(dict(artifact.tensors))

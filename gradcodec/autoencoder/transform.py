@@ -21,6 +21,7 @@ from gradcodec.errors import CodecError
 from gradcodec.gauge import rotate, unrotate
 from gradcodec.layout import Layout
 
+_NEARLY_SINGULAR = 1e-2
 MIN_WIDTH = 16
 """Narrower blocks keep their columns: there is nothing to gather."""
 
@@ -36,9 +37,12 @@ class Reflection:
         width, count = leading_WK.shape
         orthonormal_WK, upper_KK = torch.linalg.qr(leading_WK.double())  # undoes the rounding to float16
         orthonormal_WK = orthonormal_WK * torch.sign(upper_KK.diagonal())
-        # the sign of a direction is free: a negative diagonal keeps S far from singular
+        # the sign of a direction is free: a negative diagonal keeps S far from singular, nearly always
         orthonormal_WK = orthonormal_WK * -torch.where(orthonormal_WK.diagonal() < 0, -1.0, 1.0)
-        difference_WK = torch.eye(width, count, dtype=torch.float64) - orthonormal_WK
+        unit_WK = torch.eye(width, count, dtype=torch.float64)
+        if float(torch.linalg.svdvals((unit_WK - orthonormal_WK)[:count])[-1]) < _NEARLY_SINGULAR:
+            orthonormal_WK = orthonormal_WK * _safe_signs(orthonormal_WK[:count])
+        difference_WK = unit_WK - orthonormal_WK
         self._difference_WK = difference_WK.float().to(device)
         self._inner_KK = torch.linalg.inv(difference_WK[:count]).T.float().to(device)
 
@@ -51,6 +55,20 @@ class Reflection:
         """Inverse of ``forward``."""
         turned: Tensor = rows - ((rows @ self._difference_WK) @ self._inner_KK.T) @ self._difference_WK.T
         return turned
+
+
+def _safe_signs(top_KK: Tensor) -> Tensor:
+    """Signs ``[K]`` of columns with which ``I - top * signs`` is far from singular, whatever the columns: each is
+    chosen against its pivot in an elimination without pivoting (Ballard et al. 2014, "Reconstructing Householder
+    vectors from tall-skinny QR", section 4)."""
+    rest_KK = top_KK.clone()
+    signs_K = torch.ones(len(rest_KK), dtype=rest_KK.dtype)
+    for k in range(len(rest_KK)):
+        signs_K[k] = 1.0 if rest_KK[k, k] < 0 else -1.0
+        rest_KK[k, k] -= signs_K[k]
+        rest_KK[k + 1 :, k] /= rest_KK[k, k]
+        rest_KK[k + 1 :, k + 1 :] -= torch.outer(rest_KK[k + 1 :, k], rest_KK[k, k + 1 :])
+    return signs_K
 
 
 class Transform:
@@ -89,8 +107,8 @@ class Transform:
         shape = (len(self.layout.blocks), self.layout.rank, self.layout.rank)
         if side is None:
             return torch.eye(self.layout.rank, device=self.device).expand(shape)
-        if tuple(side.shape) != shape or not bool(torch.isfinite(side).all()):
-            raise CodecError(f"side information of shape {tuple(side.shape)}: finite values of shape {shape} expected")
+        if tuple(side.shape) != shape or not bool((side.abs() <= 1.001).all()):
+            raise CodecError(f"side information of shape {tuple(side.shape)}: rotations of shape {shape} are expected")
         return side.to(self.device)
 
 

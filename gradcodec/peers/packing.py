@@ -25,7 +25,7 @@ Indices = NDArray[np.uint8]
 
 def budget_of(max_bytes: int | None, num_parameters: int) -> int:
     """Bytes that the codes may take; the peers' own rate if none are given."""
-    return max_payload_bytes(OWN_BITS, num_parameters) if max_bytes is None else max_bytes
+    return max(1, max_payload_bytes(OWN_BITS, num_parameters)) if max_bytes is None else max_bytes
 
 
 def pack_indices(indices: Indices, width: int) -> bytes:
