@@ -87,6 +87,12 @@ def test_sizes_at_the_edge_of_float32_are_coded_or_silent(layout: Layout, learne
         assert torch.equal(residual.left_RC, residual.target_RC - decoded_RC)
 
 
+@pytest.mark.parametrize("size", [1e19, 1e30])
+def test_an_update_beyond_float32s_squares_is_refused(learned: LearnedCodec, size: float) -> None:
+    with pytest.raises(CodecError, match="diverged"):
+        encode_update({n: t * size for n, t in heavy_tailed_update(0).items()}, None, codec=learned, max_bytes=200)
+
+
 def test_directions_gather_the_energy_of_a_low_rank_recording() -> None:
     generator = torch.Generator().manual_seed(1)
     rows_NW = torch.randn(40, 3, generator=generator) @ torch.randn(3, 64, generator=generator)

@@ -54,6 +54,8 @@ _FINEST, _COARSEST = -100 * _STEPS_PER_OCTAVE, 100 * _STEPS_PER_OCTAVE
 _MAX_SHIFT, _SILENT_SHIFT = 1000, np.iinfo(np.int16).min
 _OWN_STEPS_PER_DEVIATION = 8
 """Without a budget: how many steps the mean coefficient is worth."""
+_LARGEST = 1e15
+"""Squares of such coefficients, summed, are still finite in float32."""
 _PILOT_VALUES = 1 << 18
 _GOOD_FILL = 0.995
 _OCTAVES = 24
@@ -177,6 +179,8 @@ class LearnedCodec:
             raise BudgetError(f"{max_bytes} bytes for the codes; the learned codec needs at least {_HEADER.size}")
         coefficients_RC = self._transform.analyse(blocks_RC, side)
         peak = float(coefficients_RC.abs().max())
+        if not peak <= _LARGEST:
+            raise CodecError(f"the update holds values of {peak:.3g}: local training diverged (lower train.lr)")
         if peak < _width_of(_FINEST):
             return (_silence(),)
         return (_Encoder(self._spectrum, self._quantizer, coefficients_RC, peak).fill(max_bytes),)
