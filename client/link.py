@@ -143,7 +143,8 @@ def unpack_trained(head: Mapping[str, Any], body: bytes) -> Trained:
 def send(connection: socket.socket, head: Mapping[str, Any], body: bytes) -> None:
     text = json.dumps(head).encode()
     connection.sendall(_FRAME.pack(len(text), len(body)) + text)
-    connection.sendall(body)
+    if body:  # sending nothing fails too, if the other end has answered and gone by now
+        connection.sendall(body)
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], bytes]:
