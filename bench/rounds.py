@@ -1,11 +1,12 @@
 """How long a round takes over gRPC, with the resident trainer and with Flower's fresh process for every message.
 
-    python -m bench.rounds [--rounds 10] [--width 1024 --layers 12] [--json OUT] [key=value ...]
+    python -m bench.rounds [--rounds 10] [--layers 24] [--json OUT] [key=value ...]
 
-Two deployments on loopback, one after the other, each with TLS, node keys and two nodes, train the same random-weight
-model on the same data with the same seeds. The table has, as medians over rounds: the whole round; what training and
-encoding took in it (the slower client's); and what is left, which is loading, Flower and its polling. Flower's own
-share is measured beside it: rounds of one training step on the embedded model.
+Two deployments on loopback, one after the other, each with TLS, node keys and two nodes, train the same model on the
+same data with the same seeds: random weights in the geometry of Qwen2.5-0.5B, which takes a second or so to load. The
+table has, as medians over rounds: the whole round; what training and encoding took in it (the slower client's); and
+what is left, which is loading, Flower and its polling. Flower's own share is measured beside it: rounds of one training
+step on the embedded model.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from adapters.model import ModelSettings, load_tokenizer
-from assets.pretrain import build_model
 from bench.deployment import deployment
 from bench.programs import run_program
 from conf.output import provenance, write_json
@@ -42,8 +42,7 @@ COMMON += ["federation.clients_per_round=2", "task.heldout_windows=2"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--width", type=int, default=1024, help="of the random model")
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=24, help="of the random model")
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs")
     args = parser.parse_args()
@@ -51,7 +50,7 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="bench-rounds-") as name:
             folder = Path(name)
-            load_seconds = make_model(folder / "model", args.width, args.layers)
+            load_seconds = make_model(folder / "model", args.layers)
             rows = []
             for label, options in TRAINERS.items():
                 with deployment(folder / label.split()[0], 2, options) as place:
@@ -80,14 +79,27 @@ def main() -> None:
         write_json({"rows": rows, **about, "made_with": provenance()}, args.json)
 
 
-def make_model(folder: Path, width: int, layers: int) -> float:
-    """A LLaMA of random weights with the embedded model's tokenizer; gives the seconds that loading it takes."""
+def make_model(folder: Path, layers: int) -> float:
+    """Qwen2.5-0.5B's geometry with the embedded model's tokenizer; gives the seconds that loading it takes."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(ModelSettings(path=str(TINY)))
-    build_model(len(tokenizer), tokenizer.eos_token_id, width, layers).to(torch.bfloat16).save_pretrained(folder)
+    config = Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=layers,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     start = time.perf_counter()
-    LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return time.perf_counter() - start
 
 

@@ -30,7 +30,8 @@ from strategies.records import (
     TRAIN_LOSS,
     arrays_of,
     config_of,
-    record_of,
+    unwrap_adapter,
+    wrap_adapter,
     wrap_payload,
 )
 
@@ -67,7 +68,7 @@ def train(message: Message, context: Context) -> Message:
     trainer = _trainer(message, context)
     side = message.content.array_records.get(SIDE)
     work = Work(
-        adapter=arrays_of(message.content.array_records[ARRAYS]),
+        adapter=unwrap_adapter(message.content),
         side=arrays_of(side)[SIDE] if side else None,
         partition=partition,
         server_round=int(str(config[SERVER_ROUND])),
@@ -79,7 +80,7 @@ def train(message: Message, context: Context) -> Message:
         arrays = wrap_payload(done.payload)
     else:
         assert done.adapter is not None
-        arrays = record_of(done.adapter)
+        arrays = wrap_adapter(done.adapter)
     metrics = MetricRecord(
         {
             NUM_EXAMPLES: done.num_examples,

@@ -20,10 +20,10 @@ from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_blocks, digest_of
 from strategies.records import ACCEPTED, ARRAYS, CONFIG, SIDE, array_of, unwrap_payload
 from strategies.tensors import check_values, from_record, to_record
-from strategies.wrapping import AdapterStrategy
+from strategies.wrapping import FacingClients
 
 
-class CodedStrategy(AdapterStrategy):
+class CodedStrategy(FacingClients):
     """Decodes what clients encoded.
 
     Every message tells its client which of its payloads was accepted last, so that the mass of a payload that was

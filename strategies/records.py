@@ -2,7 +2,9 @@
 
 No torch here: the ClientApp's process is a fresh one for every message, and torch takes seconds to load.
 
-A whole payload travels in ONE Array of its own serialisation type: 1 MiB in 200 Arrays cost 37 % more on the wire.
+An adapter and a payload each travel in ONE Array of their own serialisation type: every Array is a request of its own,
+so that an adapter of 192 tensors in as many Arrays made a round of 16 s out of one of 8, and 1 MiB in 200 Arrays cost
+37 % more on the wire.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from gradcodec.errors import CodecError
 
@@ -21,8 +25,8 @@ ARRAYS = "arrays"  # the global adapter to clients; payload or dense adapter bac
 CONFIG = "config"
 SIDE = "side"  # the codec's side information of the round
 METRICS = "metrics"
-PAYLOAD = "payload"
-PAYLOAD_TYPE = "gradcodec/1"
+ADAPTER, ADAPTER_TYPE = "adapter", "safetensors"
+PAYLOAD, PAYLOAD_TYPE = "payload", "gradcodec/1"
 
 NUM_EXAMPLES = "num-examples"
 PARTITION = "partition-id"
@@ -54,16 +58,44 @@ def arrays_of(record: ArrayRecord) -> dict[str, Floats]:
     return {name: np.array(array.numpy(), np.float32) for name, array in record.items()}
 
 
+def wrap_adapter(adapter: Mapping[str, Floats]) -> ArrayRecord:
+    return _in_one_array(ADAPTER, ADAPTER_TYPE, save({name: np.ascontiguousarray(a) for name, a in adapter.items()}))
+
+
+def unwrap_adapter(content: RecordDict) -> dict[str, Floats]:
+    """Inverse of ``wrap_adapter``, names ascending; the arrays may be written to.
+
+    Raises:
+        CodecError: the message holds something else, or tensors that are not float32.
+    """
+    try:
+        adapter = load(_from_one_array(content, ADAPTER, ADAPTER_TYPE))
+    except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a type that NumPy lacks
+        raise CodecError(f"its adapter cannot be read: {error!r}") from None
+    if any(array.dtype != np.float32 for array in adapter.values()):
+        raise CodecError("the tensors of its adapter are not all float32")
+    return adapter
+
+
 def wrap_payload(payload: bytes) -> ArrayRecord:
-    return ArrayRecord({PAYLOAD: Array("uint8", (len(payload),), PAYLOAD_TYPE, payload)})
+    return _in_one_array(PAYLOAD, PAYLOAD_TYPE, payload)
 
 
 def unwrap_payload(content: RecordDict) -> bytes:
     """Inverse of ``wrap_payload``. Raises CodecError: the reply holds something else."""
+    return _from_one_array(content, PAYLOAD, PAYLOAD_TYPE)
+
+
+def _in_one_array(name: str, stype: str, data: bytes) -> ArrayRecord:
+    return ArrayRecord({name: Array("uint8", (len(data),), stype, data)})
+
+
+def _from_one_array(content: RecordDict, name: str, stype: str) -> bytes:
+    """Inverse of ``_in_one_array``. Raises CodecError: the message holds something else."""
     record = content.array_records.get(ARRAYS)
-    array = None if record is None else record.get(PAYLOAD)
-    if record is None or array is None or len(record) != 1 or array.stype != PAYLOAD_TYPE:
-        raise CodecError(f"the reply holds no single {PAYLOAD_TYPE!r} array under {ARRAYS!r}/{PAYLOAD!r}")
+    array = None if record is None else record.get(name)
+    if record is None or array is None or len(record) != 1 or array.stype != stype:
+        raise CodecError(f"it holds no single {stype!r} array under {ARRAYS!r}/{name!r}")
     return bytes(array.data)
 
 

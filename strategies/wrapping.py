@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from logging import WARNING
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 from torch import Tensor
 
+from strategies.records import ARRAYS, wrap_adapter
 from strategies.tensors import from_record
 
 
@@ -51,10 +52,23 @@ class RoundError(FederationError):
 class AdapterStrategy(WrappingStrategy):
     """Keeps the adapter that the round started from in ``current``: what a reply is checked against or added to."""
 
+    def __init__(self, inner: Strategy) -> None:
+        super().__init__(inner)
+        self.current: dict[str, Tensor] = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self.current = from_record(arrays)
+        return super().configure_train(server_round, arrays, config, grid)
+
+
+class FacingClients(AdapterStrategy):
+    """Between the wire and a strategy of dense Arrays: the adapter leaves in one Array, and replies may be refused."""
+
     def __init__(self, inner: Strategy, min_replies: int = 1) -> None:
         super().__init__(inner)
         self.min_replies = min_replies
-        self.current: dict[str, Tensor] = {}
         self.on_refused: Callable[[int, str], None] = lambda node, reason: None
 
     def enough(self, server_round: int, replies: Iterable[Message]) -> Iterator[Message]:
@@ -76,5 +90,8 @@ class AdapterStrategy(WrappingStrategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        self.current = from_record(arrays)
-        return super().configure_train(server_round, arrays, config, grid)
+        messages = super().configure_train(server_round, arrays, config, grid)
+        adapter = wrap_adapter({name: tensor.numpy() for name, tensor in self.current.items()})  # one for all
+        for message in messages:
+            content = RecordDict({**message.content, ARRAYS: adapter})
+            yield Message(content, message.metadata.dst_node_id, message.metadata.message_type)

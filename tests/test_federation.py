@@ -30,7 +30,17 @@ from server.events import read_status
 from server.federate import resumed
 from server.results import RunResults
 from server.rounds import run_federation
-from strategies.records import ACCEPTED, ARRAYS, CONFIG, METRICS, wrap_payload
+from strategies.records import (
+    ACCEPTED,
+    ADAPTER,
+    ADAPTER_TYPE,
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    unwrap_adapter,
+    wrap_adapter,
+    wrap_payload,
+)
 from strategies.wrapping import FederationError
 from tasks.windows import heldout_loss
 
@@ -224,39 +234,32 @@ def test_a_hostile_client_is_left_out_and_the_run_goes_on(tmp_path: Path, artifa
 
 
 class HostileDenseGrid(InProcessGrid):
-    """Partition 1 answers with an adapter of other tensors, of complex numbers, of another shape, and of NaN."""
+    """Partition 1 answers with an adapter of other tensors, of halves, of another shape, of NaN, and with none."""
 
-    answers = iter(
+    answers: Iterator[Callable[[Message], ArrayRecord]] = iter(
         [
-            {"other": np.zeros(3, np.float32)},
-            1j,
-            None,
-            float("nan"),
+            lambda reply: wrap_adapter({"other": np.zeros(3, np.float32)}),
+            lambda reply: wrap_adapter({n: a.astype(np.float16) for n, a in unwrap_adapter(reply.content).items()}),
+            lambda reply: wrap_adapter({n: a.T for n, a in unwrap_adapter(reply.content).items()}),
+            lambda reply: wrap_adapter({n: a * np.float32("nan") for n, a in unwrap_adapter(reply.content).items()}),
+            lambda reply: ArrayRecord({ADAPTER: Array("uint8", (9,), ADAPTER_TYPE, b"\xff" * 9)}),
+            lambda reply: wrap_payload(b"an adapter?"),
         ]
     )
 
     def answer(self, message: Message) -> Message | None:
         reply = super().answer(message)
         if reply is not None and message.metadata.message_type == "train" and message.metadata.dst_node_id == 1007:
-            kind = next(self.answers)
-            dtype = np.complex64 if kind == 1j else np.float32
-            own = reply.content.array_records[ARRAYS]
-            arrays = (
-                kind
-                if isinstance(kind, dict)
-                else {
-                    name: np.full(array.shape if kind else array.shape[::-1], kind or 0.0, dtype)
-                    for name, array in own.items()
-                }
-            )
-            reply.content[ARRAYS] = ArrayRecord({name: Array(value) for name, value in arrays.items()})
+            reply.content[ARRAYS] = next(self.answers)(reply)
         return reply
 
 
 def test_a_hostile_dense_client_is_left_out_and_the_run_goes_on(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, "hostile-dense", arm="dense", federation__clients_per_round=3)
-    settings.federation.rounds = 4
+    settings.federation.rounds, settings.federation.max_failures = 6, 7
     results = run(settings, tmp_path, HostileDenseGrid)
+    said = ["other tensors", "not all float32", "has shape", "holds NaN", "cannot be read", "holds no single"]
+    assert all(text in fault.reason for text, fault in zip(said, results.faults, strict=True))
     assert results.heldout_loss[-1] < results.heldout_loss[0] - 0.05
 
 
