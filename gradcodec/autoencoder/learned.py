@@ -228,7 +228,7 @@ class _Encoder:
         coarse = self._finest(max_bytes, lambda step: self._num_bytes(self._plan(step), self._stride))
         frozen = self._plan(coarse)
         step = self._finest(
-            max_bytes, lambda step: self._num_bytes(dataclasses.replace(frozen, step=step), self._stride)
+            max_bytes, lambda step: self._num_bytes(dataclasses.replace(frozen, step=step), self._stride), coarse
         )
         if self._stride > 1:
             step = self._on_all(frozen, step, max_bytes)
@@ -245,12 +245,17 @@ class _Encoder:
             best = codes if len(best) < len(codes) <= max_bytes else best
         return best
 
-    def _finest(self, max_bytes: int, num_bytes: Callable[[int], float]) -> int:
-        """The finest step that fits; finer steps take more, nearly always."""
+    def _finest(self, max_bytes: int, num_bytes: Callable[[int], float], near: int | None = None) -> int:
+        """The finest step that fits, sought outwards from one that is near it; finer steps take more, nearly always."""
         low, high = max(self._coarsest - _OCTAVES * _STEPS_PER_OCTAVE, _FINEST), self._coarsest
+        place, reach = near, 1
         while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if num_bytes(middle) <= max_bytes else (middle, high)
+            middle = (low + high) // 2 if place is None else min(max(place, low + 1), high - 1)
+            fits = num_bytes(middle) <= max_bytes
+            low, high = (low, middle) if fits else (middle, high)
+            if place is not None and near is not None:
+                turned = middle != near and fits != (middle < near)
+                place, reach = (None if turned else middle - reach if fits else middle + reach), 2 * reach
         return high
 
     def _on_all(self, frozen: _Plan, step: int, max_bytes: int) -> int:
