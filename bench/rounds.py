@@ -12,6 +12,7 @@ step on the embedded model.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import signal
 import sys
@@ -104,21 +105,18 @@ def make_model(folder: Path, layers: int) -> float:
 
 
 def medians(output: Path) -> dict[str, Any]:
-    """Of all rounds but the first, in which trainers load."""
-    rounds: dict[int, float] = {}
+    """Of all rounds but the first, in which trainers load; from the end of one to the end of the next."""
+    ends: list[float] = []
     work: dict[int, float] = {}
-    starts: dict[int, float] = {}
     for entry in map(json.loads, (output / "events.jsonl").read_text().splitlines()):
-        number = entry.get("server_round")
-        if entry["event"] == "round_started":
-            starts[number] = entry["time"]
+        if entry["event"] == "round_finished":
+            ends.append(entry["time"])
         elif entry["event"] == "uplink":
             spent = entry["seconds_train"] + entry["seconds_encode"]
-            work[number] = max(work.get(number, 0.0), spent)
-            rounds[number] = entry["time"] - starts[number]
-    later = [number for number in rounds if number > 1]
-    whole, busy = median(rounds[n] for n in later), median(work[n] for n in later)
-    return {"round": whole, "work": busy, "rest": whole - busy, "rounds": [rounds[n] for n in later]}
+            work[entry["server_round"]] = max(work.get(entry["server_round"], 0.0), spent)
+    rounds = [end - start for start, end in itertools.pairwise(ends)]
+    whole, busy = median(rounds), median(spent for number, spent in work.items() if number > 1)
+    return {"round": whole, "work": busy, "rest": whole - busy, "rounds": rounds}
 
 
 if __name__ == "__main__":

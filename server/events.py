@@ -1,7 +1,7 @@
 """A run's event log: one JSON object a line, as it happens; what ``python -m server status`` reads.
 
 Every event has ``time`` (Unix seconds) and ``event``: ``run_started``, ``nodes``, ``round_started``, ``uplink``,
-``fault``, ``round_finished``, ``run_resumed``, ``run_finished`` or ``run_failed``.
+``fault``, ``round_finished``, ``evaluated``, ``run_resumed``, ``run_finished`` or ``run_failed``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RunStatus:
     updated: float = 0.0
     reason: str = ""
     _round_seconds: list[float] = field(default_factory=list)
-    _round_started: float = 0.0
+    _since: float = 0.0  # when the round that is under way began; 0: none is
 
     @property
     def seconds_left(self) -> float | None:
@@ -67,12 +67,12 @@ class RunStatus:
         event, now = entry["event"], entry["time"]
         self.updated = now
         if event in ("run_started", "run_resumed"):
-            self.state, self.arm, self.rounds = "waiting", entry["arm"], entry["rounds"]
+            self.state, self.arm, self.rounds, self._since = "waiting", entry["arm"], entry["rounds"], 0.0
             self.started = self.started or now
         elif event == "nodes":
             self.nodes = entry["count"]
         elif event == "round_started":
-            self.state, self._round_started, self.answers = "running", now, 0
+            self.state, self._since, self.answers = "running", self._since or now, 0
             self.bytes_down += entry["bytes_down"]
         elif event == "uplink":
             self.uplinks, self.answers = self.uplinks + 1, self.answers + 1
@@ -81,9 +81,10 @@ class RunStatus:
             self.faults, self.last_fault = self.faults + 1, f"partition {entry['partition']}: {entry['reason']}"
         elif event == "round_finished":
             self.server_round = entry["server_round"]
-            if self._round_started:
-                self._round_seconds.append(now - self._round_started)
-            self.heldout_loss.append(entry["heldout_loss"])
+            self._round_seconds.append(now - self._since)
+            self._since = now
+        elif event == "evaluated":
+            self.heldout_loss = [*self.heldout_loss[: entry["server_round"]], entry["heldout_loss"]]
         elif event == "run_finished":
             self.state = "finished"
         elif event == "run_failed":

@@ -86,7 +86,7 @@ def resumed(folder: Path, overrides: Sequence[str]) -> Settings:
             raise ValueError(f"resume={folder} goes on with the settings of that run: {text} cannot be changed")
     settings = changed(settings, own)
     settings.resume = settings.output = str(folder.absolute())
-    if checkpoint.server_round >= settings.federation.rounds:
+    if checkpoint.server_round >= settings.federation.rounds and (folder / "results.json").is_file():
         raise ValueError(
             f"resume={folder}: all {settings.federation.rounds} rounds are done; federation.rounds=N adds some"
         )

@@ -51,8 +51,7 @@ def run_federation(grid: Grid, settings: Settings) -> RunResults:
     before = load_checkpoint(Path(settings.resume)) if settings.resume is not None else None
     if settings.record is not None:
         open_output(Path(settings.record).parent)
-    if before is None:
-        (output / "results.json").unlink(missing_ok=True)  # of an earlier run in the same folder
+    (output / "results.json").unlink(missing_ok=True)  # of an earlier run in the same folder, or of fewer rounds
     events = EventLog(output, keep=before is not None)
     try:
         with serve_metrics(settings.federation.metrics_port, events):
@@ -87,7 +86,9 @@ class _Run:
                     f"resume={settings.resume}: its adapter is not that of model.path={settings.model.path}"
                 )
             self.adapter = {name: before.adapter[name] for name in self.adapter}  # strategies zip them by position
-        self.first_round = self.server_round = 1 if before is None else before.server_round + 1
+        self.done = 0 if before is None else before.server_round
+        self.server_round = self.done  # the one that is under way
+        self.evaluates_apart = settings.backend.name == "superlink"  # a simulation's clients share its machine
         self.started = time.monotonic() - self.results.seconds
         self.progress = progress_bar()
 
@@ -97,17 +98,19 @@ class _Run:
         started = "run_started" if self.before is None else "run_resumed"
         self.events.write(started, arm=self.settings.arm, rounds=federation.rounds, run_id=self.settings.run_id)
         with self.progress:
-            total, done = (n * federation.clients_per_round for n in (federation.rounds, self.first_round - 1))
+            total, done = (n * federation.clients_per_round for n in (federation.rounds, self.done))
             self.bar = self.progress.add_task("waiting for clients", total=total, completed=done, note="")
             roster = call_roll(self.grid, federation.num_clients, config, federation.wait_seconds, self._waiting)
             self.events.write("nodes", count=len(roster))
             self._build(roster)
-            if self.before is None:
-                self._judge(0)
-            for server_round in range(self.first_round, federation.rounds + 1):
+            for server_round in range(self.done + 1, federation.rounds + 1):
+                if not self.evaluates_apart:
+                    self._evaluate()
                 self.adapter = from_record(self._round(server_round, config))
-                self._judge(server_round)
-                self._save(server_round, roster)
+                self.done = server_round
+                self.events.write("round_finished", server_round=server_round)
+                self._save(roster)
+            self._evaluate()
         if self.recording is not None and self.settings.record is not None:
             self.recording.save(Path(self.settings.record))
         self.evaluator.save(self.adapter, self.results.facts(), self.output / "adapter")
@@ -148,6 +151,8 @@ class _Run:
     def _round(self, server_round: int, config: ConfigRecord) -> ArrayRecord:
         """The next adapter. A round that comes to nothing is tried again.
 
+        Nodes need seconds to see a message and longer to train: meanwhile, what they start from is evaluated.
+
         Raises:
             RoundError: it came to nothing every time.
         """
@@ -162,6 +167,8 @@ class _Run:
                 self.events.write("round_started", server_round=server_round, clients=len(messages), bytes_down=size)
                 self.results.downlink_bytes += size
                 replies = replies_to(self.grid, messages, federation.round_seconds)
+                if self.evaluates_apart:
+                    self._evaluate()
                 new, _ = self.strategy.aggregate_train(server_round, replies)
             except RoundError as error:
                 if attempt == federation.retries:
@@ -172,22 +179,26 @@ class _Run:
             return new
         raise AssertionError
 
-    def _judge(self, server_round: int) -> None:
+    def _evaluate(self) -> None:
+        """Held-out loss after the last round that is done, unless it is known."""
+        if len(self.results.heldout_loss) > self.done:
+            return
         loss = self.evaluator.loss(self.adapter)
         self.results.heldout_loss.append(loss)
-        self.events.write("round_finished", server_round=server_round, heldout_loss=loss)
-        sent = f"{bytes_text(self.results.payload_bytes_per_client_round)} a client and round, " if server_round else ""
+        self.results.seconds = time.monotonic() - self.started
+        self.events.write("evaluated", server_round=self.done, heldout_loss=loss)
+        sent = f"{bytes_text(self.results.payload_bytes_per_client_round)} a client and round, " if self.done else ""
         self.progress.update(
-            self.bar, description=f"{self.settings.arm}, round {server_round}", note=f"{sent}loss {loss:.3f}"
+            self.bar, description=f"{self.settings.arm}, round {self.done}", note=f"{sent}loss {loss:.3f}"
         )
 
-    def _save(self, server_round: int, roster: Roster) -> None:
+    def _save(self, roster: Roster) -> None:
         self.results.seconds = time.monotonic() - self.started
         partition_of = {node: partition for partition, node in roster.items()}
         accepted = self.coded.accepted if self.coded is not None else {}
         checkpoint = Checkpoint(
             self.settings,
-            server_round,
+            self.done,
             dict(self.adapter),
             self.results,
             optimizer_state(self.inner),

@@ -6,7 +6,7 @@ import json
 import socket
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -378,6 +378,28 @@ def test_a_resumed_run_is_the_one_that_was_never_interrupted(tmp_path: Path, art
     (tmp_path / "cut" / NAME).write_bytes(b"damaged")
     with pytest.raises(ValueError, match="cannot be read"):
         resumed(tmp_path / "cut", [])
+
+
+def test_a_deployment_evaluates_while_its_nodes_train_and_may_die_of_the_last_evaluation(
+    tmp_path: Path, artifact: str, coded: RunResults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(tmp_path, "apart", codec__artifact=artifact, backend__name="superlink")
+    evaluate, adapters = Evaluator.loss, []
+
+    def dying(self: Evaluator, adapter: Mapping[str, torch.Tensor]) -> float:
+        adapters.append(adapter)
+        if len(adapters) == 4:
+            raise KeyboardInterrupt
+        return evaluate(self, adapter)
+
+    monkeypatch.setattr(Evaluator, "loss", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path)
+    events = [json.loads(line) for line in (tmp_path / "apart" / "events.jsonl").read_text().splitlines()]
+    order = [e["event"] for e in events if e["event"] in ("round_started", "evaluated")]
+    assert order == ["round_started", "evaluated"] * 3
+    result = run(resumed(tmp_path / "apart", []), tmp_path)
+    assert result.heldout_loss == coded.heldout_loss == read_status(tmp_path / "apart").heldout_loss
 
 
 def test_what_cannot_be_resumed_is_said(tmp_path: Path) -> None:
