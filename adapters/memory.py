@@ -1,4 +1,4 @@
-"""What a fine-tuning step needs of a device's memory, from config.json alone, and whether the device has it.
+"""What training and evaluating need of a device's memory, from config.json alone, and whether the device has it.
 
 The sum is that of Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models", section 4),
 counted anew for what autograd keeps where the base weights are frozen: a frozen linear layer keeps no input, LoRA keeps
@@ -9,6 +9,7 @@ experts of a mixture. Knows shapes; must not know weights.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import ceil, prod
@@ -33,11 +34,11 @@ _NF4_TABLES = _FLOAT * (16 + 256 + 1)
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that a client's training step occupies at its peak, without what the libraries themselves take."""
+    """Bytes that a step occupies at its peak, without what the libraries themselves take."""
 
     weights: int  # of the frozen base
-    adapter: int  # its values, gradients and the optimizer's moments
-    activations: int  # what the forward pass keeps for the backward pass
+    adapter: int  # its values; in training its gradients and the optimizer's moments, too
+    activations: int  # what the forward pass keeps for the backward pass, or holds of one layer
     logits: int  # and what the loss makes of them
     workspace: int  # quantised only: one layer's weights, unpacked
     encoding: int = 0  # of the update, after training: not known here
@@ -53,6 +54,16 @@ class MemoryEstimate:
     def _parts(self) -> dict[str, int]:
         sizes = {part.name: getattr(self, part.name) for part in fields(self)}
         return {name: size for name, size in sizes.items() if size}
+
+
+def estimate_evaluation(
+    settings: ModelSettings, lora: LoraSettings, training: TrainSettings, window: int
+) -> MemoryEstimate:
+    """What ``heldout_loss`` needs of the device's memory: a forward pass, a layer at a time. As ``estimate_memory``."""
+    step = estimate_memory(dataclasses.replace(settings, gradient_checkpointing=False), lora, training, window)
+    num_values = sum(prod(shape) for shape in adapter_shapes(empty_model(settings, lora)).values())
+    of_a_layer = ceil(step.activations / empty_base(settings).config.num_hidden_layers)
+    return dataclasses.replace(step, adapter=_FLOAT * num_values, activations=of_a_layer)
 
 
 def estimate_memory(
@@ -88,15 +99,15 @@ def estimate_memory(
     )
 
 
-def check_fits(estimate: MemoryEstimate, device: torch.device) -> None:
+def check_fits(estimate: MemoryEstimate, device: torch.device, *, training: bool = True) -> None:
     """Raises ValueError, with the estimate and what would help, if the device has less memory free than that. Where
     the free memory is not known, nothing is refused."""
     free = free_bytes(device)
     if free is not None and estimate.total > free:
+        work, first = ("training", "model.gradient_checkpointing=true, ") if training else ("evaluating", "")
         raise ValueError(
-            f"training needs about {estimate}, {device} has {_text(free)} free: try "
-            "model.gradient_checkpointing=true, a smaller train.micro_batch_size, a shorter task.window or "
-            "model.quantization=nf4"
+            f"{work} needs about {estimate}, {device} has {_text(free)} free: try {first}"
+            "a smaller train.micro_batch_size, a shorter task.window or model.quantization=nf4"
         )
 
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.deployment import deployment
+from bench.programs import run_program
 from bench.relay import CountingRelay
 from conf.output import open_output, provenance, write_json
 
@@ -61,7 +60,7 @@ def compare(output: Path, common: list[str]) -> dict[str, Any]:
     with deployment(output / "demo-deploy", NUM_NODES) as place:
         relays = place.relays
         before, start = counts_of(relays), time.monotonic()
-        deployed = federate(output / "grpc", [*common, "backend=superlink"], {"FLWR_HOME": str(place.flwr_home)})
+        deployed = federate(output / "grpc", [*common, "backend=superlink"], place.flwr_home)
         after, seconds = counts_of(relays), time.monotonic() - start
         time.sleep(IDLE_SECONDS)
         idle = counts_of(relays)
@@ -74,7 +73,7 @@ def compare(output: Path, common: list[str]) -> dict[str, Any]:
         for i in range(NUM_NODES)
     ]
     console.rule("the same federation in simulation")
-    simulated = federate(output / "simulation", [*common, "backend=simulation"], {})
+    simulated = federate(output / "simulation", [*common, "backend=simulation"])
     digests = {name: payload_digests(run) for name, run in (("grpc", deployed), ("simulation", simulated))}
     return {
         "payloads_equal": digests["grpc"] == digests["simulation"],
@@ -97,10 +96,8 @@ def payload_digests(run: dict[str, Any]) -> list[str]:
     return [f"{u['server_round']}/{u['partition']}/{u['payload_digest']}" for u in run["uplinks"]]
 
 
-def federate(output: Path, overrides: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "server.federate", f"output={output}", f"hydra.run.dir={output}", *overrides]
-    if subprocess.run(command, env={**os.environ, **environment}).returncode != 0:
-        raise ValueError("`python -m server.federate` failed; the reason stands above")
+def federate(output: Path, overrides: list[str], flwr_home: Path | None = None) -> dict[str, Any]:
+    run_program("server.federate", [f"output={output}", f"hydra.run.dir={output}", *overrides], flwr_home)
     content: dict[str, Any] = json.loads((output / "results.json").read_text())
     return content
 

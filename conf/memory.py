@@ -1,11 +1,11 @@
-"""What a client of a run needs of its device's memory: training (``adapters.memory``) and encoding."""
+"""What a run's clients and its server need of their devices' memory: ``adapters.memory``, and encoding."""
 
 from __future__ import annotations
 
 import dataclasses
 from math import prod
 
-from adapters.memory import MemoryEstimate, estimate_memory
+from adapters.memory import MemoryEstimate, estimate_evaluation, estimate_memory
 from adapters.model import adapter_shapes, empty_model
 from conf.schema import Settings
 from gradcodec.build import ENCODING_UPDATES
@@ -18,3 +18,9 @@ def client_memory(settings: Settings) -> MemoryEstimate:
         return estimate
     values = sum(prod(shape) for shape in adapter_shapes(empty_model(settings.model, settings.lora)).values())
     return dataclasses.replace(estimate, encoding=ENCODING_UPDATES * 4 * values)
+
+
+def server_memory(settings: Settings) -> MemoryEstimate:
+    """Of the process that evaluates, and in the arm ``centralised`` trains. Raises ValueError: as ``client_memory``."""
+    estimate = estimate_memory if settings.arm == "centralised" else estimate_evaluation
+    return estimate(settings.model, settings.lora, settings.train, settings.task.window)

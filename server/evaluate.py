@@ -10,10 +10,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from adapters.base import max_positions
+from adapters.base import max_positions, resolve_device
 from adapters.export import load_start, save_adapter
 from adapters.finetune import Windows
+from adapters.memory import check_fits
 from adapters.model import Adapter, get_adapter, load_model, load_tokenizer, set_adapter
+from conf.memory import server_memory
 from conf.schema import Settings
 from tasks.shards import Shard, check_window, load_shards, what_is_lost
 from tasks.windows import heldout_loss
@@ -25,7 +27,7 @@ class Evaluator:
     """Base model, every client's shard and the initial adapter, on the server's side.
 
     Raises:
-        ValueError: the server cannot read the task's text, or ``lora.start`` does not fit.
+        ValueError: the server cannot read the task's text or has too little memory, or ``lora.start`` does not fit.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -37,6 +39,7 @@ class Evaluator:
         for warning in what_is_lost(self.shards, settings.task):
             _LOG.warning(warning)
         self.heldout = Windows.cat([shard.heldout for shard in self.shards])
+        check_fits(server_memory(settings), resolve_device(settings.model), training=settings.arm == "centralised")
         self.model: PeftModel = load_model(settings.model, settings.lora, settings.seed)
         self.batch_size = settings.train.micro_batch_size  # what fits into memory in training fits here
         start = settings.lora.start

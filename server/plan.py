@@ -17,7 +17,7 @@ from adapters.base import empty_base, max_positions
 from adapters.finetune import num_steps
 from adapters.memory import MemoryEstimate
 from adapters.model import adapter_parts, adapter_shapes, empty_model
-from conf.memory import client_memory
+from conf.memory import client_memory, server_memory
 from conf.schema import Settings, check_settings
 from gradcodec.autoencoder.resnet import picture_shape
 from gradcodec.build import CODECS_WITH_A_RATE, byte_budget
@@ -47,7 +47,8 @@ class Plan:
     steps: int | None
     payload_bytes: int | None  # at most; None: the codec takes what an update needs
     dense_bytes: int
-    memory: MemoryEstimate
+    client_memory: MemoryEstimate
+    server_memory: MemoryEstimate
 
     @property
     def uplinks(self) -> int:
@@ -84,7 +85,8 @@ def plan_of(settings: Settings) -> Plan:
         steps=_mean_steps(settings, num_records),
         payload_bytes=_payload_bytes(settings, layout) if settings.arm == "coded" else dense,
         dense_bytes=dense,
-        memory=client_memory(settings),
+        client_memory=client_memory(settings),
+        server_memory=server_memory(settings),
     )
 
 
@@ -145,7 +147,7 @@ def _lines(plan: Plan) -> dict[str, str]:
         "adapter": f"rank {lora.rank}, alpha {lora.alpha:g}: {plan.layout.num_parameters:,} parameters in "
         f"{len(plan.layout.shapes)} tensors",
         "data": _data_line(plan),
-        "memory": f"of a client's device: {plan.memory}",
+        **_memory_lines(plan),
     }
     if settings.arm == "base":
         return {**lines, "training": "none: arm=base is the model as it is"}
@@ -163,6 +165,12 @@ def _lines(plan: Plan) -> dict[str, str]:
         **_upload_line(plan),
         **_time_lines(plan),
     }
+
+
+def _memory_lines(plan: Plan) -> dict[str, str]:
+    if plan.settings.arm in ("base", "centralised"):
+        return {"memory": f"of the device: {plan.server_memory}"}
+    return {"memory": f"of a client's device: {plan.client_memory}", "on the server": f"{plan.server_memory}"}
 
 
 def _up(plan: Plan) -> str:

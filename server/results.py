@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class RunResults:
             **(sent if self.uplinks else {}),
             "adapter parameters": f"{self.num_parameters:,}",
             "held-out loss, nats per token": f"{self.heldout_loss[0]:.4f} -> {self.heldout_loss[-1]:.4f}",
+            "held-out perplexity": f"{math.exp(self.heldout_loss[0]):.3f} -> {math.exp(self.heldout_loss[-1]):.3f}",
             "task": settings.task.name,
             "seed": str(settings.seed),
             "made with": ", ".join(f"{name} {version}" for name, version in provenance().items()),
@@ -86,6 +88,7 @@ class RunResults:
             "arm": self.settings.arm,
             "seed": self.settings.seed,
             **self.state(),
+            "heldout_perplexity": [math.exp(loss) for loss in self.heldout_loss],
             "uplink_payload_bytes_per_client_round": per_client_round,
             "bits_per_parameter": self.bits_per_parameter,
             "uplink_payload_bytes": sum(uplink.payload_bytes for uplink in self.uplinks),

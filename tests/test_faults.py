@@ -148,6 +148,30 @@ def test_a_supernode_that_is_killed_costs_its_replies_and_no_round(
     assert status.uplinks == 2 * ROUNDS - status.faults
 
 
+def test_a_full_disk_costs_the_reply_and_what_was_kept_stays(
+    place: Deployment, undisturbed: list[float], tmp_path: Path
+) -> None:
+    """Over the node's residuals lies a file system of one page for a round, and is gone in the next."""
+    run = Run(place, tmp_path)
+    run.wait_for("round_finished", 1)
+    kept = place.folder / "memory-0"
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(kept)]
+    if (done := subprocess.run(mount, capture_output=True, text=True)).returncode != 0:
+        run.process.terminate()
+        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+    try:
+        run.wait_for("fault", 2)
+    finally:
+        subprocess.run(["umount", str(kept)], check=True)
+    losses = run.losses()
+    assert losses[:2] == undisturbed[:2]
+    assert losses[-1] == pytest.approx(undisturbed[-1], abs=0.2)
+    status = read_status(tmp_path)
+    assert (status.faults, status.uplinks) == (1, 2 * ROUNDS - 1)
+    assert "No space left" in status.last_fault
+    print(f"disk full in round 2: held-out loss {losses[-1]:.4f} beside {undisturbed[-1]:.4f}")
+
+
 def test_a_server_app_that_is_killed_is_resumed_bit_for_bit(
     place: Deployment, undisturbed: list[float], tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import urllib.error
 import urllib.request
@@ -21,9 +22,11 @@ from transformers import AutoModelForCausalLM
 
 from client.app import app as client_app
 from client.trainer import trainer_for
+from conf.memory import client_memory, server_memory
 from conf.schema import Settings
 from gradcodec.artifact import Artifact, load_artifact, save_artifact
 from gradcodec.autoencoder.learned import LearnedTables
+from server.centralised import run_alone
 from server.checkpoint import NAME, load_checkpoint
 from server.evaluate import Evaluator
 from server.events import read_status
@@ -135,6 +138,7 @@ def test_results_and_adapter_are_on_disk_and_true(coded: RunResults) -> None:
     output = Path(coded.settings.output)
     content = json.loads((output / "results.json").read_text())
     assert content["heldout_loss"] == coded.heldout_loss
+    assert content["heldout_perplexity"] == [math.exp(loss) for loss in coded.heldout_loss]
     assert content["uplink_payload_bytes"] == sum(u.payload_bytes for u in coded.uplinks)
     assert content["made_with"]["flwr"] == "1.39.0"
     status = read_status(output)
@@ -282,11 +286,21 @@ def test_a_node_without_its_files_is_named_before_training(tmp_path: Path, artif
         assert all(message.metadata.message_type == "query" for message in grid.sent)
 
 
-def test_a_model_that_does_not_fit_is_named_before_training(tmp_path: Path, artifact: str) -> None:
+def test_a_model_that_does_not_fit_is_named_before_training(
+    tmp_path: Path, artifact: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = settings_for(tmp_path, "large", codec__artifact=artifact)
-    settings.train.batch_size = settings.train.micro_batch_size = 1_000_000
+    needed = server_memory(settings).total
+    assert needed < client_memory(settings).total
+    monkeypatch.setattr("adapters.memory.free_bytes", lambda device: needed)
     with pytest.raises(FederationError, match=r"training needs about .* free: try model\.gradient_checkpointing=true"):
         run(settings, tmp_path)
+    monkeypatch.setattr("adapters.memory.free_bytes", lambda device: needed - 1)
+    with pytest.raises(ValueError, match=r"evaluating needs about .* free: try a smaller train\.micro_batch_size"):
+        run(settings, tmp_path)
+    settings.arm = "centralised"
+    with pytest.raises(ValueError, match=r"training needs about .* free: try model\.gradient_checkpointing=true"):
+        run_alone(settings)
 
 
 def test_a_models_own_code_runs_on_a_node_only_if_its_owner_agrees(tmp_path: Path, artifact: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, Qwen2C
 
 from adapters.base import load_base
 from adapters.finetune import TrainSettings, Windows, finetune
-from adapters.memory import check_fits, estimate_memory, free_bytes
+from adapters.memory import check_fits, estimate_evaluation, estimate_memory, free_bytes
 from adapters.model import LoraSettings, ModelSettings, adapter_shapes, empty_model, get_adapter, load_model
+from tasks.windows import heldout_loss
 
 TRAINING = TrainSettings(steps=1, batch_size=8, micro_batch_size=8)
 CONFIGS = {
@@ -66,15 +68,31 @@ def test_the_estimate_is_near_the_peak_that_is_measured(change: dict[str, object
     settings = ModelSettings(**change)  # type: ignore[arg-type]
     model = load_model(settings, LoraSettings(), seed=0)
     windows, adapter = Windows.whole(torch.randint(1, 1024, (8, 128))), get_adapter(model)
+    peak = peak_of(lambda: finetune(model, adapter, windows, TRAINING, seed=0))
+    estimate = estimate_memory(settings, LoraSettings(), TRAINING, 128)
+    assert 0.9 * peak < estimate.total - estimate.weights < most * peak
+
+
+@pytest.mark.parametrize("change", [{}, {"dtype": "bfloat16"}, {"quantization": "nf4"}])
+def test_what_evaluating_takes_is_near_the_peak_that_is_measured(change: dict[str, object]) -> None:
+    settings = ModelSettings(**change)  # type: ignore[arg-type]
+    model = load_model(settings, LoraSettings(), seed=0)
+    windows = Windows.whole(torch.randint(1, 1024, (16, 128)))
+    peak = peak_of(lambda: heldout_loss(model, windows, TRAINING.micro_batch_size))
+    estimate = estimate_evaluation(settings, LoraSettings(), TRAINING, 128)
+    assert 0.9 * peak < estimate.total - estimate.weights - estimate.adapter < 1.5 * peak
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """Bytes that it held at once and did not hold before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
-        finetune(model, adapter, windows, TRAINING, seed=0)
+        work()
     events = [e for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"]
     peak = held = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    estimate = estimate_memory(settings, LoraSettings(), TRAINING, 128)
-    assert 0.9 * peak < estimate.total - estimate.weights < most * peak
+    return peak
 
 
 def test_what_a_client_can_change_lowers_the_estimate() -> None:

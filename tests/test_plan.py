@@ -47,7 +47,7 @@ def test_experiments_have_the_papers_figures(
     assert (federation.rounds, federation.num_clients, federation.clients_per_round) == (rounds, clients, sampled)
     assert (training.batch_size, training.micro_batch_size, training.lr) == (batch, micro, lr)
     assert (training.epochs, training.update, settings.lora.rank) == (epochs, "delta", rank)
-    assert plan_of(settings).memory.total < 24 * 2**30
+    assert plan_of(settings).client_memory.total < 24 * 2**30
 
 
 def test_llama_7b_takes_the_papers_bytes() -> None:
