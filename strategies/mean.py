@@ -6,8 +6,6 @@ their weighted mean (FedAvg, FedAvgM, FedAdam) get one reply from here, which is
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Iterable
 
 import numpy as np
@@ -47,7 +45,6 @@ class MeanStrategy(WrappingStrategy):
         for tensor in sums.values():
             tensor.div_(examples)
         mean = moved_to_record(sums)
-        return_freed_memory()
         means = MetricRecord({key: value / examples for key, value in metrics.items()})
         means[NUM_EXAMPLES] = examples
         last.content = RecordDict({ARRAYS: mean, METRICS: means})
@@ -55,9 +52,3 @@ class MeanStrategy(WrappingStrategy):
             return super().aggregate_train(server_round, [last])
         finally:
             mean.clear()
-
-
-def return_freed_memory() -> None:
-    """glibc keeps what was freed in pieces of a tensor's size, and what the round's end takes would come on top."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
