@@ -33,7 +33,6 @@ from gradcodec.layout import Layout
 from strategies.build import StrategySettings, build_inner
 from strategies.coded import CodedStrategy
 from strategies.records import ARRAYS, CONFIG, METRICS, NUM_EXAMPLES, REPLY_METRICS, wrap_payload
-from strategies.tensors import return_freed_memory
 
 RESET_PEAK = Path("/proc/self/clear_refs")
 
@@ -82,7 +81,6 @@ def measure(layout: Layout, num_clients: int, payload: bytes) -> dict[str, Any]:
     tiny = layout_of("tiny", 8)
     aggregate(_strategy(tiny), 2, payload_of(tiny, 1.0))  # what libraries take at their first call is not ours to count
     strategy = _strategy(layout)
-    return_freed_memory()
     RESET_PEAK.write_text("5")  # see proc(5)
     held, start = psutil.Process().memory_info().rss, time.perf_counter()
     aggregate(strategy, num_clients, payload)

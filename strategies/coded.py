@@ -19,7 +19,7 @@ from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_blocks, digest_of
 from strategies.records import ACCEPTED, ARRAYS, CONFIG, SIDE, array_of, unwrap_payload
-from strategies.tensors import check_values, from_record, return_freed_memory, to_record
+from strategies.tensors import check_values, from_record, to_record
 from strategies.wrapping import FacingClients
 
 
@@ -56,7 +56,6 @@ class CodedStrategy(FacingClients):
         arrays, metrics = super().aggregate_train(server_round, decoded)
         self.accepted |= taken  # only now: if the round failed, every client's mass stays with it
         if arrays is not None:
-            return_freed_memory()
             step = from_record(arrays)
             for name, tensor in self.current.items():
                 step[name].sub_(tensor)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Mapping
 
 import torch
@@ -36,9 +34,3 @@ def check_values(name: str, tensor: Tensor) -> None:
     """Raises CodecError: a value is NaN, infinite or beyond ``MAX_VALUE``, so that sums would overflow."""
     if not bool((tensor.abs() <= MAX_VALUE).all()):
         raise CodecError(f"tensor {name!r} holds NaN, infinity or a value beyond {MAX_VALUE:g}")
-
-
-def return_freed_memory() -> None:
-    """glibc keeps what was freed in pieces of a tensor's size, and what the round's end takes would come on top."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
