@@ -1,12 +1,12 @@
 """How long a round takes over gRPC, with the resident trainer and with Flower's fresh process for every message.
 
-    python -m bench.rounds [--rounds 10] [--layers 24] [--json OUT] [key=value ...]
+    python -m bench.rounds [--rounds 10] [--layers 24] [--quantization nf4] [--json OUT] [key=value ...]
 
 Two deployments on loopback, one after the other, each with TLS, node keys and two nodes, train the same model on the
-same data with the same seeds: random weights in the geometry of Qwen2.5-0.5B, which takes a second or so to load. The
-table has, as medians over rounds: the whole round; what training and encoding took in it (the slower client's); and
-what is left, which is loading, Flower and its polling. Flower's own share is measured beside it: rounds of one training
-step on the embedded model.
+same data with the same seeds: random weights in the geometry of Qwen2.5-0.5B. The table has, as medians over rounds:
+the whole round; what training and encoding took in it (the slower client's, with the loading of the model if it was
+left for then); and what is left, which is loading, Flower and its polling. Flower's own share is measured beside it:
+rounds of one training step on the embedded model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from adapters.model import ModelSettings, load_tokenizer
+from adapters.model import LoraSettings, ModelSettings, load_model, load_tokenizer
 from bench.deployment import deployment
 from bench.programs import run_program
 from conf.output import provenance, write_json
@@ -44,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--layers", type=int, default=24, help="of the random model")
+    parser.add_argument("--quantization", default="nf4", help="of the random model: nf4 as in QLoRA, int8 or none")
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs")
     args = parser.parse_args()
@@ -51,12 +52,17 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="bench-rounds-") as name:
             folder = Path(name)
-            load_seconds = make_model(folder / "model", args.layers)
+            make_model(folder / "model", args.layers)
+            random = ModelSettings(path=str(folder / "model"), quantization=args.quantization)
+            start = time.perf_counter()
+            load_model(random, LoraSettings(), seed=0)
+            load_seconds = time.perf_counter() - start
             rows = []
             for label, options in TRAINERS.items():
                 with deployment(folder / label.split()[0], 2, options) as place:
-                    for model, path in (("random", folder / "model"), ("embedded", TINY.absolute())):
-                        own = [*COMMON, *LIGHT, f"model.path={path}", f"federation.rounds={args.rounds}"]
+                    for model, about in (("random", random), ("embedded", ModelSettings(path=str(TINY.absolute())))):
+                        own = [f"model.path={about.path}", f"model.quantization={about.quantization}"]
+                        own += [*COMMON, *LIGHT, f"federation.rounds={args.rounds}"]
                         output = folder / f"{label.split()[0]}-{model}"
                         where = [f"output={output}", f"hydra.run.dir={output}"]
                         run_program("server.federate", [*where, *own, *args.overrides], place.flwr_home)
@@ -66,7 +72,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("stopped; all processes are ended")
     resident, fresh = (next(r for r in rows if r["trainer"] == t and r["model"] == "random") for t in TRAINERS)
-    title = f"a round over gRPC, medians of {args.rounds - 1}; the random model loads in {load_seconds:.1f} s"
+    loads = f"the random model ({args.quantization}) loads in {load_seconds:.1f} s"
+    title = f"a round over gRPC, medians of {args.rounds - 1}; {loads}"
     table = Table(title=title)
     for column in ("trainer", "model", "round s", "train + encode s", "rest s"):
         table.add_column(column, justify="right" if column.endswith(" s") else "left")
@@ -76,12 +83,13 @@ def main() -> None:
     console.print(table)
     console.print(f"a round is {fresh['round'] / resident['round']:.1f} times faster with the resident trainer")
     if args.json is not None:
-        about = {"rounds": args.rounds, "load_seconds": load_seconds, "speedup": fresh["round"] / resident["round"]}
-        write_json({"rows": rows, **about, "made_with": provenance()}, args.json)
+        model = {"quantization": args.quantization, "load_seconds": load_seconds}
+        figures = {"rounds": args.rounds, "random_model": model, "speedup": fresh["round"] / resident["round"]}
+        write_json({"rows": rows, **figures, "made_with": provenance()}, args.json)
 
 
-def make_model(folder: Path, layers: int) -> float:
-    """Qwen2.5-0.5B's geometry with the embedded model's tokenizer; gives the seconds that loading it takes."""
+def make_model(folder: Path, layers: int) -> None:
+    """Qwen2.5-0.5B's geometry with the embedded model's tokenizer."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(ModelSettings(path=str(TINY)))
     config = Qwen2Config(
@@ -99,9 +107,6 @@ def make_model(folder: Path, layers: int) -> float:
     )
     Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    start = time.perf_counter()
-    Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return time.perf_counter() - start
 
 
 def medians(output: Path) -> dict[str, Any]:
