@@ -83,8 +83,8 @@ def main() -> None:
     console.print(table)
     console.print(f"a round is {fresh['round'] / resident['round']:.1f} times faster with the resident trainer")
     if args.json is not None:
-        model = {"quantization": args.quantization, "load_seconds": load_seconds}
-        figures = {"rounds": args.rounds, "random_model": model, "speedup": fresh["round"] / resident["round"]}
+        loaded = {"quantization": args.quantization, "load_seconds": load_seconds}
+        figures = {"rounds": args.rounds, "random_model": loaded, "speedup": fresh["round"] / resident["round"]}
         write_json({"rows": rows, **figures, "made_with": provenance()}, args.json)
 
 
