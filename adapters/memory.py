@@ -59,11 +59,15 @@ class MemoryEstimate:
 def estimate_evaluation(
     settings: ModelSettings, lora: LoraSettings, training: TrainSettings, window: int
 ) -> MemoryEstimate:
-    """What ``heldout_loss`` needs of the device's memory: a forward pass, a layer at a time. As ``estimate_memory``."""
+    """What ``heldout_loss`` needs of the device's memory: a forward pass that keeps nothing of its layers, which are
+    done when the logits are made. As ``estimate_memory``."""
     step = estimate_memory(dataclasses.replace(settings, gradient_checkpointing=False), lora, training, window)
+    config = empty_base(settings).config
     num_values = sum(prod(shape) for shape in adapter_shapes(empty_model(settings, lora)).values())
-    of_a_layer = ceil(step.activations / empty_base(settings).config.num_hidden_layers)
-    return dataclasses.replace(step, adapter=_FLOAT * num_values, activations=of_a_layer)
+    of_a_layer = ceil(step.activations / config.num_hidden_layers)
+    stream = training.micro_batch_size * window * config.hidden_size * _width(settings)
+    activations = 3 * stream + max(0, of_a_layer - step.logits)  # the residual stream, its norm, a layer's output
+    return dataclasses.replace(step, adapter=_FLOAT * num_values, activations=activations)
 
 
 def estimate_memory(

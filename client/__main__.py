@@ -26,7 +26,7 @@ ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",  # how soon a message is seen; Flower's default is 3 s
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",  # how soon a message is seen; Flower's default is a second
 }
 ON_THE_NODE = ("model_path", "task_path", "codec_artifact", "memory")
 INSECURE = "INSECURE: no TLS, no node key. Whoever is on the way reads and changes everything. For experiments only."

@@ -27,7 +27,7 @@ from gradcodec.peers.casts import INT8_RUN, NF4_RUN
 from server.progress import bytes_text
 from tasks.shards import check_window, client_records
 
-ROUND_SECONDS = 6.0
+ROUND_SECONDS = 5.0
 """What Flower takes of a round over gRPC besides training: `python -m bench.rounds`, column `rest`."""
 SUSTAINED = 0.35
 DEVICES = {"RTX 4090": 165e12, "A100": 312e12, "H100": 989e12}
