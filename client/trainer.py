@@ -103,9 +103,11 @@ class Trainer:
         update, loss = self.finetune(work, team or Team())
         trained = time.perf_counter()
         payload = self._encode(update, work) if settings.arm == "coded" else None
-        new: Arrays = {name: array + update[name].numpy() for name, array in work.adapter.items()}
+        new: Arrays | None = None
+        if payload is None:
+            new = {name: array + update[name].numpy() for name, array in work.adapter.items()}
         return Trained(
-            adapter=None if payload is not None else new,
+            adapter=new,
             payload=payload,
             num_examples=num_examples(settings.train, len(self.shard(work.partition).train)),
             train_loss=loss,
