@@ -63,11 +63,10 @@ def estimate_evaluation(
     done when the logits are made. As ``estimate_memory``."""
     step = estimate_memory(dataclasses.replace(settings, gradient_checkpointing=False), lora, training, window)
     config = empty_base(settings).config
-    num_values = sum(prod(shape) for shape in adapter_shapes(empty_model(settings, lora)).values())
     of_a_layer = ceil(step.activations / config.num_hidden_layers)
     stream = training.micro_batch_size * window * config.hidden_size * _width(settings)
     activations = 3 * stream + max(0, of_a_layer - step.logits)  # the residual stream, its norm, a layer's output
-    return dataclasses.replace(step, adapter=_FLOAT * num_values, activations=activations)
+    return dataclasses.replace(step, adapter=_FLOAT * num_adapter_values(settings, lora), activations=activations)
 
 
 def estimate_memory(
@@ -101,6 +100,11 @@ def estimate_memory(
         logits=num_tokens * base.config.vocab_size * (width + 2 * _FLOAT),
         workspace=max((width * prod(_sizes(layer)) for layer in quantized), default=0),
     )
+
+
+def num_adapter_values(settings: ModelSettings, lora: LoraSettings) -> int:
+    """Of all tensors of an adapter for the model, trained or not."""
+    return sum(prod(shape) for shape in adapter_shapes(empty_model(settings, lora)).values())
 
 
 def check_fits(estimate: MemoryEstimate, device: torch.device, *, training: bool = True) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from math import prod
 
-from adapters.memory import MemoryEstimate, estimate_evaluation, estimate_memory
-from adapters.model import adapter_shapes, empty_model
+from adapters.memory import MemoryEstimate, estimate_evaluation, estimate_memory, num_adapter_values
 from conf.schema import Settings
 from gradcodec.build import ENCODING_UPDATES
 
@@ -16,8 +14,8 @@ def client_memory(settings: Settings) -> MemoryEstimate:
     estimate = estimate_memory(settings.model, settings.lora, settings.train, settings.task.window)
     if settings.arm != "coded":
         return estimate
-    values = sum(prod(shape) for shape in adapter_shapes(empty_model(settings.model, settings.lora)).values())
-    return dataclasses.replace(estimate, encoding=ENCODING_UPDATES * 4 * values)
+    update_bytes = 4 * num_adapter_values(settings.model, settings.lora)
+    return dataclasses.replace(estimate, encoding=ENCODING_UPDATES * update_bytes)
 
 
 def server_memory(settings: Settings) -> MemoryEstimate:

@@ -10,7 +10,6 @@ python -m server.federate --cfg job                                  # every set
 
 from __future__ import annotations
 
-import math
 import sys
 import uuid
 from collections.abc import Sequence
@@ -55,7 +54,7 @@ def main(config: DictConfig) -> float:
     losses = results.heldout_loss
     print(
         f"{settings.arm}: held-out loss {losses[0]:.4f} -> {losses[-1]:.4f} (perplexity "
-        f"{math.exp(losses[0]):.2f} -> {math.exp(losses[-1]):.2f}), "
+        f"{results.heldout_perplexity[0]:.2f} -> {results.heldout_perplexity[-1]:.2f}), "
         f"{results.payload_bytes_per_client_round:.0f} payload bytes a client and round, "
         f"{results.seconds:.0f} s, results in {settings.output}"
     )

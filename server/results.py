@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from conf.output import provenance
 from conf.schema import Settings
 from strategies.ledger import Uplink
 from strategies.sampling import Fault
+
+MAX_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass
@@ -36,6 +39,11 @@ class RunResults:
     def bits_per_parameter(self) -> float:
         return 8 * self.payload_bytes_per_client_round / self.num_parameters if self.num_parameters else 0.0
 
+    @property
+    def heldout_perplexity(self) -> list[float]:
+        """Infinite where float64 ends: a run that diverged still gets its results."""
+        return [math.exp(loss) if not loss > MAX_EXPONENT else math.inf for loss in self.heldout_loss]
+
     def facts(self) -> dict[str, str]:
         """What a model card tells of the run, label -> text. Names no path: they are this host's affair."""
         settings, federation = self.settings, self.settings.federation
@@ -52,7 +60,7 @@ class RunResults:
             **(sent if self.uplinks else {}),
             "adapter parameters": f"{self.num_parameters:,}",
             "held-out loss, nats per token": f"{self.heldout_loss[0]:.4f} -> {self.heldout_loss[-1]:.4f}",
-            "held-out perplexity": f"{math.exp(self.heldout_loss[0]):.3f} -> {math.exp(self.heldout_loss[-1]):.3f}",
+            "held-out perplexity": f"{self.heldout_perplexity[0]:.3f} -> {self.heldout_perplexity[-1]:.3f}",
             "task": settings.task.name,
             "seed": str(settings.seed),
             "made with": ", ".join(f"{name} {version}" for name, version in provenance().items()),
@@ -88,7 +96,7 @@ class RunResults:
             "arm": self.settings.arm,
             "seed": self.settings.seed,
             **self.state(),
-            "heldout_perplexity": [math.exp(loss) for loss in self.heldout_loss],
+            "heldout_perplexity": self.heldout_perplexity,
             "uplink_payload_bytes_per_client_round": per_client_round,
             "bits_per_parameter": self.bits_per_parameter,
             "uplink_payload_bytes": sum(uplink.payload_bytes for uplink in self.uplinks),

@@ -87,7 +87,6 @@ class _Run:
                 )
             self.adapter = {name: before.adapter[name] for name in self.adapter}  # strategies zip them by position
         self.done = 0 if before is None else before.server_round
-        self.server_round = self.done  # the one that is under way
         self.evaluates_apart = settings.backend.name == "superlink"  # a simulation's clients share its machine
         self.started = time.monotonic() - self.results.seconds
         self.progress = progress_bar()
@@ -129,7 +128,7 @@ class _Run:
             budget = byte_budget(settings.codec, self.layout)
             self.coded = CodedStrategy(self.inner, codec, federation.min_replies, budget)
         receiving = self.coded or DenseStrategy(self.recording or self.inner, federation.min_replies)
-        receiving.on_refused = lambda node, reason: self.strategy.refuse(self.server_round, node, reason)
+        receiving.on_refused = lambda node, reason: self.strategy.refuse(self.done + 1, node, reason)
         self.strategy = SeededStrategy(
             LedgerStrategy(receiving, self._uplink, lambda partition: partition in self.strategy.refused),
             roster,
@@ -156,7 +155,7 @@ class _Run:
         Raises:
             RoundError: it came to nothing every time.
         """
-        federation, self.server_round = self.settings.federation, server_round
+        federation = self.settings.federation
         for attempt in range(federation.retries + 1):
             arrays = to_record(dict(self.adapter))
             try:

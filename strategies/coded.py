@@ -45,8 +45,8 @@ class CodedStrategy(FacingClients):
         for message in super().configure_train(server_round, arrays, config, grid):
             node = message.metadata.dst_node_id
             own_config = ConfigRecord({**message.content.config_records[CONFIG], ACCEPTED: self.accepted.get(node, "")})
-            content = RecordDict({**message.content, SIDE: side, CONFIG: own_config})
-            yield Message(content, node, message.metadata.message_type)
+            message.content = RecordDict({**message.content, SIDE: side, CONFIG: own_config})
+            yield message
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

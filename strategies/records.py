@@ -44,17 +44,12 @@ ACCEPTED = "accepted"  # digest of the client's last payload that the server too
 REFUSAL = "refusal"  # why a node cannot take part, at the roll call
 
 
-def record_of(arrays: Mapping[str, Floats]) -> ArrayRecord:
-    """float32 arrays -> Arrays of the same names."""
-    return ArrayRecord({name: array_of(array) for name, array in arrays.items()})
-
-
 def array_of(array: Floats) -> Array:
     return Array(np.ascontiguousarray(array))
 
 
 def arrays_of(record: ArrayRecord) -> dict[str, Floats]:
-    """Inverse of ``record_of``; the arrays may be written to."""
+    """Arrays made by ``array_of`` -> float32 arrays of the same names, which may be written to."""
     return {name: np.array(array.numpy(), np.float32) for name, array in record.items()}
 
 

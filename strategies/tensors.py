@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from gradcodec.errors import CodecError
-from strategies.records import array_of, arrays_of, record_of
+from strategies.records import array_of, arrays_of
 
 MAX_VALUE = 1e6
 """No weight of an adapter is ever near this; larger ones are an attack or a diverged client."""
@@ -17,7 +17,7 @@ MAX_VALUE = 1e6
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """float32 tensors -> Arrays of the same names."""
-    return record_of({name: tensor.numpy() for name, tensor in tensors.items()})
+    return ArrayRecord({name: array_of(tensor.numpy()) for name, tensor in tensors.items()})
 
 
 def moved_to_record(tensors: dict[str, Tensor]) -> ArrayRecord:

@@ -93,5 +93,5 @@ class FacingClients(AdapterStrategy):
         messages = super().configure_train(server_round, arrays, config, grid)
         adapter = wrap_adapter({name: tensor.numpy() for name, tensor in self.current.items()})  # one for all
         for message in messages:
-            content = RecordDict({**message.content, ARRAYS: adapter})
-            yield Message(content, message.metadata.dst_node_id, message.metadata.message_type)
+            message.content = RecordDict({**message.content, ARRAYS: adapter})
+            yield message
