@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from logging import WARNING
 
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore import log
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from google.protobuf.message import DecodeError
 
 POLL_SECONDS = 0.25
+PUSH_TRIES = 3
 UNREADABLE = (
     ValueError,
     TypeError,
@@ -35,10 +39,25 @@ def replies_to(
     """Sends the messages at once; then gives every reply, once. What comes after ``seconds`` is not asked for any
     more."""
     sent = list(messages)
-    unanswered = {
-        identity: message for identity, message in zip(grid.push_messages(sent), sent, strict=True) if identity
-    }
+    unanswered = {identity: message for identity, message in zip(_push(grid, sent), sent, strict=True) if identity}
     return _pulled(grid, unanswered, time.monotonic() + seconds, poll_seconds)
+
+
+def _push(grid: Grid, messages: list[Message]) -> list[str]:
+    """The identities of the messages, once all that they hold is stored.
+
+    A SuperLink that dies between storing an object and saying so does not know the object any more when it is sent
+    again, and says that it was not stored. The same messages have the same identities: a second push takes up what is
+    missing, and sends nothing twice.
+    """
+    for left in reversed(range(PUSH_TRIES)):
+        try:
+            return list(grid.push_messages(messages))
+        except ObjectPushError as error:
+            if not left:
+                raise
+            log(WARNING, "%s The messages are sent again", error)
+    raise AssertionError
 
 
 def _pulled(grid: Grid, unanswered: dict[str, Message], deadline: float, poll_seconds: float) -> Iterator[Message]:
