@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -26,17 +27,19 @@ class ForgetfulSuperLink:
     def __init__(self, state: SqlLinkState, task: Any, lost: int) -> None:
         self.state, self.task, self.lost = state, task, lost
         self.pushes = 0
+        self._one_at_a_time = threading.Lock()  # Flower pushes from several threads
 
     def PushMessages(self, request: Any) -> Any:
         self.pushes += 1
         return runtime_handlers.push_messages(request, self.state, self.task)
 
     def PushObject(self, request: Any) -> Any:
-        answer = runtime_handlers.push_object(request, self.state, self.task)
-        if self.lost and answer.stored:
-            self.lost -= 1
+        with self._one_at_a_time:
             answer = runtime_handlers.push_object(request, self.state, self.task)
-        return answer
+            if self.lost and answer.stored:
+                self.lost -= 1
+                answer = runtime_handlers.push_object(request, self.state, self.task)
+            return answer
 
 
 def pushed(folder: Path, lost: int) -> tuple[ForgetfulSuperLink, list[Message]]:
