@@ -37,6 +37,10 @@ from strategies.wrapping import FederationError, RoundError, WrappingStrategy
 Roster = Mapping[int, int]
 """Partition id -> Flower node id."""
 
+RETURN_SECONDS = 20.0
+"""Flower counts a node as gone 60 s after its last heartbeat, and one whose network was cut for 20 s may have sent none
+for 63: heartbeats come every 23 s at most, and after a failure only when waits of 1, 2, 4, 8 and 16 s are over."""
+
 
 def call_roll(
     grid: Grid,
@@ -185,11 +189,16 @@ class SeededStrategy(WrappingStrategy):
         return self._messages
 
     def _connected(self, nodes: set[int], grid: Grid) -> set[int]:
-        """Those of the nodes that are connected; waits while none is."""
-        deadline = time.monotonic() + self.wait_seconds
-        while not (present := nodes & set(grid.get_node_ids())) and time.monotonic() < deadline:
+        """Those of the nodes that are connected. Waits while none is, and ``RETURN_SECONDS`` for one that did not fail
+        last time: it may be back already, and Flower not know it yet."""
+        started = time.monotonic()
+        while missing := nodes - set(grid.get_node_ids()):
+            awaited = any(self._partition_of[node] not in self.failures for node in missing)
+            patience = self.wait_seconds if missing == nodes else min(RETURN_SECONDS, self.wait_seconds) * awaited
+            if time.monotonic() - started >= patience:
+                break
             time.sleep(0.5)
-        return present
+        return nodes - missing
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

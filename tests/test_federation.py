@@ -501,6 +501,47 @@ def test_a_round_without_any_node_is_waited_for_and_then_ends_the_run(tmp_path: 
     assert read_status(tmp_path / "empty").state == "failed"
 
 
+class LeavingGrid(InProcessGrid):
+    """After the roll call the first node is not seen the next ``away`` times that somebody looks."""
+
+    away = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        nodes = list(super().get_node_ids())
+        if not self.sent or not self.away:
+            return nodes
+        self.away -= 1
+        return nodes[1:]
+
+
+def test_a_node_that_comes_back_in_time_loses_nothing(tmp_path: Path, artifact: str) -> None:
+    settings = settings_for(tmp_path, "back", codec__artifact=artifact, federation__clients_per_round=3)
+    results = run(settings, tmp_path, type("Grid", (LeavingGrid,), {"away": 2}))
+    assert results.faults == []
+    assert len(results.uplinks) == 9
+
+
+def test_a_node_that_is_gone_for_good_is_waited_for_once(
+    tmp_path: Path, artifact: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("strategies.sampling.RETURN_SECONDS", 0.6)
+    settings = settings_for(tmp_path, "gone", codec__artifact=artifact, federation__clients_per_round=3)
+    looks: list[int] = []
+
+    class GoneGrid(LeavingGrid):
+        away = 1000
+
+        def get_node_ids(self) -> Iterable[int]:
+            looks.append(sum(message.metadata.message_type == "train" for message in self.sent))
+            return super().get_node_ids()
+
+    results = run(settings, tmp_path, GoneGrid)
+    assert [(fault.server_round, fault.partition) for fault in results.faults] == [(1, 0), (2, 0), (3, 0)]
+    assert "not connected" in results.faults[0].reason
+    assert looks.count(0) >= 3  # the roll call, and at least twice for the first round
+    assert (looks.count(2), looks.count(4)) == (1, 1)
+
+
 def test_a_round_with_too_few_replies_is_not_averaged(tmp_path: Path, artifact: str) -> None:
     settings = settings_for(
         tmp_path,
