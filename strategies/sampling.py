@@ -38,8 +38,9 @@ Roster = Mapping[int, int]
 """Partition id -> Flower node id."""
 
 RETURN_SECONDS = 20.0
-"""Flower counts a node as gone 60 s after its last heartbeat, and one whose network was cut for 20 s may have sent none
-for 63: heartbeats come every 23 s at most, and after a failure only when waits of 1, 2, 4, 8 and 16 s are over."""
+"""Flower counts a node as gone 60 s after its last heartbeat, and one whose network was cut for 20 s may send none for
+longer: they come every 22.5 s at most, and after a failure only when waits of 1, 2, 4, 8 and 16 s are over
+(``python -m bench.heartbeats``)."""
 
 
 def call_roll(
@@ -193,8 +194,11 @@ class SeededStrategy(WrappingStrategy):
         last time: it may be back already, and Flower not know it yet."""
         started = time.monotonic()
         while missing := nodes - set(grid.get_node_ids()):
-            awaited = any(self._partition_of[node] not in self.failures for node in missing)
-            patience = self.wait_seconds if missing == nodes else min(RETURN_SECONDS, self.wait_seconds) * awaited
+            patience = 0.0
+            if missing == nodes:
+                patience = self.wait_seconds
+            elif any(self._partition_of[node] not in self.failures for node in missing):
+                patience = min(RETURN_SECONDS, self.wait_seconds)
             if time.monotonic() - started >= patience:
                 break
             time.sleep(0.5)

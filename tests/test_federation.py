@@ -504,7 +504,7 @@ def test_a_round_without_any_node_is_waited_for_and_then_ends_the_run(tmp_path: 
 class LeavingGrid(InProcessGrid):
     """After the roll call the first node is not seen the next ``away`` times that somebody looks."""
 
-    away = 0
+    away = 2
 
     def get_node_ids(self) -> Iterable[int]:
         nodes = list(super().get_node_ids())
@@ -516,7 +516,7 @@ class LeavingGrid(InProcessGrid):
 
 def test_a_node_that_comes_back_in_time_loses_nothing(tmp_path: Path, artifact: str) -> None:
     settings = settings_for(tmp_path, "back", codec__artifact=artifact, federation__clients_per_round=3)
-    results = run(settings, tmp_path, type("Grid", (LeavingGrid,), {"away": 2}))
+    results = run(settings, tmp_path, LeavingGrid)
     assert results.faults == []
     assert len(results.uplinks) == 9
 
