@@ -145,7 +145,8 @@ def finetune(
             one process but for the order of float sums (and for dropout, which every process draws on its own).
 
     Returns:
-        The update (new adapter minus ``adapter``) and the mean training loss in nats per token.
+        The update (new adapter minus ``adapter``), float32 on the model's device, and the mean training loss in nats
+        per token.
     """
     assert len(windows) > 0, "empty client data is refused before training starts"
     set_adapter(model, adapter)

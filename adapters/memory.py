@@ -41,7 +41,7 @@ class MemoryEstimate:
     activations: int  # what the forward pass keeps for the backward pass, or holds of one layer
     logits: int  # and what the loss makes of them
     workspace: int  # quantised only: one layer's weights, unpacked
-    encoding: int = 0  # of the update, after training: not known here
+    codec: int = 0  # to encode the update after training, or to decode one: not known here
 
     @property
     def total(self) -> int:

@@ -45,6 +45,7 @@ __all__ = [
     "get_adapter",
     "load_model",
     "load_tokenizer",
+    "on_host",
     "resolve_device",
     "set_adapter",
     "subtract",
@@ -130,8 +131,8 @@ def adapter_parts(model: PeftModel) -> dict[str, Parts]:
 
 
 def get_adapter(model: PeftModel) -> Adapter:
-    """A copy of the adapter's tensors."""
-    return {name: tensor.detach().float().cpu().clone() for name, tensor in _state(model).items()}
+    """A copy of the adapter's tensors, float32, on the model's device."""
+    return {name: tensor.detach().float().clone() for name, tensor in _state(model).items()}
 
 
 def set_adapter(model: PeftModel, adapter: Mapping[str, Tensor]) -> None:
@@ -152,13 +153,18 @@ def set_adapter(model: PeftModel, adapter: Mapping[str, Tensor]) -> None:
 
 
 def subtract(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Adapter:
-    """The update that leads from ``old`` to ``new``."""
-    return {name: new[name] - old[name] for name in new}
+    """The update that leads from ``old`` to ``new``, on the latter's device."""
+    return {name: new[name] - old[name].to(new[name].device) for name in new}
 
 
 def add(adapter: Mapping[str, Tensor], update: Mapping[str, Tensor]) -> Adapter:
     """The adapter after an update; undoes ``subtract`` up to float32 rounding."""
     return {name: adapter[name] + update[name] for name in adapter}
+
+
+def on_host(adapter: Mapping[str, Tensor]) -> Adapter:
+    """The same in the host's memory, where the network and the disk take it from."""
+    return {name: tensor.cpu() for name, tensor in adapter.items()}
 
 
 def _state(model: PeftModel) -> dict[str, Tensor]:

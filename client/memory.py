@@ -58,15 +58,15 @@ def save_residual(folder: Path, partition: int, layout: Layout, server_round: in
     folder.mkdir(parents=True, exist_ok=True)
     _prune(folder)
     part = last.with_suffix(f".part{os.getpid()}")
-    left_RC = residual.left_RC.contiguous()
+    target_RC, left_RC = residual.target_RC.cpu(), residual.left_RC.contiguous().cpu()
     metadata = {
         "layout": layout.id.hex(),
         "digest": residual.payload_digest,
         "round": str(server_round),
-        "checksum": _checksum(residual.target_RC, left_RC),
+        "checksum": _checksum(target_RC, left_RC),
     }
     try:
-        save_file({"target": residual.target_RC, "left": left_RC}, part, metadata)
+        save_file({"target": target_RC, "left": left_RC}, part, metadata)
         if _round_of(last) < server_round:
             os.replace(last, before)
         os.replace(part, last)

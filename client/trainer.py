@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from adapters.base import is_hub_name, max_positions, resolve_device
 from adapters.finetune import finetune, num_examples
 from adapters.memory import check_fits
-from adapters.model import Adapter, adapter_parts, adapter_shapes, load_model, load_tokenizer
+from adapters.model import Adapter, adapter_parts, adapter_shapes, load_model, load_tokenizer, on_host
 from adapters.team import Team
 from client.memory import load_residual, save_residual
 from client.work import TRUST, Arrays, Overrides, Trained, Work
@@ -105,7 +105,7 @@ class Trainer:
         payload = self._encode(update, work) if settings.arm == "coded" else None
         new: Arrays | None = None
         if payload is None:
-            new = {name: array + update[name].numpy() for name, array in work.adapter.items()}
+            new = {name: work.adapter[name] + change.numpy() for name, change in on_host(update).items()}
         return Trained(
             adapter=new,
             payload=payload,

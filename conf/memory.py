@@ -1,4 +1,4 @@
-"""What a run's clients and its server need of their devices' memory: ``adapters.memory``, and encoding."""
+"""What a run's clients and its server need of their devices' memory: ``adapters.memory``, and the codec."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import dataclasses
 
 from adapters.memory import MemoryEstimate, estimate_evaluation, estimate_memory, num_adapter_values
 from conf.schema import Settings
-from gradcodec.build import ENCODING_UPDATES
+from gradcodec.build import DECODING_UPDATES, ENCODING_UPDATES
 
 
 def client_memory(settings: Settings) -> MemoryEstimate:
     """From config.json alone. Raises ValueError: the model cannot be served."""
     estimate = estimate_memory(settings.model, settings.lora, settings.train, settings.task.window)
-    if settings.arm != "coded":
-        return estimate
-    update_bytes = 4 * num_adapter_values(settings.model, settings.lora)
-    return dataclasses.replace(estimate, encoding=ENCODING_UPDATES * update_bytes)
+    return _with_codec(estimate, settings, ENCODING_UPDATES)
 
 
 def server_memory(settings: Settings) -> MemoryEstimate:
     """Of the process that evaluates, and in the arm ``centralised`` trains. Raises ValueError: as ``client_memory``."""
     estimate = estimate_memory if settings.arm == "centralised" else estimate_evaluation
-    return estimate(settings.model, settings.lora, settings.train, settings.task.window)
+    needed = estimate(settings.model, settings.lora, settings.train, settings.task.window)
+    return _with_codec(needed, settings, DECODING_UPDATES)
+
+
+def _with_codec(estimate: MemoryEstimate, settings: Settings, num_updates: int) -> MemoryEstimate:
+    if settings.arm != "coded":
+        return estimate
+    update_bytes = 4 * num_adapter_values(settings.model, settings.lora)
+    return dataclasses.replace(estimate, codec=num_updates * update_bytes)

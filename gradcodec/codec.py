@@ -1,7 +1,7 @@
 """The interface that every codec has, and the one that loses nothing.
 
-Codecs see blocks (``layout.py``) and codes (``frame.py``), on the CPU at the border and any device inside. They know
-neither files nor federations.
+Codecs see blocks (``layout.py``), which may lie on any device, and codes (``frame.py``). They know neither files nor
+federations.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Codec(Protocol):
         """Blocks -> codes.
 
         Args:
-            blocks_RC: float32 ``[R, C]``, finite.
+            blocks_RC: float32 ``[R, C]``, finite, on any device.
             max_bytes: the codes' streams together may take this many bytes; None leaves the rate to the codec.
             side: what ``side_information`` gave for this round, or None.
 
@@ -58,7 +58,7 @@ class Codec(Protocol):
         ...
 
     def decode(self, codes: Codes, side: Tensor | None) -> Tensor:
-        """Codes -> blocks; the inverse, as nearly as the bytes allow."""
+        """Codes -> blocks on the codec's own device; the inverse, as nearly as the bytes allow."""
         ...
 
 

@@ -28,7 +28,7 @@ class Residual:
     """What one payload left on the client, as blocks ``[R, C]`` float32.
 
     ``target`` is what should have been sent, ``left`` the part that the payload does not carry; which of the two
-    goes on depends on whether the server accepted the payload.
+    goes on depends on whether the server accepted the payload. Both lie on the update's device.
     """
 
     target_RC: Tensor
@@ -75,9 +75,9 @@ def encode_update(
         CodecError: the update does not fit the layout, is not finite, or is beyond what the codec serves.
         BudgetError: no payload of ``max_bytes`` can be made.
     """
-    target_RC = codec.layout.to_blocks(update).cpu()
+    target_RC = codec.layout.to_blocks(update)
     if carried_RC is not None:
-        target_RC = target_RC + carried_RC
+        target_RC += carried_RC.to(target_RC.device)
     if not all(map(math.isfinite, map(float, torch.aminmax(target_RC)))):  # NaN comes through
         raise CodecError("the update holds NaN or infinity: local training diverged (lower train.lr)")
     if max_bytes is not None and max_bytes <= HEADER_BYTES:
@@ -88,7 +88,7 @@ def encode_update(
     else:
         assert most_bytes is not None
         codes = codes_for_snr(codec, target_RC, snr_db, most_bytes, side)
-    decoded_RC = codec.decode(codes, side)
+    decoded_RC = codec.decode(codes, side).to(target_RC.device)
     gain = contractive_gain(target_RC, decoded_RC)
     payload = pack(Frame(codec.id, codec.layout.id, gain, codes))
     left_RC = target_RC - _scaled(decoded_RC, gain)
@@ -96,7 +96,7 @@ def encode_update(
 
 
 def decode_update(payload: bytes, *, codec: Codec, side: Tensor | None = None) -> dict[str, Tensor]:
-    """Payload -> update, float32 on the CPU. It decodes, or raises ``CodecError``, never anything else."""
+    """Payload -> update, float32 on the codec's device. It decodes, or raises ``CodecError``, never anything else."""
     return codec.layout.to_update(decode_blocks(payload, codec=codec, side=side))
 
 

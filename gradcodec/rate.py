@@ -50,4 +50,4 @@ def codes_for_snr(codec: Codec, target_RC: Tensor, snr_db: float, most_bytes: in
 
 
 def _snr(codec: Codec, codes: Codes, target_RC: Tensor, side: Tensor | None) -> float:
-    return fidelity(target_RC, codec.decode(codes, side)).snr_db
+    return fidelity(target_RC, codec.decode(codes, side).to(target_RC.device)).snr_db

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from adapters.finetune import Windows, finetune, num_steps
-from adapters.model import add
+from adapters.model import add, on_host
 from conf.output import open_output, write_json
 from conf.schema import Settings, check_settings
 from server.evaluate import Evaluator
@@ -55,7 +55,7 @@ def run_alone(settings: Settings) -> RunResults:
                     progress.update(bar, note=f"loss {results.heldout_loss[-1]:.3f}")
 
             update, _ = finetune(evaluator.model, adapter, pooled, training, settings.seed, on_step)
-            adapter = add(adapter, update)
+            adapter = add(adapter, on_host(update))
     results.seconds = time.monotonic() - start
     evaluator.save(adapter, results.facts(), output / "adapter")
     write_json(results.to_json(), output / "results.json")

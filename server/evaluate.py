@@ -14,7 +14,7 @@ from adapters.base import max_positions, resolve_device
 from adapters.export import load_start, save_adapter
 from adapters.finetune import Windows
 from adapters.memory import check_fits
-from adapters.model import Adapter, get_adapter, load_model, load_tokenizer, set_adapter
+from adapters.model import Adapter, get_adapter, load_model, load_tokenizer, on_host, set_adapter
 from conf.memory import server_memory
 from conf.schema import Settings
 from tasks.shards import Shard, check_window, load_shards, what_is_lost
@@ -43,7 +43,8 @@ class Evaluator:
         self.model: PeftModel = load_model(settings.model, settings.lora, settings.seed)
         self.batch_size = settings.train.micro_batch_size  # what fits into memory in training fits here
         start = settings.lora.start
-        self.initial: Adapter = get_adapter(self.model) if start is None else load_start(Path(start), self.model)
+        fresh = on_host(get_adapter(self.model))
+        self.initial: Adapter = fresh if start is None else load_start(Path(start), self.model)
 
     def loss(self, adapter: Mapping[str, Tensor]) -> float:
         """Held-out loss in nats per token."""

@@ -124,7 +124,7 @@ class _Run:
         self.recording = RecordingStrategy(self.inner, self.layout) if settings.record is not None else None
         self.coded: CodedStrategy | None = None
         if settings.arm == "coded":
-            codec = build_codec(settings.codec, self.layout)
+            codec = build_codec(settings.codec, self.layout, self.evaluator.model.device)
             budget = byte_budget(settings.codec, self.layout)
             self.coded = CodedStrategy(self.inner, codec, federation.min_replies, budget)
         receiving = self.coded or DenseStrategy(self.recording or self.inner, federation.min_replies)

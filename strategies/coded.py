@@ -80,7 +80,7 @@ class CodedStrategy(FacingClients):
         """The adapter that a payload stands for; beside it, only its blocks are ever held. Raises CodecError."""
         if len(payload) > self.max_bytes:
             raise CodecError(f"its payload takes {len(payload)} bytes, and {self.max_bytes} are the most of this run")
-        blocks_RC = decode_blocks(payload, codec=self.codec, side=self.side)
+        blocks_RC = decode_blocks(payload, codec=self.codec, side=self.side).cpu()
         arrays: dict[str, Array] = {}  # no ArrayRecord: those are cycles, which live on
         for name, tensor in self.codec.layout.tensors(blocks_RC):
             tensor.add_(self.current[name])

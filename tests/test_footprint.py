@@ -15,6 +15,9 @@ from adapters.base import load_base
 from adapters.finetune import TrainSettings, Windows, finetune
 from adapters.memory import check_fits, estimate_evaluation, estimate_memory, free_bytes
 from adapters.model import LoraSettings, ModelSettings, adapter_shapes, empty_model, get_adapter, load_model
+from bench.speed import layout_of, update_of
+from gradcodec.build import DECODING_UPDATES, ENCODING_UPDATES, CodecSettings, build_codec
+from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
 from tasks.windows import heldout_loss
 
 TRAINING = TrainSettings(steps=1, batch_size=8, micro_batch_size=8)
@@ -81,6 +84,18 @@ def test_what_evaluating_takes_is_near_the_peak_that_is_measured(change: dict[st
     peak = peak_of(lambda: heldout_loss(model, windows, TRAINING.micro_batch_size))
     estimate = estimate_evaluation(settings, LoraSettings(), TRAINING, 128)
     assert 0.9 * peak < estimate.total - estimate.weights - estimate.adapter < 1.5 * peak
+
+
+def test_what_the_codec_takes_is_near_the_peak_that_is_measured() -> None:
+    layout = layout_of("7b", rank=8)
+    codec = build_codec(CodecSettings(artifact="assets/codec"), layout)
+    update, carried_RC = update_of(layout), layout.to_blocks(update_of(layout, seed=1))
+    update_bytes, budget = 4 * layout.num_parameters, max_payload_bytes(0.5, layout.num_parameters)
+    encoding = update_bytes + peak_of(lambda: encode_update(update, carried_RC, codec=codec, max_bytes=budget))
+    payload, _ = encode_update(update, carried_RC, codec=codec, max_bytes=budget)
+    decoding = peak_of(lambda: decode_update(payload, codec=codec))
+    assert 0.75 * ENCODING_UPDATES * update_bytes < encoding < ENCODING_UPDATES * update_bytes
+    assert 0.65 * DECODING_UPDATES * update_bytes < decoding <= DECODING_UPDATES * update_bytes
 
 
 def peak_of(work: Callable[[], object]) -> int:

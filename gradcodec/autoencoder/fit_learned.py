@@ -86,7 +86,7 @@ def fit_learned(
         for block in layout.blocks
     }
     spectrum = Spectrum(layout, expected, (0,))
-    levels_RC = torch.from_numpy(np.stack([*spectrum.levels(spectrum.nothing())])).int()
+    levels_RC = torch.stack([*spectrum.levels(spectrum.nothing())]).int()
     coders = {c: first_coder(c) for c in CLASSES}
     for number in range(1, passes + 1):
         coders, cost = _refit(coders, coefficients, levels_RC)
@@ -147,13 +147,13 @@ def _refit(
                 values_N = coefficients_RC[classes_RC == c] * 2.0 ** (-octaves / 2)
                 if not len(values_N):
                     continue
-                symbols_N, _ = quantizer.quantize(values_N, c)
+                symbols_N = quantizer.quantize(values_N, c)
                 magnitudes_N = symbols_N.abs().clamp_max(coders[c].largest).long()
                 size = coders[c].largest + 1
                 counts[c] = counts.get(c, np.zeros(size)) + np.bincount(magnitudes_N.numpy(), minlength=size)
                 added_M = torch.zeros(size).index_add_(0, magnitudes_N, values_N.abs().clamp_max(size - 0.5))
                 sums[c] = sums[c] + added_M if c in sums else added_M
-                total_error += float((quantizer.restore(symbols_N, None, c) - values_N).square().sum())
+                total_error += float((quantizer.restore(symbols_N, c) - values_N).square().sum())
                 total_bits += quantizer.num_bits(symbols_N, c)
                 num_values += len(values_N)
     cost = (total_error + total_bits) / max(num_values, 1)

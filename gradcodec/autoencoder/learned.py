@@ -22,12 +22,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gradcodec.artifact import Artifact
@@ -149,6 +148,10 @@ class _Plan:
     corrections: Corrections
 
 
+_Places = tuple[int, Tensor, dict[int, int]]
+"""A row, the columns of its coded coefficients from the lowest class to the highest, and how many each class has."""
+
+
 class LearnedCodec:
     """``learned``: see the module. Serves budgets down to its header of 4 bytes."""
 
@@ -157,12 +160,12 @@ class LearnedCodec:
     def __init__(
         self, layout: Layout, tables: LearnedTables, weights_digest: bytes, device: torch.device | str = "cpu"
     ) -> None:
-        """``device`` is where transform and quantiser work; the entropy coder works on the CPU."""
+        """``device`` is where all but the range coder works, and where decoded blocks lie."""
         self.layout = layout
         self.tables = tables
         self.id = codec_id("learned/3", weights_digest)
         self._transform = Transform(layout, tables.leading, device)
-        self._spectrum = Spectrum(layout, tables.expected, tables.any_rows)
+        self._spectrum = Spectrum(layout, tables.expected, tables.any_rows, device)
         self._quantizer = Quantizer(dict(tables.coders), device)
 
     @classmethod
@@ -178,7 +181,7 @@ class LearnedCodec:
         if max_bytes is not None and max_bytes < _HEADER.size:
             raise BudgetError(f"{max_bytes} bytes for the codes; the learned codec needs at least {_HEADER.size}")
         coefficients_RC = self._transform.analyse(blocks_RC, side)
-        peak = float(coefficients_RC.abs().max())
+        peak = float(torch.linalg.vector_norm(coefficients_RC, math.inf))
         if not peak <= _LARGEST:
             raise CodecError(f"the update holds values of {peak:.3g}: local training diverged (lower train.lr)")
         if peak < _width_of(_FINEST):
@@ -192,19 +195,20 @@ class LearnedCodec:
         step, shift = _HEADER.unpack_from(data)
         coefficients_RC = torch.zeros(self.layout.rank, self.layout.num_columns, device=self._transform.device)
         if shift == _SILENT_SHIFT:
-            return coefficients_RC.cpu()
+            return coefficients_RC
         if not _FINEST <= step <= _COARSEST or abs(shift) > _MAX_SHIFT:
             raise CodecError(f"a step of 2 ** {step / _STEPS_PER_OCTAVE} or a shift of {shift} is out of range")
         reader = SymbolReader(data[_HEADER.size :])
         plan = _Plan(step, shift, self._spectrum.unpack(reader))
-        for row, symbol_class, places_N in _places(self._spectrum, plan, coefficients_RC.device):
-            symbols_N, low_N = self._quantizer.unpack(reader, len(places_N), symbol_class)
-            if low_N is None:  # zeros stay zeros, and at low rates nearly all are
-                live_N = symbols_N.nonzero().squeeze(1)
-                places_N, symbols_N = places_N[live_N], symbols_N[live_N]
-            coefficients_RC[row, places_N] = self._quantizer.restore(symbols_N, low_N, symbol_class)
+        for row, places_N, counts in _coded_places(self._spectrum, plan):
+            parts = [self._quantizer.unpack(reader, count, symbol_class) for symbol_class, count in counts.items()]
+            integers_N = torch.from_numpy(np.concatenate(parts)).to(places_N.device)
+            values = [
+                self._quantizer.restore(part, symbol_class) for symbol_class, part in _by_class(counts, integers_N)
+            ]
+            coefficients_RC[row, places_N] = torch.cat(values)
         coefficients_RC *= _width_of(step)
-        return self._transform.synthesise(coefficients_RC, side).cpu()
+        return self._transform.synthesise(coefficients_RC, side)
 
 
 class _Encoder:
@@ -214,7 +218,7 @@ class _Encoder:
         self._spectrum = spectrum
         self._quantizer = quantizer
         self._coefficients_RC = coefficients_RC
-        self._energies_NS = spectrum.energies(coefficients_RC.cpu().numpy())
+        self._energies_NS = spectrum.energies(coefficients_RC)
         self._coarsest = min(_step_of(peak) + _STEPS_PER_OCTAVE, _COARSEST)
         self._stride = max(1, coefficients_RC.numel() // _PILOT_VALUES)
 
@@ -227,8 +231,11 @@ class _Encoder:
         # corrections and shift move with the step, and the bytes jump: sought once with them, then with those found
         coarse = self._finest(max_bytes, lambda step: self._num_bytes(self._plan(step), self._stride))
         frozen = self._plan(coarse)
+        places = [*_coded_places(self._spectrum, frozen, self._stride)]  # the same for every step
         step = self._finest(
-            max_bytes, lambda step: self._num_bytes(dataclasses.replace(frozen, step=step), self._stride), coarse
+            max_bytes,
+            lambda step: self._num_bytes(dataclasses.replace(frozen, step=step), self._stride, places),
+            coarse,
         )
         if self._stride > 1:
             step = self._on_all(frozen, step, max_bytes)
@@ -275,19 +282,18 @@ class _Encoder:
         shift = round(LEVELS_PER_OCTAVE * math.log2(max(loudness, 1e-300) / width**2))
         return _Plan(step, max(-_MAX_SHIFT, min(shift, _MAX_SHIFT)), corrections)
 
-    def _num_bytes(self, plan: _Plan, stride: int) -> float:
+    def _num_bytes(self, plan: _Plan, stride: int, places: Iterable[_Places] | None = None) -> float:
+        """Judged on every so many-th column; ``places``: theirs, if they are known."""
         head = sum(float(bits_of(table)[symbols].sum()) for symbols, table in self._spectrum.pack(plan.corrections))
-        return _HEADER.size + (head + self._num_bits(plan, stride)) / 8
-
-    def _num_bits(self, plan: _Plan, stride: int) -> float:
-        """What symbols take, judged on every so many-th column."""
         scale = 1 / _width_of(plan.step)
         part_RC = self._coefficients_RC[:, ::stride]
         bits = 0.0
-        for row, symbol_class, places_N in _places(self._spectrum, plan, part_RC.device, stride):
-            symbols_N, _ = self._quantizer.quantize(part_RC[row, places_N] * scale, symbol_class)
-            bits += self._quantizer.num_bits(symbols_N, symbol_class)
-        return bits * self._coefficients_RC.shape[1] / part_RC.shape[1]
+        if places is None:
+            places = _coded_places(self._spectrum, plan, stride)
+        for row, places_N, counts in places:
+            for symbol_class, values_N in _by_class(counts, part_RC[row, places_N] * scale):
+                bits += self._quantizer.num_bits(self._quantizer.quantize(values_N, symbol_class), symbol_class)
+        return _HEADER.size + (head + bits * self._coefficients_RC.shape[1] / part_RC.shape[1]) / 8
 
     def _write(self, plan: _Plan) -> bytes:
         return _HEADER.pack(plan.step, plan.shift) + encode_symbols(self._parts(plan))
@@ -295,24 +301,36 @@ class _Encoder:
     def _parts(self, plan: _Plan) -> Iterator[tuple[Symbols, Table]]:
         yield from self._spectrum.pack(plan.corrections)
         scale = 1 / _width_of(plan.step)
-        for row, symbol_class, places_N in _places(self._spectrum, plan, self._coefficients_RC.device):
-            values_N = self._coefficients_RC[row, places_N] * scale
-            symbols_N, low_N = self._quantizer.quantize(values_N, symbol_class)
-            yield from self._quantizer.pack(symbols_N, low_N, symbol_class)
+        integers = torch.empty(self._coefficients_RC.numel(), dtype=torch.int32, device=self._coefficients_RC.device)
+        runs: list[tuple[int, int]] = []
+        stop = 0
+        for row, places_N, counts in _coded_places(self._spectrum, plan):
+            for symbol_class, values_N in _by_class(counts, self._coefficients_RC[row, places_N] * scale):
+                start, stop = stop, stop + len(values_N)
+                integers[start:stop] = self._quantizer.quantize(values_N, symbol_class)
+                runs.append((symbol_class, stop))
+        on_host: Symbols = integers[:stop].cpu().numpy()  # the only values of a payload that leave the device
+        start = 0
+        for symbol_class, stop in runs:
+            yield from self._quantizer.pack(on_host[start:stop], symbol_class)
+            start = stop
 
 
-def _places(
-    spectrum: Spectrum, plan: _Plan, device: torch.device, stride: int = 1
-) -> Iterator[tuple[int, int, Tensor]]:
-    """Row by row, and in a row from the lowest class to the highest: row, class, and the columns of its coefficients;
-    with a stride, among every so many-th column. A row at a time, so that memory stays that of a row."""
+def _coded_places(spectrum: Spectrum, plan: _Plan, stride: int = 1) -> Iterator[_Places]:
+    """Of every row that has any; with a stride, among every so many-th column. A row at a time, so that memory stays
+    that of a row."""
     for row, levels_C in enumerate(spectrum.levels(plan.corrections, stride)):
-        np.clip(levels_C, MIN_CLASS - 1 - plan.shift, MAX_CLASS - plan.shift, out=levels_C)
-        classes_C: NDArray[np.int8] = (levels_C + plan.shift).astype(np.int8)
-        for place, count in enumerate(np.bincount(classes_C - (MIN_CLASS - 1)).tolist()):
-            if place and count:
-                symbol_class = place + MIN_CLASS - 1
-                yield row, symbol_class, torch.from_numpy(np.flatnonzero(classes_C == symbol_class)).to(device)
+        lowest = MIN_CLASS - 1  # silent
+        places_C = levels_C.clamp_(lowest - plan.shift, MAX_CLASS - plan.shift).add_(plan.shift - lowest).byte()
+        num_silent, *found = torch.bincount(places_C).tolist()
+        counts = {symbol_class: count for symbol_class, count in enumerate(found, MIN_CLASS) if count}
+        if counts:
+            yield row, torch.argsort(places_C, stable=True)[num_silent:], counts
+
+
+def _by_class(counts: Mapping[int, int], row_N: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Class by class what lies in the order of ``_coded_places``."""
+    return zip(counts, row_N.split([*counts.values()]), strict=True)
 
 
 def _silence() -> bytes:

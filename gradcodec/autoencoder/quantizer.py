@@ -68,68 +68,65 @@ class Quantizer:
     """All classes. ``quantize`` and ``restore`` are inverse up to the step."""
 
     def __init__(self, coders: dict[int, ClassCoder], device: torch.device | str = "cpu") -> None:
-        """Values and symbols lie on ``device``."""
+        """Values and integers lie on ``device``; ``pack`` and ``unpack`` are the host's."""
         assert coders.keys() == set(CLASSES)
         self.coders = coders
-        self.device = device
         self._thresholds = {c: coder.thresholds().to(device) for c, coder in coders.items()}
         self._centroids = {c: coder.centroids_M.to(device) for c, coder in coders.items()}
         self._bits = {c: torch.from_numpy(bits_of(coder.table)).float().to(device) for c, coder in coders.items()}
 
-    def quantize(self, values_N: Tensor, symbol_class: int) -> tuple[Tensor, Tensor | None]:
-        """Values in steps -> symbols, and the low bits of the highest classes, both ``[N]`` integers."""
+    def quantize(self, values_N: Tensor, symbol_class: int) -> Tensor:
+        """Values in steps -> integers ``[N]`` int32: symbols, in the highest classes their low bits behind them."""
         coder, low_bits = self.coders[_tabled(symbol_class)], num_low_bits(symbol_class)
         if low_bits:
             largest = coder.largest + MAX_EXCESS << low_bits
-            whole_N = values_N.round().clamp(-largest, largest).int() + (1 << low_bits - 1)
-            return whole_N >> low_bits, whole_N & (1 << low_bits) - 1
+            return values_N.round().clamp(-largest, largest).int() + (1 << low_bits - 1)
         sizes_N = values_N.abs()
         magnitudes_N = torch.bucketize(sizes_N, self._thresholds[symbol_class], out_int32=True)
         outliers = magnitudes_N == coder.largest
         excess = (sizes_N[outliers] - self._centroids[symbol_class][-1]).round().clamp(0, MAX_EXCESS)
         magnitudes_N[outliers] += excess.int()
-        return torch.where(values_N < 0, -magnitudes_N, magnitudes_N), None
+        return torch.where(values_N < 0, -magnitudes_N, magnitudes_N)
 
-    def restore(self, symbols_N: Tensor, low_N: Tensor | None, symbol_class: int) -> Tensor:
+    def restore(self, integers_N: Tensor, symbol_class: int) -> Tensor:
         """Inverse of ``quantize``, ``[N]`` float32 in steps."""
-        if low_N is not None:
-            low_bits = num_low_bits(symbol_class)
-            return ((symbols_N << low_bits) + low_N - (1 << low_bits - 1)).float()
+        if low_bits := num_low_bits(symbol_class):
+            return (integers_N - (1 << low_bits - 1)).float()
         coder = self.coders[symbol_class]
-        magnitudes_N = symbols_N.abs()
+        magnitudes_N = integers_N.abs()
         sizes_N = self._centroids[symbol_class][magnitudes_N.clamp_max(coder.largest)]
-        return (sizes_N + (magnitudes_N - coder.largest).clamp_min(0)) * symbols_N.sign()
+        return (sizes_N + (magnitudes_N - coder.largest).clamp_min(0)) * integers_N.sign()
 
-    def num_bits(self, symbols_N: Tensor, symbol_class: int) -> float:
+    def num_bits(self, integers_N: Tensor, symbol_class: int) -> float:
         """What symbols and low bits take."""
         bits_M = self._bits[_tabled(symbol_class)]
+        symbols_N = integers_N >> num_low_bits(symbol_class)
         largest = len(bits_M) // 2
         counts_M = torch.bincount(symbols_N.clamp(-largest, largest) + largest, minlength=len(bits_M))
         excess = symbols_N.abs() - largest
         excess_bits = float((2 * torch.log2(excess[excess >= 0] + 1.0) + 1).sum())
         return float(counts_M.float() @ bits_M) + excess_bits + num_low_bits(symbol_class) * len(symbols_N)
 
-    def pack(self, symbols_N: Tensor, low_N: Tensor | None, symbol_class: int) -> list[tuple[Symbols, Table]]:
+    def pack(self, integers_N: Symbols, symbol_class: int) -> list[tuple[Symbols, Table]]:
         """What ``quantize`` gave -> runs of symbols with their tables."""
-        coder = self.coders[_tabled(symbol_class)]
+        coder, low_bits = self.coders[_tabled(symbol_class)], num_low_bits(symbol_class)
         largest = coder.largest
-        signed: Symbols = symbols_N.cpu().numpy().astype(np.int32)
+        signed: Symbols = integers_N >> low_bits
         parts = [(np.clip(signed, -largest, largest) + np.int32(largest), coder.table)]
         outliers = np.abs(signed[np.abs(signed) >= largest])
         parts += gamma_parts(outliers - np.int32(largest - 1), _EXCESS_LENGTHS)
-        if low_N is not None:
-            parts.append((low_N.cpu().numpy().astype(np.int32), uniform_table(num_low_bits(symbol_class))))
+        if low_bits:
+            parts.append((integers_N & np.int32((1 << low_bits) - 1), uniform_table(low_bits)))
         return parts
 
-    def unpack(self, reader: SymbolReader, count: int, symbol_class: int) -> tuple[Tensor, Tensor | None]:
+    def unpack(self, reader: SymbolReader, count: int, symbol_class: int) -> Symbols:
         """Inverse of ``pack``."""
         coder, low_bits = self.coders[_tabled(symbol_class)], num_low_bits(symbol_class)
-        signed = reader.read(count, coder.table) - np.int32(coder.largest)
+        signed: Symbols = reader.read(count, coder.table) - np.int32(coder.largest)
         outliers = np.flatnonzero(np.abs(signed) == coder.largest)
         excess = read_gamma(reader, len(outliers), _EXCESS_LENGTHS) - 1
         signed[outliers] += np.sign(signed[outliers]) * excess
-        low_N = torch.from_numpy(reader.read(count, uniform_table(low_bits))).to(self.device) if low_bits else None
-        return torch.from_numpy(signed).to(self.device), low_N
+        return (signed << low_bits) + reader.read(count, uniform_table(low_bits)) if low_bits else signed
 
 
 def num_low_bits(symbol_class: int) -> int:

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from gradcodec.entropy import TOTAL, SymbolReader, Symbols, Table, bits_of, integer_table
 from gradcodec.layout import Block, Layout
@@ -50,38 +52,42 @@ class Corrections:
     rows: Levels
 
 
-@dataclass
 class Spectrum:
-    """Expected levels of one layout."""
+    """Expected levels of one layout. What has as many values as the update lies on ``device``, all else on the host."""
 
-    layout: Layout
-    expected: Mapping[str, Expected]
-    any_rows: Sequence[int]  # levels of rows by rank, for tensors that TGAP did not see
-
-    def __post_init__(self) -> None:
-        self._columns_C = np.concatenate([self._columns_of(block) for block in self.layout.blocks])
-        self._rows_N = np.concatenate([self._rows_of(block) for block in self.layout.blocks])
-        bounds = [
-            [b.start + round(i * b.width / NUM_SEGMENTS) for i in range(NUM_SEGMENTS)] for b in self.layout.blocks
-        ]
-        stops = [[*starts[1:], b.stop] for starts, b in zip(bounds, self.layout.blocks, strict=True)]
+    def __init__(
+        self,
+        layout: Layout,
+        expected: Mapping[str, Expected],
+        any_rows: Sequence[int],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """``any_rows``: levels of rows by rank, for tensors that TGAP did not see."""
+        blocks = layout.blocks
+        self.layout = layout
+        self._rows_N = np.concatenate([_rows_of(block, expected.get(block.name), any_rows) for block in blocks])
+        columns_C = np.concatenate([_columns_of(block, expected.get(block.name)) for block in blocks])
+        self._columns_C = torch.from_numpy(columns_C).to(device)
+        bounds = [[b.start + round(i * b.width / NUM_SEGMENTS) for i in range(NUM_SEGMENTS)] for b in blocks]
+        stops = [[*starts[1:], b.stop] for starts, b in zip(bounds, blocks, strict=True)]
         self._segment_widths_BS = np.array(stops) - np.array(bounds)
-        segments = np.tile(np.arange(NUM_SEGMENTS), len(self.layout.blocks))
-        self._segment_C = np.repeat(segments, self._segment_widths_BS.reshape(-1))
-        self._kind_B = np.array([int(block.transposed) for block in self.layout.blocks])
-        self._block_C = np.repeat(np.arange(len(self.layout.blocks)), [block.width for block in self.layout.blocks])
-        self._kind_C = self._kind_B[self._block_C]
-        self._block_N = np.repeat(np.arange(len(self.layout.blocks)), [block.rank for block in self.layout.blocks])
-        self.rank_N = np.concatenate([np.arange(block.rank) for block in self.layout.blocks])
+        self._starts_BS = np.array(bounds)
+        self._kind_B = np.array([int(block.transposed) for block in blocks])
+        self._block_N = np.repeat(np.arange(len(blocks)), [block.rank for block in blocks])
+        self.rank_N = np.concatenate([np.arange(block.rank) for block in blocks])
 
-    def levels(self, corrections: Corrections, stride: int = 1) -> Iterator[Levels]:
-        """Row by row the expected levels of the coefficients in every so many-th column, ``[C]`` if ``stride`` is 1;
-        where a block lacks the row it is the lowest level."""
-        columns_C = (self._columns_C + corrections.tilt[self._kind_C, self._segment_C])[::stride]
+    def levels(self, corrections: Corrections, stride: int = 1) -> Iterator[Tensor]:
+        """Row by row the expected levels of the coefficients in every so many-th column, int16, ``[C]`` if ``stride``
+        is 1; where a block lacks the row it is the lowest level."""
         rows_RB = np.full((self.layout.rank, len(self.layout.blocks)), LOWEST_LEVEL, np.int16)
         rows_RB[self.rank_N, self._block_N] = self._rows_N + corrections.rows
-        for row_B in rows_RB:
-            yield row_B[self._block_C[::stride]] + columns_C
+        segments_RBS = rows_RB[:, :, None] + corrections.tilt[self._kind_B]
+        columns_C = self._columns_C[::stride]
+        # how many of the columns 0, stride, 2 * stride ... lie in a segment
+        counts_BS = -(-(self._starts_BS + self._segment_widths_BS) // stride) + self._starts_BS // -stride
+        repeats = torch.from_numpy(counts_BS.reshape(-1)).to(columns_C.device)
+        for row in torch.from_numpy(segments_RBS.reshape(len(rows_RB), -1)).to(columns_C.device):
+            yield row.repeat_interleave(repeats, output_size=len(columns_C)) + columns_C
 
     @property
     def num_rows(self) -> int:
@@ -90,14 +96,16 @@ class Spectrum:
     def nothing(self) -> Corrections:
         return Corrections(np.zeros((_KINDS, NUM_SEGMENTS), np.int16), np.zeros(self.num_rows, np.int16))
 
-    def energies(self, coefficients_RC: NDArray[np.float32]) -> Doubles:
+    def energies(self, coefficients_RC: Tensor) -> Doubles:
         """Coefficients ``[R, C]`` -> mean squares of segments, what is expected of columns divided out: ``[N, S]``."""
-        widths = self._segment_widths_BS.reshape(-1)
-        starts = np.minimum(np.cumsum(widths) - widths, coefficients_RC.shape[1] - 1)
-        whiten_C = np.exp2(-self._columns_C / (2 * LEVELS_PER_OCTAVE), dtype=np.float32)
-        sums = [np.add.reduceat((row_C * whiten_C) ** 2, starts, dtype=np.float64) for row_C in coefficients_RC]
-        means_RBS = (np.stack(sums) * (widths > 0) / np.maximum(widths, 1)).reshape(len(sums), -1, NUM_SEGMENTS)
-        found: Doubles = means_RBS[self.rank_N, self._block_N]
+        whiten_C = torch.exp2(self._columns_C / (-2 * LEVELS_PER_OCTAVE))
+        lengths = torch.from_numpy(self._segment_widths_BS.reshape(-1)).to(coefficients_RC.device)
+        sums = [
+            torch.segment_reduce((row_C * whiten_C).square().double(), "sum", lengths=lengths, unsafe=True)
+            for row_C in coefficients_RC
+        ]
+        sums_RBS = torch.stack(sums).cpu().numpy().reshape(len(sums), -1, NUM_SEGMENTS)
+        found: Doubles = (sums_RBS / np.maximum(self._segment_widths_BS, 1))[self.rank_N, self._block_N]
         return found
 
     def fit(self, energies_NS: Doubles, step: float) -> tuple[Corrections, float]:
@@ -162,19 +170,19 @@ class Spectrum:
             rows = np.clip(np.cumsum(steps), -MAX_CORRECTION, MAX_CORRECTION).astype(np.int16)
         return Corrections(tilt, rows)
 
-    def _columns_of(self, block: Block) -> Levels:
-        expected = self.expected.get(block.name)
-        if expected is None or len(expected.columns) > block.width:
-            return np.zeros(block.width, np.int16)
-        tail = [expected.columns[-1]] * (block.width - len(expected.columns))
-        return np.array([*expected.columns, *tail], np.int16)
 
-    def _rows_of(self, block: Block) -> Levels:
-        expected = self.expected.get(block.name)
-        if expected is not None and len(expected.rows) == block.rank:
-            return np.array(expected.rows, np.int16)
-        tail = [self.any_rows[-1]] * max(block.rank - len(self.any_rows), 0)
-        return np.array([*self.any_rows, *tail], np.int16)[: block.rank]
+def _columns_of(block: Block, expected: Expected | None) -> Levels:
+    if expected is None or len(expected.columns) > block.width:
+        return np.zeros(block.width, np.int16)
+    tail = [expected.columns[-1]] * (block.width - len(expected.columns))
+    return np.array([*expected.columns, *tail], np.int16)
+
+
+def _rows_of(block: Block, expected: Expected | None, any_rows: Sequence[int]) -> Levels:
+    if expected is not None and len(expected.rows) == block.rank:
+        return np.array(expected.rows, np.int16)
+    tail = [any_rows[-1]] * max(block.rank - len(any_rows), 0)
+    return np.array([*any_rows, *tail], np.int16)[: block.rank]
 
 
 def _mean_ratio(energies: Doubles, widths: Doubles, expected: Doubles) -> float:
