@@ -148,10 +148,6 @@ class _Plan:
     corrections: Corrections
 
 
-_Places = tuple[int, Tensor, dict[int, int]]
-"""A row, the columns of its coded coefficients from the lowest class to the highest, and how many each class has."""
-
-
 class LearnedCodec:
     """``learned``: see the module. Serves budgets down to its header of 4 bytes."""
 
@@ -200,15 +196,19 @@ class LearnedCodec:
             raise CodecError(f"a step of 2 ** {step / _STEPS_PER_OCTAVE} or a shift of {shift} is out of range")
         reader = SymbolReader(data[_HEADER.size :])
         plan = _Plan(step, shift, self._spectrum.unpack(reader))
-        for row, places_N, counts in _coded_places(self._spectrum, plan):
-            parts = [self._quantizer.unpack(reader, count, symbol_class) for symbol_class, count in counts.items()]
+        for row, places_N, counts in _coded_rows(self._spectrum, plan):
+            if not counts:
+                continue
+            parts = [self._quantizer.unpack(reader, count, of_class) for of_class, count in counts.items()]
             integers_N = torch.from_numpy(np.concatenate(parts)).to(places_N.device)
-            values = [
-                self._quantizer.restore(part, symbol_class) for symbol_class, part in _by_class(counts, integers_N)
-            ]
+            values = [self._quantizer.restore(part, of_class) for of_class, part in _by_class(counts, integers_N)]
             coefficients_RC[row, places_N] = torch.cat(values)
         coefficients_RC *= _width_of(step)
         return self._transform.synthesise(coefficients_RC, side)
+
+
+_Classified = tuple[Tensor, dict[int, int]]
+"""Coefficients in the order of ``_coded_places``, and how many each class has."""
 
 
 class _Encoder:
@@ -221,6 +221,7 @@ class _Encoder:
         self._energies_NS = spectrum.energies(coefficients_RC)
         self._coarsest = min(_step_of(peak) + _STEPS_PER_OCTAVE, _COARSEST)
         self._stride = max(1, coefficients_RC.numel() // _PILOT_VALUES)
+        self._pilot_N = coefficients_RC[:, :: self._stride].flatten()
 
     def fill(self, max_bytes: int | None) -> bytes:
         """The codes of the finest step that fits."""
@@ -229,13 +230,14 @@ class _Encoder:
             mean_deviation = norm / math.sqrt(self._coefficients_RC.numel())
             return self._write(self._plan(max(_step_of(mean_deviation / _OWN_STEPS_PER_DEVIATION), _FINEST)))
         # corrections and shift move with the step, and the bytes jump: sought once with them, then with those found
-        coarse = self._finest(max_bytes, lambda step: self._num_bytes(self._plan(step), self._stride))
+        share = len(self._pilot_N) / self._coefficients_RC.numel()
+        coarse = self._finest(
+            max_bytes, lambda step: self._num_bytes(plan := self._plan(step), [self._pilot(plan)], share)
+        )
         frozen = self._plan(coarse)
-        places = [*_coded_places(self._spectrum, frozen, self._stride)]  # the same for every step
+        pilot = [self._pilot(frozen)]  # its classes are the same for every step
         step = self._finest(
-            max_bytes,
-            lambda step: self._num_bytes(dataclasses.replace(frozen, step=step), self._stride, places),
-            coarse,
+            max_bytes, lambda step: self._num_bytes(dataclasses.replace(frozen, step=step), pilot, share), coarse
         )
         if self._stride > 1:
             step = self._on_all(frozen, step, max_bytes)
@@ -269,7 +271,7 @@ class _Encoder:
         """From a step found on a part of a large update to one that nearly fills the budget."""
         found: dict[int, float] = {}
         for _ in range(3):
-            found[step] = self._num_bytes(dataclasses.replace(frozen, step=step), 1)
+            found[step] = self._num_bytes(dataclasses.replace(frozen, step=step), self._all(frozen))
             move = math.log2(found[step] / max_bytes) * _STEPS_PER_OCTAVE / _SLOPE
             if _GOOD_FILL * max_bytes <= found[step] <= max_bytes or step + math.ceil(move) in found:
                 break
@@ -282,18 +284,26 @@ class _Encoder:
         shift = round(LEVELS_PER_OCTAVE * math.log2(max(loudness, 1e-300) / width**2))
         return _Plan(step, max(-_MAX_SHIFT, min(shift, _MAX_SHIFT)), corrections)
 
-    def _num_bytes(self, plan: _Plan, stride: int, places: Iterable[_Places] | None = None) -> float:
-        """Judged on every so many-th column; ``places``: theirs, if they are known."""
+    def _pilot(self, plan: _Plan) -> _Classified:
+        """Every so many-th column, all rows together: enough to judge a step by."""
+        levels_N = torch.cat([*self._spectrum.levels(plan.corrections, self._stride)])
+        places_N, counts = _coded_places(levels_N, plan.shift)
+        return self._pilot_N[places_N], counts
+
+    def _all(self, plan: _Plan) -> Iterator[_Classified]:
+        """Every coefficient."""
+        for row, places_N, counts in _coded_rows(self._spectrum, plan):
+            yield self._coefficients_RC[row, places_N], counts
+
+    def _num_bytes(self, plan: _Plan, judged: Iterable[_Classified], share: float = 1.0) -> float:
+        """What the codes take, judged by a share of all coefficients."""
         head = sum(float(bits_of(table)[symbols].sum()) for symbols, table in self._spectrum.pack(plan.corrections))
         scale = 1 / _width_of(plan.step)
-        part_RC = self._coefficients_RC[:, ::stride]
         bits = 0.0
-        if places is None:
-            places = _coded_places(self._spectrum, plan, stride)
-        for row, places_N, counts in places:
-            for symbol_class, values_N in _by_class(counts, part_RC[row, places_N] * scale):
+        for coefficients_N, counts in judged:
+            for symbol_class, values_N in _by_class(counts, coefficients_N * scale):
                 bits += self._quantizer.num_bits(self._quantizer.quantize(values_N, symbol_class), symbol_class)
-        return _HEADER.size + (head + bits * self._coefficients_RC.shape[1] / part_RC.shape[1]) / 8
+        return _HEADER.size + (head + bits / share) / 8
 
     def _write(self, plan: _Plan) -> bytes:
         return _HEADER.pack(plan.step, plan.shift) + encode_symbols(self._parts(plan))
@@ -304,8 +314,8 @@ class _Encoder:
         integers = torch.empty(self._coefficients_RC.numel(), dtype=torch.int32, device=self._coefficients_RC.device)
         runs: list[tuple[int, int]] = []
         stop = 0
-        for row, places_N, counts in _coded_places(self._spectrum, plan):
-            for symbol_class, values_N in _by_class(counts, self._coefficients_RC[row, places_N] * scale):
+        for coefficients_N, counts in self._all(plan):
+            for symbol_class, values_N in _by_class(counts, coefficients_N * scale):
                 start, stop = stop, stop + len(values_N)
                 integers[start:stop] = self._quantizer.quantize(values_N, symbol_class)
                 runs.append((symbol_class, stop))
@@ -316,21 +326,25 @@ class _Encoder:
             start = stop
 
 
-def _coded_places(spectrum: Spectrum, plan: _Plan, stride: int = 1) -> Iterator[_Places]:
-    """Of every row that has any; with a stride, among every so many-th column. A row at a time, so that memory stays
-    that of a row."""
-    for row, levels_C in enumerate(spectrum.levels(plan.corrections, stride)):
-        lowest = MIN_CLASS - 1  # silent
-        places_C = levels_C.clamp_(lowest - plan.shift, MAX_CLASS - plan.shift).add_(plan.shift - lowest).byte()
-        num_silent, *found = torch.bincount(places_C).tolist()
-        counts = {symbol_class: count for symbol_class, count in enumerate(found, MIN_CLASS) if count}
-        if counts:
-            yield row, torch.argsort(places_C, stable=True)[num_silent:], counts
+def _coded_rows(spectrum: Spectrum, plan: _Plan) -> Iterator[tuple[int, Tensor, dict[int, int]]]:
+    """Every row, with ``_coded_places`` of its columns. A row at a time, so that memory stays that of a row."""
+    for row, levels_C in enumerate(spectrum.levels(plan.corrections)):
+        yield row, *_coded_places(levels_C, plan.shift)
+
+
+def _coded_places(levels_N: Tensor, shift: int) -> tuple[Tensor, dict[int, int]]:
+    """Levels, which are used up -> where they are not silent, from the lowest class to the highest, and how many
+    places each class has."""
+    lowest = MIN_CLASS - 1  # silent
+    classes_N = levels_N.clamp_(lowest - shift, MAX_CLASS - shift).add_(shift - lowest).byte()
+    num_silent, *found = torch.bincount(classes_N).tolist()
+    counts = {symbol_class: count for symbol_class, count in enumerate(found, MIN_CLASS) if count}
+    return torch.argsort(classes_N, stable=True)[num_silent:], counts
 
 
 def _by_class(counts: Mapping[int, int], row_N: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Class by class what lies in the order of ``_coded_places``."""
-    return zip(counts, row_N.split([*counts.values()]), strict=True)
+    return zip(counts, row_N.split([*counts.values()]) if counts else (), strict=True)
 
 
 def _silence() -> bytes:

@@ -1,0 +1,109 @@
+"""What would cross from a GPU to the host, seen without one: see ``pretended_gpu.py``."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SHAPES, InProcessGrid, heavy_tailed_update
+from pretended_gpu import pretended_gpu
+
+from bench.speed import layout_of, update_of
+from client.app import app as client_app
+from client.memory import load_residual, save_residual
+from conf.schema import Settings
+from gradcodec.build import CODECS_FOR_ANY_LAYOUT, CodecSettings, build_codec, byte_budget
+from gradcodec.exchange import decode_blocks, encode_update, max_payload_bytes
+from gradcodec.layout import Layout
+from server.rounds import run_federation
+
+ARTIFACT = str(Path("assets/codec").absolute())
+
+
+def in_a_process_of_its_own(work: Callable[[Path], None], folder: Path) -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(work, folder).result()
+
+
+def test_a_payload_takes_one_copy_to_the_host_and_all_else_stays(tmp_path: Path) -> None:
+    in_a_process_of_its_own(code_on_the_device, tmp_path)
+
+
+def code_on_the_device(folder: Path) -> None:
+    layout, settings = layout_of("tiny", rank=8), CodecSettings(artifact=ARTIFACT)
+    update_bytes = 4 * layout.num_parameters
+    here, update = build_codec(settings, layout), update_of(layout)
+    side = here.side_information(layout.to_blocks(update_of(layout, seed=1)))
+    with pretended_gpu() as gpu:
+        there, far_update = build_codec(settings, layout, gpu.device), gpu.moved(update)
+        for bits in (0.1, 0.5, 8.0):
+            how: dict[str, Any] = {"max_bytes": max_payload_bytes(bits, layout.num_parameters), "side": side}
+            expected, residual = encode_update(update, None, codec=here, **how)
+            (payload, far_residual), copies = gpu.copies_of(
+                partial(encode_update, far_update, None, codec=there, **how)
+            )
+            assert payload == expected
+            assert residual.left_RC.device.type == "cpu"
+            assert far_residual.left_RC.device == far_residual.target_RC.device == gpu.device
+            codes, *others = sorted(copies, reverse=True)
+            assert update_bytes // 4 < codes <= update_bytes
+            assert others[0] < update_bytes // 50  # energies of segments, numbers of coefficients by class
+            decoded_RC, copies = gpu.copies_of(partial(decode_blocks, payload, codec=there, side=side))
+            assert decoded_RC.device == gpu.device
+            assert sum(copies) < update_bytes // 100
+            assert torch.equal(decoded_RC.cpu(), decode_blocks(payload, codec=here, side=side))
+
+
+def test_every_codec_serves_updates_that_lie_on_a_device(tmp_path: Path) -> None:
+    in_a_process_of_its_own(serve_a_device, tmp_path)
+
+
+def serve_a_device(folder: Path) -> None:
+    layout = Layout.of(SHAPES)
+    update, other = heavy_tailed_update(0), heavy_tailed_update(1)
+    with pretended_gpu() as gpu:
+        for name in CODECS_FOR_ANY_LAYOUT:
+            for snr_db in (None, 3.0) if name == "learned" else (None,):
+                settings = CodecSettings(name, bits=4.0, snr_db=snr_db, artifact=ARTIFACT)
+                how: dict[str, Any] = {"max_bytes": byte_budget(settings, layout), "snr_db": snr_db}
+                here, there = build_codec(settings, layout), build_codec(settings, layout, gpu.device)
+                _, carried = encode_update(other, None, codec=here, **how)
+                expected, residual = encode_update(update, carried.left_RC, codec=here, **how)
+                payload, far_residual = encode_update(gpu.moved(update), carried.left_RC, codec=there, **how)
+                assert payload == expected, name
+                assert far_residual.left_RC.device == gpu.device, name
+                save_residual(folder / name, 0, layout, 1, far_residual)
+                kept = load_residual(folder / name, 0, layout, 2)
+                assert kept is not None and torch.equal(kept.left_RC, residual.left_RC), name
+                assert torch.equal(kept.target_RC, residual.target_RC), name
+
+
+def test_a_federation_whose_models_lie_on_a_device_does_what_one_on_the_host_does(tmp_path: Path) -> None:
+    in_a_process_of_its_own(federate_on_the_device, tmp_path)
+
+
+def federate_on_the_device(folder: Path) -> None:
+    with pretended_gpu() as gpu:
+        for arm in ("coded", "dense"):
+            losses = [federate(folder / f"{arm}-{place}", arm, place) for place in ("cpu", str(gpu.device))]
+            assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+            assert losses[0][-1] < losses[0][0]
+
+
+def federate(folder: Path, arm: str, device: str) -> list[float]:
+    settings = Settings(output=str(folder / "out"), run_id="device", arm=arm)
+    settings.model.path, settings.model.device = str(Path("assets/tiny-llama").absolute()), device
+    settings.codec.artifact = ARTIFACT
+    settings.train.steps, settings.train.batch_size, settings.train.micro_batch_size = 2, 2, 1
+    settings.task.window, settings.task.heldout_windows = 32, 4
+    federation = settings.federation
+    federation.num_clients = federation.clients_per_round = federation.rounds = 2
+    results = run_federation(InProcessGrid(client_app, 2, {"memory": str(folder / "memory")}), settings)
+    assert not results.faults
+    return results.heldout_loss
