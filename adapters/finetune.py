@@ -183,7 +183,7 @@ def next_token_loss(model: torch.nn.Module, windows: Windows) -> Tensor:
         model: a causal language model of transformers, with or without an adapter.
         windows: on the model's device, with at least one token that counts.
     """
-    logits = model(input_ids=windows.ids, use_cache=False).logits  # a cache copies every key and value
+    logits = model(input_ids=windows.ids, use_cache=False).logits  # no cache: it would copy every key and value
     return functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), windows.labels[:, 1:].flatten(), ignore_index=IGNORED
     )

@@ -28,7 +28,8 @@ class Arm:
 
     def load_model(self) -> PeftModel:
         """The base model with this adapter in it. Raises ValueError: they do not fit."""
-        model = load_model(self.settings.model, self.settings.lora, self.settings.seed)
+        without = replace(self.settings.model, gradient_checkpointing=False, compile=False)  # of training
+        model = load_model(without, self.settings.lora, self.settings.seed)
         try:
             set_adapter(model, self.adapter)
         except ValueError as error:

@@ -54,7 +54,6 @@ def export(path: str, output: Path, merged: bool, overrides: list[str]) -> None:
         raise ValueError(f"--output {output} holds files already: give an empty or new folder")
     facts = arm.results.facts() if arm.results is not None else {}
     if merged:
-        arm.settings.model.gradient_checkpointing = False  # of training; it would leave use_cache=false in config.json
         save_merged(arm.load_model(), load_tokenizer(arm.settings.model), facts, output)
     else:
         arm.config.base_model_name_or_path = arm.settings.model.path

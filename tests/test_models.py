@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import InProcessGrid
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -196,6 +197,32 @@ def test_one_federated_round(architecture: str, models: Callable[[str], ModelSet
     assert len(results.uplinks) == 2
     assert all(8 * uplink.payload_bytes <= 0.5 * results.num_parameters for uplink in results.uplinks)
     assert results.heldout_loss[1] != results.heldout_loss[0]
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_give_the_same_update_and_loss(
+    models: Callable[[str], ModelSettings], windows: Windows, checkpointing: bool
+) -> None:
+    settings = dataclasses.replace(models("llama"), gradient_checkpointing=checkpointing)
+    plain, compiled = (load_model(dataclasses.replace(settings, compile=c), LoraSettings(), 0) for c in (False, True))
+    assert adapter_shapes(compiled) == adapter_shapes(plain)
+    before = counters["stats"]["unique_graphs"]
+    updates = [finetune(model, get_adapter(model), windows, TRAINING, seed=1)[0] for model in (plain, compiled)]
+    assert 0 < counters["stats"]["unique_graphs"] - before <= 2  # and not one a layer
+    for name, tensor in updates[0].items():
+        torch.testing.assert_close(updates[1][name], tensor, rtol=1e-3, atol=1e-6)
+    for model in (plain, compiled):
+        set_adapter(model, updates[0])
+    assert heldout_loss(compiled, windows) == pytest.approx(heldout_loss(plain, windows), abs=1e-5)
+
+
+def test_compiling_without_a_compiler_is_refused(
+    models: Callable[[str], ModelSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"model\.compile=true needs a C\+\+ compiler"):
+        load_model(dataclasses.replace(models("llama"), compile=True), LoraSettings(), seed=0)
 
 
 @pytest.mark.parametrize(("quantization", "least"), [("nf4", 0.7), ("int8", 0.99)])
