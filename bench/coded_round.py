@@ -4,12 +4,14 @@
 
 Writes random weights of the geometry (its config.json) in the format that users have, loads them as a client does,
 trains an adapter on random tokens, encodes the update and decodes it again. The codec's share of the round is what
-matters: it should be lost in the training. Works where the model works: on a GPU if there is one.
+matters: it should be lost in the training. Works where the model works: on a GPU if there is one. A step and a payload
+go before what is timed: kernels are chosen, and with ``--compile`` made, at the first call.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 import time
@@ -25,7 +27,7 @@ from adapters.base import QUANTIZATIONS, ModelSettings, resolve_device
 from adapters.finetune import TrainSettings, Windows, finetune
 from adapters.memory import estimate_memory
 from adapters.model import LoraSettings, adapter_parts, adapter_shapes, get_adapter, load_model
-from bench.speed import device_name, peak_bytes
+from bench.speed import device_name, peak_bytes, wait_for
 from conf.output import provenance, write_json
 from gradcodec.build import CodecSettings, build_codec
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, default=0.5)
     parser.add_argument("--artifact", default="assets/codec")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true", help="model.compile: see what it saves a step")
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
     try:
@@ -84,7 +87,12 @@ def write_random_weights(geometry: Path, folder: Path, dtype: torch.dtype) -> No
 
 def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     settings = ModelSettings(
-        path=folder, dtype=args.dtype, device=args.device, quantization=args.quantization, gradient_checkpointing=True
+        path=folder,
+        dtype=args.dtype,
+        device=args.device,
+        quantization=args.quantization,
+        gradient_checkpointing=True,
+        compile=args.compile,
     )
     lora = LoraSettings(rank=args.rank)
     training = TrainSettings(
@@ -104,11 +112,13 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     vocabulary = int(model.get_base_model().config.vocab_size)
     drawn = torch.randint(vocabulary, (64, args.window), generator=torch.Generator().manual_seed(0))
     clock.lap()
+    finetune(model, adapter, Windows.whole(drawn), dataclasses.replace(training, steps=1), seed=0)
+    first_step = clock.lap()
     update, loss = finetune(model, adapter, Windows.whole(drawn), training, seed=0)
     train = clock.lap()
-    peak_training = _peak(device)
+    peak_training = peak_bytes(device)
     budget = max_payload_bytes(args.bits, layout.num_parameters)
-    encode_update(update, None, codec=codec, max_bytes=budget)  # kernels are chosen at the first call
+    encode_update(update, None, codec=codec, max_bytes=budget)
     clock.lap()
     payload, _ = encode_update(update, None, codec=codec, max_bytes=budget)
     encode = clock.lap()
@@ -121,13 +131,14 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         "payload_bytes": len(payload),
         "train_loss": loss,
         "load_seconds": load,
+        "first_step_seconds": first_step,
         "train_seconds": train,
         "encode_seconds": encode,
         "decode_seconds": decode,
         "tokens_per_second": tokens / train,
         "codec_share_of_round": (encode + decode) / (train + encode + decode),
         "peak_bytes_training": peak_training,
-        "peak_bytes": _peak(device),
+        "peak_bytes": peak_bytes(device),
         "estimated_bytes": estimate_memory(settings, lora, training, args.window).total,
     }
 
@@ -140,16 +151,10 @@ class _Clock:
         self._last = time.perf_counter()
 
     def lap(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        wait_for(self._device)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         return seconds
-
-
-def _peak(device: torch.device) -> int:
-    """Of the device's memory, or of this process."""
-    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_bytes()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@
 
 ``7b`` is LLaMA-7B with rank 8 on q, k, v, o: 8,388,608 values; ``70b`` LLaMA-2-70B with the same adapter. Every codec
 runs in a process of its own, which holds the update when the clock starts; its peak memory is counted from there, the
-update itself included, in units of the update. Encoding contains what every payload goes through: decoding it again,
-the check that it adds no energy, and the residual. Seconds are medians over the repeats.
+update itself included, in units of the update. With ``--device`` the update lies there when `learned` encodes it, and
+there the decoded one stays: seconds are those until the device is done, and memory is the device's. Encoding contains
+what every payload goes through: decoding it again, the check that it adds no energy, and the residual. Seconds are
+medians over the repeats.
 """
 
 from __future__ import annotations
@@ -115,17 +117,18 @@ def measure(
 ) -> dict[str, Any]:
     """One codec at one rate."""
     torch.set_num_threads(threads)
+    device = device if name == "learned" else "cpu"
     codec = build_codec(CodecSettings(name=name, artifact=artifact), layout, device)
     before = layout.to_blocks(update_of(layout, seed=1))
     side = codec.side_information(before)
     del before
-    update = update_of(layout)
+    update = {key: tensor.to(device) for key, tensor in update_of(layout).items()}
     budget = None if bits is None else max_payload_bytes(bits, layout.num_parameters)
-    held = peak_bytes()
+    held = peak_bytes(device, reset=True)
     encode = partial(encode_update, update, None, codec=codec, max_bytes=budget, side=side)
-    encode_s, (payload, residual) = timed(encode, repeats)
+    encode_s, (payload, residual) = timed(encode, repeats, device)
     del residual  # the side that decodes has none
-    decode_s, _ = timed(partial(decode_update, payload, codec=codec, side=side), repeats)
+    decode_s, _ = timed(partial(decode_update, payload, codec=codec, side=side), repeats, device)
     update_bytes = 4 * layout.num_parameters
     return {
         "codec": name,
@@ -135,16 +138,17 @@ def measure(
         "decode_seconds": decode_s,
         "encode_mb_per_s": 1e-6 * update_bytes / encode_s,
         "decode_mb_per_s": 1e-6 * update_bytes / decode_s,
-        "peak_updates": 1 + (peak_bytes() - held) / update_bytes,
+        "peak_updates": 1 + (peak_bytes(device) - held) / update_bytes,
     }
 
 
-def timed(work: Callable[[], Result], repeats: int) -> tuple[float, Result]:
-    """Median seconds of ``repeats`` runs, and the last result."""
+def timed(work: Callable[[], Result], repeats: int, device: torch.device | str = "cpu") -> tuple[float, Result]:
+    """Median seconds of ``repeats`` runs, until the device is done, and the last result."""
     seconds = []
     for number in range(repeats):
         start = time.perf_counter()
         result = work()
+        wait_for(device)
         seconds.append(time.perf_counter() - start)
         if number < repeats - 1:
             del result  # or its memory would count for the next run
@@ -164,8 +168,19 @@ def print_table(rows: list[dict[str, Any]], title: str) -> None:
     Console(width=100 if not sys.stdout.isatty() else None).print(table)
 
 
-def peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def wait_for(device: torch.device | str) -> None:
+    """Until it has done all that it was asked for."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(device: torch.device | str, reset: bool = False) -> int:
+    """Of a GPU's memory, counted anew with ``reset``; or of this process, since it started."""
+    if torch.device(device).type != "cuda":
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if reset:
+        torch.cuda.reset_peak_memory_stats(device)
+    return int(torch.cuda.max_memory_allocated(device))
 
 
 if __name__ == "__main__":
