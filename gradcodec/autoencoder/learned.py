@@ -196,19 +196,16 @@ class LearnedCodec:
             raise CodecError(f"a step of 2 ** {step / _STEPS_PER_OCTAVE} or a shift of {shift} is out of range")
         reader = SymbolReader(data[_HEADER.size :])
         plan = _Plan(step, shift, self._spectrum.unpack(reader))
-        for row, places_N, counts in _coded_rows(self._spectrum, plan):
-            if not counts:
-                continue
-            parts = [self._quantizer.unpack(reader, count, of_class) for of_class, count in counts.items()]
-            integers_N = torch.from_numpy(np.concatenate(parts)).to(places_N.device)
-            values = [self._quantizer.restore(part, of_class) for of_class, part in _by_class(counts, integers_N)]
-            coefficients_RC[row, places_N] = torch.cat(values)
+        for row, levels_C in enumerate(self._spectrum.levels(plan.corrections)):
+            for symbol_class, places_N in _places(levels_C, shift):
+                integers_N = torch.from_numpy(self._quantizer.unpack(reader, len(places_N), symbol_class))
+                coefficients_RC[row, places_N] = self._quantizer.restore(integers_N.to(places_N.device), symbol_class)
         coefficients_RC *= _width_of(step)
         return self._transform.synthesise(coefficients_RC, side)
 
 
-_Classified = tuple[Tensor, dict[int, int]]
-"""Coefficients in the order of ``_coded_places``, and how many each class has."""
+_Classified = tuple[int, Tensor]
+"""A class, and coefficients that have it."""
 
 
 class _Encoder:
@@ -232,10 +229,10 @@ class _Encoder:
         # corrections and shift move with the step, and the bytes jump: sought once with them, then with those found
         share = len(self._pilot_N) / self._coefficients_RC.numel()
         coarse = self._finest(
-            max_bytes, lambda step: self._num_bytes(plan := self._plan(step), [self._pilot(plan)], share)
+            max_bytes, lambda step: self._num_bytes(plan := self._plan(step), self._pilot(plan), share)
         )
         frozen = self._plan(coarse)
-        pilot = [self._pilot(frozen)]  # its classes are the same for every step
+        pilot = [*self._pilot(frozen)]  # its classes are the same for every step
         step = self._finest(
             max_bytes, lambda step: self._num_bytes(dataclasses.replace(frozen, step=step), pilot, share), coarse
         )
@@ -284,25 +281,26 @@ class _Encoder:
         shift = round(LEVELS_PER_OCTAVE * math.log2(max(loudness, 1e-300) / width**2))
         return _Plan(step, max(-_MAX_SHIFT, min(shift, _MAX_SHIFT)), corrections)
 
-    def _pilot(self, plan: _Plan) -> _Classified:
+    def _pilot(self, plan: _Plan) -> Iterator[_Classified]:
         """Every so many-th column, all rows together: enough to judge a step by."""
         levels_N = torch.cat([*self._spectrum.levels(plan.corrections, self._stride)])
-        places_N, counts = _coded_places(levels_N, plan.shift)
-        return self._pilot_N[places_N], counts
+        for symbol_class, places_N in _places(levels_N, plan.shift):
+            yield symbol_class, self._pilot_N[places_N]
 
     def _all(self, plan: _Plan) -> Iterator[_Classified]:
-        """Every coefficient."""
-        for row, places_N, counts in _coded_rows(self._spectrum, plan):
-            yield self._coefficients_RC[row, places_N], counts
+        """Every coefficient, in the order of the codes. A row at a time, so that memory stays that of a row."""
+        for row, levels_C in enumerate(self._spectrum.levels(plan.corrections)):
+            for symbol_class, places_N in _places(levels_C, plan.shift):
+                yield symbol_class, self._coefficients_RC[row, places_N]
 
     def _num_bytes(self, plan: _Plan, judged: Iterable[_Classified], share: float = 1.0) -> float:
         """What the codes take, judged by a share of all coefficients."""
         head = sum(float(bits_of(table)[symbols].sum()) for symbols, table in self._spectrum.pack(plan.corrections))
         scale = 1 / _width_of(plan.step)
         bits = 0.0
-        for coefficients_N, counts in judged:
-            for symbol_class, values_N in _by_class(counts, coefficients_N * scale):
-                bits += self._quantizer.num_bits(self._quantizer.quantize(values_N, symbol_class), symbol_class)
+        for symbol_class, coefficients_N in judged:
+            integers_N = self._quantizer.quantize(coefficients_N * scale, symbol_class)
+            bits += self._quantizer.num_bits(integers_N, symbol_class)
         return _HEADER.size + (head + bits / share) / 8
 
     def _write(self, plan: _Plan) -> bytes:
@@ -314,11 +312,10 @@ class _Encoder:
         integers = torch.empty(self._coefficients_RC.numel(), dtype=torch.int32, device=self._coefficients_RC.device)
         runs: list[tuple[int, int]] = []
         stop = 0
-        for coefficients_N, counts in self._all(plan):
-            for symbol_class, values_N in _by_class(counts, coefficients_N * scale):
-                start, stop = stop, stop + len(values_N)
-                integers[start:stop] = self._quantizer.quantize(values_N, symbol_class)
-                runs.append((symbol_class, stop))
+        for symbol_class, coefficients_N in self._all(plan):
+            start, stop = stop, stop + len(coefficients_N)
+            integers[start:stop] = self._quantizer.quantize(coefficients_N * scale, symbol_class)
+            runs.append((symbol_class, stop))
         on_host: Symbols = integers[:stop].cpu().numpy()  # the only values of a payload that leave the device
         start = 0
         for symbol_class, stop in runs:
@@ -326,25 +323,14 @@ class _Encoder:
             start = stop
 
 
-def _coded_rows(spectrum: Spectrum, plan: _Plan) -> Iterator[tuple[int, Tensor, dict[int, int]]]:
-    """Every row, with ``_coded_places`` of its columns. A row at a time, so that memory stays that of a row."""
-    for row, levels_C in enumerate(spectrum.levels(plan.corrections)):
-        yield row, *_coded_places(levels_C, plan.shift)
-
-
-def _coded_places(levels_N: Tensor, shift: int) -> tuple[Tensor, dict[int, int]]:
-    """Levels, which are used up -> where they are not silent, from the lowest class to the highest, and how many
-    places each class has."""
+def _places(levels_N: Tensor, shift: int) -> Iterator[tuple[int, Tensor]]:
+    """Levels, which are used up -> from the lowest class to the highest where its coefficients are; silent ones are
+    left out."""
     lowest = MIN_CLASS - 1  # silent
     classes_N = levels_N.clamp_(lowest - shift, MAX_CLASS - shift).add_(shift - lowest).byte()
-    num_silent, *found = torch.bincount(classes_N).tolist()
-    counts = {symbol_class: count for symbol_class, count in enumerate(found, MIN_CLASS) if count}
-    return torch.argsort(classes_N, stable=True)[num_silent:], counts
-
-
-def _by_class(counts: Mapping[int, int], row_N: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Class by class what lies in the order of ``_coded_places``."""
-    return zip(counts, row_N.split([*counts.values()]) if counts else (), strict=True)
+    for symbol_class, count in enumerate(torch.bincount(classes_N).tolist()[1:], MIN_CLASS):
+        if count:
+            yield symbol_class, (classes_N == symbol_class - lowest).nonzero().squeeze(1)
 
 
 def _silence() -> bytes:

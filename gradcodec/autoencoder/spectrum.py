@@ -101,7 +101,7 @@ class Spectrum:
         whiten_C = torch.exp2(self._columns_C / (-2 * LEVELS_PER_OCTAVE))
         lengths = torch.from_numpy(self._segment_widths_BS.reshape(-1)).to(coefficients_RC.device)
         sums = [
-            torch.segment_reduce((row_C * whiten_C).square().double(), "sum", lengths=lengths, unsafe=True)
+            torch.segment_reduce((row_C * whiten_C).square_().double(), "sum", lengths=lengths, unsafe=True)
             for row_C in coefficients_RC
         ]
         sums_RBS = torch.stack(sums).cpu().numpy().reshape(len(sums), -1, NUM_SEGMENTS)
