@@ -310,17 +310,15 @@ class _Encoder:
         yield from self._spectrum.pack(plan.corrections)
         scale = 1 / _width_of(plan.step)
         integers = torch.empty(self._coefficients_RC.numel(), dtype=torch.int32, device=self._coefficients_RC.device)
-        runs: list[tuple[int, int]] = []
+        runs: list[tuple[int, int, int]] = []
         stop = 0
         for symbol_class, coefficients_N in self._all(plan):
             start, stop = stop, stop + len(coefficients_N)
             integers[start:stop] = self._quantizer.quantize(coefficients_N * scale, symbol_class)
-            runs.append((symbol_class, stop))
+            runs.append((symbol_class, start, stop))
         on_host: Symbols = integers[:stop].cpu().numpy()  # the only values of a payload that leave the device
-        start = 0
-        for symbol_class, stop in runs:
+        for symbol_class, start, stop in runs:
             yield from self._quantizer.pack(on_host[start:stop], symbol_class)
-            start = stop
 
 
 def _places(levels_N: Tensor, shift: int) -> Iterator[tuple[int, Tensor]]:
