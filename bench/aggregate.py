@@ -18,14 +18,13 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
 from rich.table import Table
 
-from bench.speed import GEOMETRIES, layout_of, update_of
+from bench.speed import GEOMETRIES, layout_of, peak_bytes, update_of
 from conf.output import provenance, write_json
 from gradcodec.build import CodecSettings, build_codec
 from gradcodec.exchange import encode_update, max_payload_bytes
@@ -33,8 +32,6 @@ from gradcodec.layout import Layout
 from strategies.build import StrategySettings, build_inner
 from strategies.coded import CodedStrategy
 from strategies.records import ARRAYS, CONFIG, METRICS, NUM_EXAMPLES, REPLY_METRICS, wrap_payload
-
-RESET_PEAK = Path("/proc/self/clear_refs")
 
 
 def main() -> None:
@@ -81,8 +78,7 @@ def measure(layout: Layout, num_clients: int, payload: bytes) -> dict[str, Any]:
     tiny = layout_of("tiny", 8)
     aggregate(_strategy(tiny), 2, payload_of(tiny, 1.0))  # what libraries take at their first call is not ours to count
     strategy = _strategy(layout)
-    RESET_PEAK.write_text("5")  # see proc(5)
-    held, start = psutil.Process().memory_info().rss, time.perf_counter()
+    held, start = peak_bytes("cpu", reset=True), time.perf_counter()
     aggregate(strategy, num_clients, payload)
     seconds = time.perf_counter() - start
     dense = 4 * layout.num_parameters
@@ -92,14 +88,8 @@ def measure(layout: Layout, num_clients: int, payload: bytes) -> dict[str, Any]:
         "clients_per_s": num_clients / seconds,
         "dense_mb_per_s": 1e-6 * num_clients * dense / seconds,
         "payload_bytes": len(payload),
-        "peak_updates": (resident_peak() - held) / dense,
+        "peak_updates": (peak_bytes("cpu") - held) / dense,
     }
-
-
-def resident_peak() -> int:
-    """Bytes, since it was last reset."""
-    (line,) = [text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM:")]
-    return 1024 * int(line.split()[1])
 
 
 def aggregate(strategy: CodedStrategy, num_clients: int, payload: bytes) -> None:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import multiprocessing
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from adapters.memory import estimate_memory
 from adapters.model import LoraSettings, adapter_parts, adapter_shapes, get_adapter, load_model
 from bench.speed import device_name, peak_bytes, wait_for
 from conf.output import provenance, write_json
-from gradcodec.build import CodecSettings, build_codec
+from gradcodec.build import ENCODING_UPDATES, CodecSettings, build_codec
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
 from gradcodec.layout import Layout
 
@@ -52,7 +54,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory(prefix="coded-round-") as folder:
-            write_random_weights(args.geometry, Path(folder), getattr(torch, args.dtype))
+            with ProcessPoolExecutor(
+                1, mp_context=multiprocessing.get_context("spawn")
+            ) as pool:  # gone with its memory
+                pool.submit(write_random_weights, args.geometry, Path(folder), getattr(torch, args.dtype)).result()
             figures = measure(args, folder)
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -111,12 +116,15 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     adapter = get_adapter(model)
     vocabulary = int(model.get_base_model().config.vocab_size)
     drawn = torch.randint(vocabulary, (64, args.window), generator=torch.Generator().manual_seed(0))
+    peak_loading = peak_bytes(device)
+    held = peak_bytes(device, reset=True)
     clock.lap()
     finetune(model, adapter, Windows.whole(drawn), dataclasses.replace(training, steps=1), seed=0)
     first_step = clock.lap()
     update, loss = finetune(model, adapter, Windows.whole(drawn), training, seed=0)
     train = clock.lap()
     peak_training = peak_bytes(device)
+    before_encoding = peak_bytes(device, reset=True)
     budget = max_payload_bytes(args.bits, layout.num_parameters)
     encode_update(update, None, codec=codec, max_bytes=budget)
     clock.lap()
@@ -124,6 +132,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     encode = clock.lap()
     decode_update(payload, codec=codec)
     decode = clock.lap()
+    estimated = estimate_memory(settings, lora, training, args.window)
     tokens = args.steps * args.batch_size * args.window
     return {
         "device": device_name(str(device)),
@@ -137,9 +146,13 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         "decode_seconds": decode,
         "tokens_per_second": tokens / train,
         "codec_share_of_round": (encode + decode) / (train + encode + decode),
+        "peak_bytes_loading": peak_loading,
+        "held_bytes": held,
         "peak_bytes_training": peak_training,
-        "peak_bytes": peak_bytes(device),
-        "estimated_bytes": estimate_memory(settings, lora, training, args.window).total,
+        "peak_bytes_encoding": peak_bytes(device) - before_encoding,
+        "estimated_bytes_weights": estimated.weights,
+        "estimated_bytes_training": estimated.total,
+        "estimated_bytes_encoding": 4 * ENCODING_UPDATES * layout.num_parameters,
     }
 
 

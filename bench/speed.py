@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -175,12 +174,15 @@ def wait_for(device: torch.device | str) -> None:
 
 
 def peak_bytes(device: torch.device | str, reset: bool = False) -> int:
-    """Of a GPU's memory, counted anew with ``reset``; or of this process, since it started."""
-    if torch.device(device).type != "cuda":
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The most that was held of a GPU's memory, or by this process; with ``reset`` counted anew from here."""
+    if torch.device(device).type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return int(torch.cuda.max_memory_allocated(device))
     if reset:
-        torch.cuda.reset_peak_memory_stats(device)
-    return int(torch.cuda.max_memory_allocated(device))
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+    (line,) = [text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM:")]
+    return 1024 * int(line.split()[1])
 
 
 if __name__ == "__main__":

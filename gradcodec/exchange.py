@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradcodec.codec import Codec
 from gradcodec.errors import BudgetError, CodecError
-from gradcodec.fidelity import inner_product
+from gradcodec.fidelity import inner_product, squared_distance
 from gradcodec.frame import HEADER_BYTES, Frame, pack, unpack
 from gradcodec.rate import codes_for_snr
 
@@ -125,8 +125,7 @@ def contractive_gain(target_RC: Tensor, decoded_RC: Tensor) -> float:
     energy = inner_product(target_RC, target_RC)
 
     def adds_energy(gain: float) -> bool:
-        rest_RC = target_RC - _scaled(decoded_RC, gain)
-        return not inner_product(rest_RC, rest_RC) <= energy
+        return not squared_distance(target_RC, decoded_RC, gain) <= energy
 
     if not adds_energy(1.0):
         return 1.0

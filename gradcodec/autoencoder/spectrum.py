@@ -100,11 +100,12 @@ class Spectrum:
         """Coefficients ``[R, C]`` -> mean squares of segments, what is expected of columns divided out: ``[N, S]``."""
         whiten_C = torch.exp2(self._columns_C / (-2 * LEVELS_PER_OCTAVE))
         lengths = torch.from_numpy(self._segment_widths_BS.reshape(-1)).to(coefficients_RC.device)
-        sums = [
-            torch.segment_reduce((row_C * whiten_C).square_().double(), "sum", lengths=lengths, unsafe=True)
-            for row_C in coefficients_RC
-        ]
-        sums_RBS = torch.stack(sums).cpu().numpy().reshape(len(sums), -1, NUM_SEGMENTS)
+        sums = coefficients_RC.new_empty(len(coefficients_RC), len(lengths), dtype=torch.float64)
+        for row_C, sums_of_row in zip(coefficients_RC, sums, strict=True):
+            sums_of_row.copy_(  # no name for the squares, which would keep them while the next ones are made
+                torch.segment_reduce((row_C * whiten_C).square_().double(), "sum", lengths=lengths, unsafe=True)
+            )
+        sums_RBS = sums.cpu().numpy().reshape(len(sums), -1, NUM_SEGMENTS)
         found: Doubles = (sums_RBS / np.maximum(self._segment_widths_BS, 1))[self.rank_N, self._block_N]
         return found
 
