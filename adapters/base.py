@@ -79,15 +79,14 @@ def compile_layers(base: PreTrainedModel) -> None:
     """Has torch compile every layer when it first runs. All share the code: a few graphs serve a model of any depth.
 
     Raises:
-        ValueError: a compiler is missing, or the architecture's layers cannot be told from the rest.
+        ValueError: transformers does not mark the architecture's layers as such.
     """
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        raise ValueError("model.compile=true needs a C++ compiler, and there is none here: install g++")
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"model.compile=true: {type(base).__name__} has no layers that transformers marks as such")
     for layer in layers:
-        layer.compile(dynamic=True)  # batches are as long as their longest window
+        # batches are as long as their longest window; training, evaluating and single windows have graphs of their own
+        layer.compile(dynamic=True, recompile_limit=64)
 
 
 def resolve_device(settings: ModelSettings) -> torch.device:
@@ -130,8 +129,10 @@ def load_base(settings: ModelSettings) -> PreTrainedModel:
 
     Raises:
         ValueError: no model there, damaged or missing weights, an architecture that transformers does not know, or a
-            quantisation or attention that cannot run here.
+            quantisation, attention or compiler that cannot run here.
     """
+    if settings.compile and not shutil.which(compiler := os.environ.get("CXX", "g++")):
+        raise ValueError(f"model.compile=true needs a C++ compiler, and there is no {compiler!r} here: install g++")
     with _in_one_line(settings):
         base, found = AutoModelForCausalLM.from_pretrained(
             settings.path,

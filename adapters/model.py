@@ -156,7 +156,7 @@ def set_adapter(model: PeftModel, adapter: Mapping[str, Tensor]) -> None:
 
 
 def subtract(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Adapter:
-    """The update that leads from ``old`` to ``new``, on the latter's device."""
+    """The update that leads from ``old`` to ``new``, on the device of ``new``."""
     return {name: new[name] - old[name].to(new[name].device) for name in new}
 
 

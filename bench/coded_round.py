@@ -54,9 +54,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory(prefix="coded-round-") as folder:
-            with ProcessPoolExecutor(
-                1, mp_context=multiprocessing.get_context("spawn")
-            ) as pool:  # gone with its memory
+            spawn = multiprocessing.get_context("spawn")  # a process of its own: its memory is not the round's
+            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
                 pool.submit(write_random_weights, args.geometry, Path(folder), getattr(torch, args.dtype)).result()
             figures = measure(args, folder)
     except ValueError as error:
@@ -133,6 +132,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     decode_update(payload, codec=codec)
     decode = clock.lap()
     estimated = estimate_memory(settings, lora, training, args.window)
+    update_bytes = 4 * layout.num_parameters
     tokens = args.steps * args.batch_size * args.window
     return {
         "device": device_name(str(device)),
@@ -149,10 +149,10 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         "peak_bytes_loading": peak_loading,
         "held_bytes": held,
         "peak_bytes_training": peak_training,
-        "peak_bytes_encoding": peak_bytes(device) - before_encoding,
+        "peak_bytes_encoding": update_bytes + peak_bytes(device) - before_encoding,
         "estimated_bytes_weights": estimated.weights,
         "estimated_bytes_training": estimated.total,
-        "estimated_bytes_encoding": 4 * ENCODING_UPDATES * layout.num_parameters,
+        "estimated_bytes_encoding": ENCODING_UPDATES * update_bytes,
     }
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from adapters.base import is_hub_name, max_positions, resolve_device
 from adapters.finetune import finetune, num_examples
 from adapters.memory import check_fits
-from adapters.model import Adapter, adapter_parts, adapter_shapes, load_model, load_tokenizer, on_host
+from adapters.model import Adapter, adapter_parts, adapter_shapes, get_adapter, load_model, load_tokenizer, on_host
 from adapters.team import Team
 from client.memory import load_residual, save_residual
 from client.work import TRUST, Arrays, Overrides, Trained, Work
@@ -93,8 +93,8 @@ class Trainer:
         _ = self.model
         if self.settings.arm == "coded":
             layout = self.codec.layout
-            nothing = {name: torch.zeros(shape) for name, shape in layout.shapes.items()}
-            encode_update(nothing, None, codec=self.codec, max_bytes=byte_budget(self.settings.codec, layout))
+            any_update = {name: tensor.fill_(1e-3) for name, tensor in get_adapter(self.model).items()}
+            encode_update(any_update, None, codec=self.codec, max_bytes=byte_budget(self.settings.codec, layout))
 
     def train(self, work: Work, team: Team | None = None) -> Trained:
         """Trains on a partition, alone or with a team whose others call ``finetune``, and encodes what changed."""
@@ -168,6 +168,7 @@ def trainer_for(settings_json: str, overrides: Overrides) -> Trainer:
             trainer.take_over(_current[1])
             _current = None
             gc.collect()  # modules refer to each other in circles
+            torch.compiler.reset()
             torch.cuda.empty_cache()
         _current = (asked, trainer)
     return _current[1]

@@ -55,7 +55,8 @@ class CodecSettings:
 
 
 ENCODING_UPDATES, DECODING_UPDATES = 6, 3
-"""Memory that ``learned`` takes on its device, in fp32 updates, the update itself included."""
+"""Memory that ``learned`` takes on its device, in fp32 updates, the update itself included. The other codecs take the
+host's, most of them more."""
 
 
 def check_codec(settings: CodecSettings) -> None:

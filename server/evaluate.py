@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,7 +41,8 @@ class Evaluator:
             _LOG.warning(warning)
         self.heldout = Windows.cat([shard.heldout for shard in self.shards])
         check_fits(server_memory(settings), resolve_device(settings.model), training=settings.arm == "centralised")
-        self.model: PeftModel = load_model(settings.model, settings.lora, settings.seed)
+        compiled = settings.model.compile and settings.arm == "centralised"  # else nothing is trained here
+        self.model: PeftModel = load_model(replace(settings.model, compile=compiled), settings.lora, settings.seed)
         self.batch_size = settings.train.micro_batch_size  # what fits into memory in training fits here
         start = settings.lora.start
         fresh = on_host(get_adapter(self.model))

@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerBase
 
 from adapters.model import load_tokenizer
 from conf.output import open_output, provenance, write_json
-from server.arms import Arm, read_arm
+from server.arms import WITHOUT, Arm, read_arm
 
 if TYPE_CHECKING:  # an extra, and slow to import
     from peft import PeftModel
@@ -116,7 +116,8 @@ def check_one_base(arms: Sequence[Arm]) -> None:
     """Raises ValueError: the arms are not of one base model, so that a base row would stand for none of them."""
     for arm in arms[1:]:
         first, other = asdict(arms[0].settings.model), asdict(arm.settings.model)
-        if key := next((key for key in first if first[key] != other[key] and key != "device"), None):
+        of_the_base = [key for key in first if key not in ("device", *WITHOUT)]
+        if key := next((key for key in of_the_base if first[key] != other[key]), None):
             raise ValueError(
                 f"{arm.path} has model.{key}={other[key]}, {arms[0].path} has {first[key]}: score them apart, "
                 f"or give one for all with --set model.{key}=..."

@@ -18,6 +18,8 @@ from bench.speed import layout_of, update_of
 from client.app import app as client_app
 from client.memory import load_residual, save_residual
 from conf.schema import Settings
+from gradcodec.autoencoder.networks import ARCHITECTURES
+from gradcodec.autoencoder.resnet import ResnetCodec
 from gradcodec.build import CODECS_FOR_ANY_LAYOUT, CodecSettings, build_codec, byte_budget
 from gradcodec.exchange import decode_blocks, encode_update, max_payload_bytes
 from gradcodec.layout import Layout
@@ -68,6 +70,11 @@ def serve_a_device(folder: Path) -> None:
     layout = Layout.of(SHAPES)
     update, other = heavy_tailed_update(0), heavy_tailed_update(1)
     with pretended_gpu() as gpu:
+        for name, network in ARCHITECTURES.items():
+            for literal in (False, True):
+                codec = ResnetCodec(layout, network(literal), literal, b"untrained", name)
+                payload, _ = encode_update(gpu.moved(update), None, codec=codec)
+                assert payload == encode_update(update, None, codec=codec)[0], name
         for name in CODECS_FOR_ANY_LAYOUT:
             for snr_db in (None, 3.0) if name == "powersgd" else (None,):
                 settings = CodecSettings(name, bits=4.0, snr_db=snr_db, artifact=ARTIFACT)

@@ -68,6 +68,7 @@ class ResnetCodec(WithoutSideInformation):
 
     @torch.no_grad()
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
+        blocks_RC = blocks_RC.cpu()
         scales = _scales(blocks_RC, self.layout, self.literal)
         picture_HW = to_picture(blocks_RC, scales, self.layout)
         latent = self._network.encoder(picture_HW[None, None])

@@ -64,7 +64,8 @@ class PowersgdCodec(WithoutSideInformation):
 
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
         max_bytes = budget_of(max_bytes, self.layout.num_parameters)
-        parts = [blocks_RC[: b.rank, b.start : b.stop].cpu().double().numpy() for b in self.layout.blocks]
+        blocks_RC = blocks_RC.cpu()
+        parts = [blocks_RC[: b.rank, b.start : b.stop].double().numpy() for b in self.layout.blocks]
         directions, energies_BR = self._decompose(parts)
         grants = self._grants(energies_BR)
         for count in range(*self._most(grants, 8 * (max_bytes - 1))):
