@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def write_json(content: Any, path: Path) -> None:
 
 
 def provenance() -> dict[str, str]:
-    """Versions and commit, for every result file."""
+    """Versions, commit and date (UTC), for every result file."""
     names = ("flwr", "torch", "transformers", "peft", "constriction", "numpy")
     made_with = {name: version(name) for name in names} | {"python": platform.python_version()}
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -43,4 +44,4 @@ def provenance() -> dict[str, str]:
         made_with["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         made_with["commit"] = "unknown"
-    return made_with
+    return made_with | {"date": datetime.now(UTC).date().isoformat()}
