@@ -48,7 +48,7 @@ class ModelSettings:
     quantization: str = "none"  # none | int8 (Dettmers et al. 2022) | nf4 (QLoRA, Dettmers et al. 2023)
     attention: str = "auto"  # auto: flash attention where it can run, else sdpa | sdpa | eager | flash_attention_2
     gradient_checkpointing: bool = False  # less memory, the same gradients, a third more time
-    compile: bool = False  # torch.compile of every layer: half a minute once a process, then faster steps
+    compile: bool = False  # torch.compile of every layer in training: 10 to 30 s once a model, then faster steps
     trust_remote_code: bool = False  # runs Python code that comes with the model
     device: str = "auto"  # auto: the first GPU, else the CPU | cpu | cuda | cuda:1 ...
 
