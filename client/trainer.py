@@ -50,10 +50,11 @@ class Trainer:
         self._source = _source_of(settings)
         self._given: tuple[PeftModel, PreTrainedTokenizerBase] | None = None
 
-    def take_over(self, old: Trainer) -> None:
-        """Model and tokenizer of the trainer before, if this one would load the same."""
+    def take_over(self, old: Trainer) -> bool:
+        """Model and tokenizer of the trainer before, if this one would load the same. Gives whether they are kept."""
         if self._source == old._source:
             self._given = (old.model, old.tokenizer) if "model" in old.__dict__ else old._given
+        return self._given is not None
 
     @cached_property
     def model(self) -> PeftModel:
@@ -165,10 +166,11 @@ def trainer_for(settings_json: str, overrides: Overrides) -> Trainer:
     if _current is None or _current[0] != asked:
         trainer = _new_trainer(settings_json, dict(overrides))  # settings that are refused leave the one before alone
         if _current is not None:
-            trainer.take_over(_current[1])
+            compiled = _current[1].settings.model.compile
+            if not trainer.take_over(_current[1]) and compiled:
+                torch.compiler.reset()  # its graphs hold on to it
             _current = None
             gc.collect()  # modules refer to each other in circles
-            torch.compiler.reset()
             torch.cuda.empty_cache()
         _current = (asked, trainer)
     return _current[1]
