@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class ModelSettings:
     quantization: str = "none"  # none | int8 (Dettmers et al. 2022) | nf4 (QLoRA, Dettmers et al. 2023)
     attention: str = "auto"  # auto: flash attention where it can run, else sdpa | sdpa | eager | flash_attention_2
     gradient_checkpointing: bool = False  # less memory, the same gradients, a third more time
-    compile: bool = False  # torch.compile of every layer in training: 10 to 30 s once a model, then faster steps
+    compile: bool = False  # torch.compile of every layer in training: a slow first step, then faster ones
     trust_remote_code: bool = False  # runs Python code that comes with the model
     device: str = "auto"  # auto: the first GPU, else the CPU | cpu | cuda | cuda:1 ...
 
@@ -75,7 +75,12 @@ def check_model(settings: ModelSettings) -> None:
         raise ValueError(f"model.path={settings.path!r} {what}: give a Hugging Face model directory or owner/name")
 
 
-def compile_layers(base: PreTrainedModel) -> None:
+def for_evaluation(settings: ModelSettings) -> ModelSettings:
+    """Without what serves training alone."""
+    return replace(settings, gradient_checkpointing=False, compile=False)
+
+
+def _compile_layers(base: PreTrainedModel) -> None:
     """Has torch compile every layer when it first runs. All share the code: a few graphs serve a model of any depth.
 
     Raises:
@@ -155,6 +160,8 @@ def load_base(settings: ModelSettings) -> PreTrainedModel:
             module.support_avx512bf16_for_cpu = False
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.compile:
+        _compile_layers(base)
     return base
 
 

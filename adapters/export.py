@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from adapters.model import Adapter, LoraSettings, get_adapter, set_adapter
+from adapters.model import Adapter, LoraSettings, adapter_shapes, set_adapter
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
@@ -73,7 +73,7 @@ def load_start(folder: Path, model: PeftModel) -> Adapter:
         ValueError: it cannot be read, or is of another rank, alpha, target modules or base model.
     """
     config, adapter = load_adapter(folder)
-    own_config, own = model.peft_config["default"], get_adapter(model)
+    own_config, own = model.peft_config["default"], adapter_shapes(model)
     for key, saved, wanted in (
         ("rank", config.r, own_config.r),
         ("alpha", config.lora_alpha, own_config.lora_alpha),
@@ -152,9 +152,9 @@ def _beyond_plain_lora(config: PeftConfig) -> str | None:
     return next((f"{key}={value}" for key in more if (value := getattr(config, key))), None)
 
 
-def _modules(adapter: Mapping[str, Tensor]) -> list[str]:
+def _modules(names: Iterable[str]) -> list[str]:
     """``...self_attn.q_proj.lora_A.weight`` -> ``q_proj``."""
-    return sorted({name.split(".lora_")[0].rpartition(".")[2] for name in adapter if ".lora_" in name})
+    return sorted({name.split(".lora_")[0].rpartition(".")[2] for name in names if ".lora_" in name})
 
 
 def _card(title: str, base: str, library: str, facts: Mapping[str, str], how: str) -> ModelCard:

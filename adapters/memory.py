@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters.architectures import attention_layers, linear_layers
-from adapters.base import ModelSettings, empty_base
+from adapters.base import ModelSettings, empty_base, for_evaluation
 from adapters.finetune import TrainSettings
 from adapters.model import LoraSettings, adapter_shapes, empty_model
 
@@ -61,7 +61,7 @@ def estimate_evaluation(
 ) -> MemoryEstimate:
     """What ``heldout_loss`` needs of the device's memory: a forward pass that keeps nothing of its layers, which are
     done when the logits are made. As ``estimate_memory``."""
-    step = estimate_memory(dataclasses.replace(settings, gradient_checkpointing=False), lora, training, window)
+    step = estimate_memory(for_evaluation(settings), lora, training, window)
     config = empty_base(settings).config
     of_a_layer = ceil(step.activations / config.num_hidden_layers)
     stream = training.micro_batch_size * window * config.hidden_size * _width(settings)

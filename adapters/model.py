@@ -25,7 +25,6 @@ from adapters.architectures import ATTENTION, Parts, fused_parts, target_modules
 from adapters.base import (
     ModelSettings,
     check_model,
-    compile_layers,
     empty_base,
     is_quantized,
     load_base,
@@ -90,8 +89,6 @@ def load_model(settings: ModelSettings, lora: LoraSettings, seed: int) -> PeftMo
     if is_quantized(base):
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     model = _with_adapter(base, lora, seed)
-    if settings.compile:
-        compile_layers(base)
     return model if is_quantized(base) else model.to(resolve_device(settings))
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from adapters.base import is_hub_name, max_positions, resolve_device
 from adapters.finetune import finetune, num_examples
 from adapters.memory import check_fits
-from adapters.model import Adapter, adapter_parts, adapter_shapes, get_adapter, load_model, load_tokenizer, on_host
+from adapters.model import Adapter, adapter_parts, adapter_shapes, load_model, load_tokenizer, on_host
 from adapters.team import Team
 from client.memory import load_residual, save_residual
 from client.work import TRUST, Arrays, Overrides, Trained, Work
@@ -94,7 +94,8 @@ class Trainer:
         _ = self.model
         if self.settings.arm == "coded":
             layout = self.codec.layout
-            any_update = {name: tensor.fill_(1e-3) for name, tensor in get_adapter(self.model).items()}
+            device = self.model.device
+            any_update = {name: torch.full(shape, 1e-3, device=device) for name, shape in layout.shapes.items()}
             encode_update(any_update, None, codec=self.codec, max_bytes=byte_budget(self.settings.codec, layout))
 
     def train(self, work: Work, team: Team | None = None) -> Trained:

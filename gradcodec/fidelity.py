@@ -29,7 +29,7 @@ def squared_distance(one: Tensor, other: Tensor, gain: float = 1.0) -> float:
     """``|one - gain * other|^2`` of two tensors of one shape, in float64."""
 
     def of_piece(a: Tensor, b: Tensor) -> Tensor:
-        rest = (a - (b if gain == 1.0 else b * gain)).double()
+        rest = (a - b * gain).double()
         return rest @ rest
 
     return _sum_over_pieces(one, other, of_piece)

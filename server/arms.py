@@ -6,17 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig, PeftModel
 
+from adapters.base import for_evaluation
 from adapters.export import CONFIG, load_adapter, lora_settings
 from adapters.model import Adapter, ModelSettings, load_model, set_adapter
 from conf.schema import Settings, changed
 from server.results import RunResults, load_results
-
-WITHOUT: dict[str, Any] = {"gradient_checkpointing": False, "compile": False}
-"""Of a model's settings, what serves training alone."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Arm:
 
     def load_model(self) -> PeftModel:
         """The base model with this adapter in it. Raises ValueError: they do not fit."""
-        model = load_model(replace(self.settings.model, **WITHOUT), self.settings.lora, self.settings.seed)
+        model = load_model(for_evaluation(self.settings.model), self.settings.lora, self.settings.seed)
         try:
             set_adapter(model, self.adapter)
         except ValueError as error:

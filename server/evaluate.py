@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from adapters.base import max_positions, resolve_device
+from adapters.base import for_evaluation, max_positions, resolve_device
 from adapters.export import load_start, save_adapter
 from adapters.finetune import Windows
 from adapters.memory import check_fits
@@ -41,12 +40,13 @@ class Evaluator:
             _LOG.warning(warning)
         self.heldout = Windows.cat([shard.heldout for shard in self.shards])
         check_fits(server_memory(settings), resolve_device(settings.model), training=settings.arm == "centralised")
-        compiled = settings.model.compile and settings.arm == "centralised"  # else nothing is trained here
-        self.model: PeftModel = load_model(replace(settings.model, compile=compiled), settings.lora, settings.seed)
+        model_settings = settings.model if settings.arm == "centralised" else for_evaluation(settings.model)
+        self.model: PeftModel = load_model(model_settings, settings.lora, settings.seed)
         self.batch_size = settings.train.micro_batch_size  # what fits into memory in training fits here
         start = settings.lora.start
-        fresh = on_host(get_adapter(self.model))
-        self.initial: Adapter = fresh if start is None else load_start(Path(start), self.model)
+        self.initial: Adapter = (
+            on_host(get_adapter(self.model)) if start is None else load_start(Path(start), self.model)
+        )
 
     def loss(self, adapter: Mapping[str, Tensor]) -> float:
         """Held-out loss in nats per token."""

@@ -34,9 +34,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from adapters.base import for_evaluation
 from adapters.model import load_tokenizer
 from conf.output import open_output, provenance, write_json
-from server.arms import WITHOUT, Arm, read_arm
+from server.arms import Arm, read_arm
 
 if TYPE_CHECKING:  # an extra, and slow to import
     from peft import PeftModel
@@ -115,9 +116,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 def check_one_base(arms: Sequence[Arm]) -> None:
     """Raises ValueError: the arms are not of one base model, so that a base row would stand for none of them."""
     for arm in arms[1:]:
-        first, other = asdict(arms[0].settings.model), asdict(arm.settings.model)
-        of_the_base = [key for key in first if key not in ("device", *WITHOUT)]
-        if key := next((key for key in of_the_base if first[key] != other[key]), None):
+        first, other = (asdict(for_evaluation(a.settings.model)) for a in (arms[0], arm))
+        if key := next((key for key in first if first[key] != other[key] and key != "device"), None):
             raise ValueError(
                 f"{arm.path} has model.{key}={other[key]}, {arms[0].path} has {first[key]}: score them apart, "
                 f"or give one for all with --set model.{key}=..."

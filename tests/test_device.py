@@ -28,16 +28,16 @@ from server.rounds import run_federation
 ARTIFACT = str(Path("assets/codec").absolute())
 
 
-def in_a_process_of_its_own(work: Callable[[Path], None], folder: Path) -> None:
+def in_a_process_of_its_own(work: Callable[..., None], *args: Path) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pool.submit(work, folder).result()
+        pool.submit(work, *args).result()
 
 
-def test_a_payload_takes_one_copy_to_the_host_and_all_else_stays(tmp_path: Path) -> None:
-    in_a_process_of_its_own(code_on_the_device, tmp_path)
+def test_a_payload_takes_one_copy_to_the_host_and_all_else_stays() -> None:
+    in_a_process_of_its_own(code_on_the_device)
 
 
-def code_on_the_device(folder: Path) -> None:
+def code_on_the_device() -> None:
     layout, settings = layout_of("tiny", rank=8), CodecSettings(artifact=ARTIFACT)
     update_bytes = 4 * layout.num_parameters
     here, update = build_codec(settings, layout), update_of(layout)
