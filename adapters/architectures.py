@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-ATTENTION, ALL_LINEAR = "attention", "all-linear"
+from adapters.settings import ALL_LINEAR, ATTENTION
+
 Parts = dict[str, tuple[range, ...]]
 """Name of a part -> the rows of the whole that are its own."""
 _INTERLEAVED = {

@@ -7,11 +7,9 @@ with a model runs only where ``model.trust_remote_code`` says so. Whatever is wr
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,53 +29,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.logging import disable_progress_bar
 
-DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = ("none", "int8", "nf4")
-ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+from adapters.settings import ModelSettings, check_device, check_model, is_hub_name
 
-
-@dataclass
-class ModelSettings:
-    """Which base model, and how it is held."""
-
-    path: str = "assets/tiny-llama"  # a directory, or owner/name on the Hugging Face hub
-    revision: str | None = None  # hub only: a commit, tag or branch; a commit gives every node the same weights
-    dtype: str = "float32"  # of the frozen base weights: float32, bfloat16 or float16
-    quantization: str = "none"  # none | int8 (Dettmers et al. 2022) | nf4 (QLoRA, Dettmers et al. 2023)
-    attention: str = "auto"  # auto: flash attention where it can run, else sdpa | sdpa | eager | flash_attention_2
-    gradient_checkpointing: bool = False  # less memory, the same gradients, a third more time
-    compile: bool = False  # torch.compile of every layer in training: a slow first step, then faster ones
-    trust_remote_code: bool = False  # runs Python code that comes with the model
-    device: str = "auto"  # auto: the first GPU, else the CPU | cpu | cuda | cuda:1 ...
-
-
-def is_hub_name(path: str) -> bool:
-    """Whether this names a model on the hub: ``owner/name``, and nothing of that name lies here."""
-    return _HUB_NAME.fullmatch(path) is not None and not Path(path).exists()
-
-
-def check_model(settings: ModelSettings) -> None:
-    """Raises ValueError if the settings cannot be served; loads nothing and asks no hub."""
-    for key, known in (("dtype", DTYPES), ("quantization", QUANTIZATIONS), ("attention", ATTENTIONS)):
-        if getattr(settings, key) not in known:
-            raise ValueError(f"model.{key}={getattr(settings, key)!r} is none of {', '.join(known)}")
-    _named_device(settings)
-    if settings.attention == "flash_attention_2":
-        if settings.dtype == "float32":
-            raise ValueError("model.attention=flash_attention_2 needs model.dtype=bfloat16 or float16")
-        if not _has_flash_attention(settings):
-            raise ValueError("model.attention=flash_attention_2 needs the package flash-attn and a GPU: try sdpa")
-    path = Path(settings.path)
-    if not is_hub_name(settings.path) and not (path / "config.json").is_file():
-        what = "holds no config.json" if path.is_dir() else "is no directory"
-        raise ValueError(f"model.path={settings.path!r} {what}: give a Hugging Face model directory or owner/name")
-
-
-def for_evaluation(settings: ModelSettings) -> ModelSettings:
-    """Without what serves training alone."""
-    return replace(settings, gradient_checkpointing=False, compile=False)
+disable_progress_bar()  # a bar for every load would run over the rounds' own
 
 
 def _compile_layers(base: PreTrainedModel) -> None:
@@ -104,11 +60,9 @@ def resolve_device(settings: ModelSettings) -> torch.device:
 
 
 def _named_device(settings: ModelSettings) -> torch.device | None:
-    """None: ``auto``. Whether the device is here is not asked, so that a dry run serves any."""
-    try:
-        return None if settings.device == "auto" else torch.device(settings.device)
-    except RuntimeError:
-        raise ValueError(f"model.device={settings.device!r} is no device: give auto, cpu, cuda or cuda:1") from None
+    """None: ``auto``."""
+    check_device(settings.device)
+    return None if settings.device == "auto" else torch.device(settings.device)
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:

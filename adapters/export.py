@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from adapters.model import Adapter, LoraSettings, adapter_shapes, set_adapter
+from adapters.model import Adapter, adapter_shapes, set_adapter
+from adapters.settings import LoraSettings
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 

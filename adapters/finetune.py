@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapters.model import Adapter, get_adapter, set_adapter, subtract
+from adapters.settings import TrainSettings, num_steps
 from adapters.team import Team
 
 IGNORED = -100
@@ -70,56 +71,6 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-@dataclass
-class TrainSettings:
-    """One client's local training in one round."""
-
-    update: str = "gradient"  # gradient (SGD here, adaptive on the server) | delta (AdamW here, mean on the server)
-    steps: int = 10  # on windows drawn with replacement
-    epochs: int | None = None  # instead of steps: how often every window is trained on, in a new order each time
-    batch_size: int = 8  # windows a step
-    micro_batch_size: int = 8  # windows a pass; smaller needs less memory and gives the same gradients
-    lr: float = 1.0
-    schedule: str = "constant"  # constant | cosine (to 0 over the steps of a round)
-    warmup_steps: int = 0
-    weight_decay: float = 0.0  # delta only
-    clip: float = 1.0  # maximal norm of a step's gradient
-    threads: int = 1  # CPU threads a client; results are reproducible only for an equal number
-
-
-def check_training(settings: TrainSettings) -> None:
-    """Raises ValueError naming the first key that cannot be served."""
-    if settings.update not in ("gradient", "delta"):
-        raise ValueError(f"train.update={settings.update!r} is none of gradient, delta")
-    if settings.schedule not in ("constant", "cosine"):
-        raise ValueError(f"train.schedule={settings.schedule!r} is none of constant, cosine")
-    for key in ("steps", "batch_size", "micro_batch_size", "threads"):
-        if getattr(settings, key) < 1:
-            raise ValueError(f"train.{key}={getattr(settings, key)} must be at least 1")
-    if settings.epochs is not None and settings.epochs < 1:
-        raise ValueError(f"train.epochs={settings.epochs} must be at least 1, or null for train.steps")
-    if settings.batch_size % settings.micro_batch_size:
-        sizes = f"train.batch_size={settings.batch_size}, train.micro_batch_size={settings.micro_batch_size}"
-        raise ValueError(f"{sizes}: the first must be a multiple of the second")
-    for key in ("lr", "clip"):
-        if not getattr(settings, key) > 0:
-            raise ValueError(f"train.{key}={getattr(settings, key)} must be greater than 0")
-
-
-def num_examples(settings: TrainSettings, num_windows: int) -> int:
-    """Windows that a client with ``num_windows`` trains on in one round: its weight in the mean."""
-    if settings.epochs is not None:
-        return settings.epochs * num_windows
-    return settings.steps * settings.batch_size
-
-
-def num_steps(settings: TrainSettings, num_windows: int) -> int:
-    """Steps that a client with ``num_windows`` takes in one round; the last of an epoch may be a smaller one."""
-    if settings.epochs is not None:
-        return settings.epochs * math.ceil(num_windows / settings.batch_size)
-    return settings.steps
 
 
 def finetune(

@@ -6,7 +6,6 @@ An adapter is a dict: PEFT tensor name -> float32 tensor on the CPU. The base mo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 from peft import (
@@ -21,16 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adapters.architectures import ATTENTION, Parts, fused_parts, target_modules
-from adapters.base import (
-    ModelSettings,
-    check_model,
-    empty_base,
-    is_quantized,
-    load_base,
-    load_tokenizer,
-    resolve_device,
-)
+from adapters.architectures import Parts, fused_parts, target_modules
+from adapters.base import empty_base, is_quantized, load_base, load_tokenizer, resolve_device
+from adapters.settings import LoraSettings, ModelSettings, check_lora, check_model
 
 __all__ = [
     "Adapter",
@@ -52,29 +44,6 @@ __all__ = [
 ]
 
 Adapter = dict[str, Tensor]
-
-
-@dataclass
-class LoraSettings:
-    """The LoRA adapter (Hu et al. 2022)."""
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    # attention: its projections, whatever the architecture calls them | all-linear | names of modules
-    target_modules: list[str] = field(default_factory=lambda: [ATTENTION])
-    train: str = "both"  # both factors | b: A stays as it was drawn (FFA-LoRA, Sun et al. 2024)
-    start: str | None = None  # PEFT adapter directory on the server from which training starts; null: a fresh one
-
-
-def check_lora(settings: LoraSettings) -> None:
-    """Raises ValueError naming the first key that cannot be served."""
-    if settings.train not in ("both", "b"):
-        raise ValueError(f"lora.train={settings.train!r} is none of both, b")
-    if settings.rank < 1:
-        raise ValueError(f"lora.rank={settings.rank} must be at least 1")
-    if not settings.target_modules:
-        raise ValueError(f"lora.target_modules is empty: try [{ATTENTION}]")
 
 
 def load_model(settings: ModelSettings, lora: LoraSettings, seed: int) -> PeftModel:

@@ -31,7 +31,8 @@ from gradcodec.build import codec_of
 from gradcodec.codec import Codec, WithoutSideInformation
 from gradcodec.entropy import integer_table
 from gradcodec.recording import Recording, Update, load_recording
-from gradcodec.training import FitSettings, Row, measure, sides_of
+from gradcodec.settings import FitSettings
+from gradcodec.training import Row, measure, sides_of
 
 ROUNDS = (1, 3, 10)
 

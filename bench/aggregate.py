@@ -26,12 +26,14 @@ from rich.table import Table
 
 from bench.speed import GEOMETRIES, layout_of, peak_bytes, update_of
 from conf.output import provenance, write_json
-from gradcodec.build import CodecSettings, build_codec
+from gradcodec.build import build_codec
 from gradcodec.exchange import encode_update, max_payload_bytes
 from gradcodec.layout import Layout
-from strategies.build import StrategySettings, build_inner
+from gradcodec.settings import CodecSettings
+from strategies.build import build_inner
 from strategies.coded import CodedStrategy
 from strategies.records import ARRAYS, CONFIG, METRICS, NUM_EXAMPLES, REPLY_METRICS, wrap_payload
+from strategies.settings import StrategySettings
 
 
 def main() -> None:

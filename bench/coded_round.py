@@ -25,15 +25,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adapters.base import QUANTIZATIONS, ModelSettings, resolve_device
-from adapters.finetune import TrainSettings, Windows, finetune
-from adapters.memory import estimate_memory
-from adapters.model import LoraSettings, adapter_parts, adapter_shapes, get_adapter, load_model
+from adapters.base import resolve_device
+from adapters.finetune import Windows, finetune
+from adapters.footprint import estimate_memory
+from adapters.model import adapter_parts, adapter_shapes, get_adapter, load_model
+from adapters.settings import QUANTIZATIONS, LoraSettings, ModelSettings, TrainSettings
 from bench.speed import device_name, peak_bytes, wait_for
 from conf.output import provenance, write_json
-from gradcodec.build import ENCODING_UPDATES, CodecSettings, build_codec
+from gradcodec.build import ENCODING_UPDATES, build_codec
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
 from gradcodec.layout import Layout
+from gradcodec.settings import CodecSettings
 
 
 def main() -> None:

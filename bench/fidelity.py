@@ -21,11 +21,12 @@ from rich.table import Table
 
 from conf.output import provenance, write_json
 from gradcodec.artifact import load_artifact
-from gradcodec.build import CODECS, CODECS_WITH_A_RATE, TRAINED, CodecSettings, build_codec, codec_of
+from gradcodec.build import build_codec, codec_of
 from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.recording import Recording, Update, load_recording
-from gradcodec.training import FitSettings, Row, measure, rows_to_json, train_codec
+from gradcodec.settings import CODECS, CODECS_WITH_A_RATE, TRAINED, CodecSettings, FitSettings
+from gradcodec.training import Row, measure, rows_to_json, train_codec
 
 GENERAL = "learned (general)"
 

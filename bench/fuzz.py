@@ -26,12 +26,13 @@ from rich.progress import track
 from rich.table import Table
 
 from conf.output import provenance, write_json
-from gradcodec.build import CODECS_FOR_ANY_LAYOUT, CodecSettings, build_codec
+from gradcodec.build import CODECS_FOR_ANY_LAYOUT, build_codec
 from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
 from gradcodec.frame import HEADER_BYTES, Frame, pack, unpack
 from gradcodec.layout import Layout
+from gradcodec.settings import CodecSettings
 
 SHAPES = {
     f"{layer}.{module}.lora_{factor}.weight": (8, 96) if factor == "A" else (64, 8)

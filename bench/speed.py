@@ -29,9 +29,10 @@ from rich.table import Table
 from torch import Tensor
 
 from conf.output import provenance, write_json
-from gradcodec.build import CODECS_FOR_ANY_LAYOUT, CODECS_WITH_A_RATE, CodecSettings, build_codec
+from gradcodec.build import CODECS_FOR_ANY_LAYOUT, build_codec
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
 from gradcodec.layout import Layout
+from gradcodec.settings import CODECS_WITH_A_RATE, CodecSettings
 
 Result = TypeVar("Result")
 Widths = tuple[tuple[str, int, int], ...]

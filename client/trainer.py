@@ -17,21 +17,23 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from adapters.base import is_hub_name, max_positions, resolve_device
-from adapters.finetune import finetune, num_examples
-from adapters.memory import check_fits
+from adapters.base import max_positions, resolve_device
+from adapters.finetune import finetune
+from adapters.footprint import check_fits
 from adapters.model import Adapter, adapter_parts, adapter_shapes, load_model, load_tokenizer, on_host
+from adapters.settings import is_hub_name, num_examples
 from adapters.team import Team
-from client.memory import load_residual, save_residual
+from client.residuals import load_residual, save_residual
 from client.work import TRUST, Arrays, Overrides, Trained, Work
-from conf.memory import client_memory
+from conf.footprint import client_memory
 from conf.schema import Settings, check_settings
 from gradcodec.build import build_codec, byte_budget
 from gradcodec.codec import Codec
 from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
 from strategies.records import TRUST_VARIABLE
-from tasks.shards import Shard, check_window, load_shard, what_is_lost
+from tasks.settings import check_window
+from tasks.shards import Shard, load_shard, what_is_lost
 
 _LOG = logging.getLogger(__name__)
 

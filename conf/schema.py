@@ -12,18 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from adapters.base import is_hub_name as is_hub_model
-from adapters.finetune import TrainSettings, check_training
-from adapters.model import LoraSettings, ModelSettings, check_lora, check_model
-from gradcodec.build import CodecSettings, check_codec
-from gradcodec.training import FitSettings
-from strategies.build import StrategySettings, check_strategy
-from tasks.corpora import is_hub_name as is_hub_dataset
-from tasks.shards import TaskSettings, check_task
+from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_lora, check_model, check_training
+from adapters.settings import is_hub_name as is_hub_model
+from gradcodec.settings import CodecSettings, FitSettings, check_codec
+from strategies.settings import StrategySettings, check_strategy
+from tasks.settings import TaskSettings, check_task
+from tasks.settings import is_hub_name as is_hub_dataset
 
 Run = TypeVar("Run", bound="Settings")
 ARMS = ("base", "centralised", "dense", "coded")
@@ -188,11 +185,14 @@ def _check_simulation(backend: BackendSettings, dry_run: bool) -> None:
         raise ValueError(f"backend.client_cpus={backend.client_cpus} must be at least 1")
     if not backend.client_gpus >= 0:
         raise ValueError(f"backend.client_gpus={backend.client_gpus} must be at least 0")
-    if not dry_run and backend.client_gpus > (found := torch.cuda.device_count()):
-        raise ValueError(
-            f"backend.client_gpus={backend.client_gpus:g} is more than the {found} GPUs of this machine: "
-            "give backend.client_gpus=0 to simulate on its CPUs"
-        )
+    if backend.client_gpus > 0 and not dry_run:
+        import torch  # here, as it takes seconds
+
+        if backend.client_gpus > (found := torch.cuda.device_count()):
+            raise ValueError(
+                f"backend.client_gpus={backend.client_gpus:g} is more than the {found} GPUs of this machine: "
+                "give backend.client_gpus=0 to simulate on its CPUs"
+            )
 
 
 def _typed(schema: type[Run], config: Any) -> Run:

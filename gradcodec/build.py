@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,9 +20,8 @@ from gradcodec.peers.eden import EdenCodec
 from gradcodec.peers.powersgd import PowersgdCodec
 from gradcodec.peers.rotated import RotatedCodec
 from gradcodec.peers.topk import TopkCodec
+from gradcodec.settings import CODECS_WITH_A_RATE, CodecSettings, check_codec
 
-TRAINED = ("learned", "resnet", "cnn1d", "uformer")
-"""Codecs that need an artifact."""
 _UNTRAINED: dict[str, Callable[[Layout], Codec]] = {
     "identity": IdentityCodec,
     "bf16": Bf16Codec,
@@ -36,48 +34,13 @@ _UNTRAINED: dict[str, Callable[[Layout], Codec]] = {
     "b-only": BOnlyCodec,
     "rotated": RotatedCodec,
 }
-CODECS_WITH_A_RATE = ("learned", "eden", "topk", "powersgd", "b-only", "rotated")
 CODECS_FOR_ANY_LAYOUT = ("learned", *_UNTRAINED)
 """Those that need no artifact of one geometry."""
-CODECS = ("identity", *TRAINED, *(name for name in _UNTRAINED if name != "identity"))
-
-
-@dataclass
-class CodecSettings:
-    """Which codec, at which rate, with how much error feedback."""
-
-    name: str = "learned"
-    bits: float | None = 0.5  # bits per parameter of the whole payload, at most; null: the codec's own rate
-    snr_db: float | None = None  # the cheapest payload of this signal-to-noise ratio, still of at most `bits`
-    artifact: str | None = None  # folder made by `python -m tgap`, for codecs that are trained
-    digest: str | None = None  # set by the server: the artifact that both ends must have
-    feedback: float = 0.5  # share of the residual that goes into the next target; 0: no error feedback, 1: no leak
 
 
 ENCODING_UPDATES, DECODING_UPDATES = 6, 3
 """Memory that ``learned`` takes on its device, in fp32 updates, the update itself included. The other codecs take the
 host's, most of them more."""
-
-
-def check_codec(settings: CodecSettings) -> None:
-    """Raises CodecError naming the first key that cannot be served."""
-    if settings.name not in CODECS:
-        raise CodecError(f"codec.name={settings.name!r} is none of {', '.join(CODECS)}")
-    if settings.bits is not None and not 0 < settings.bits <= 64:
-        raise CodecError(f"codec.bits={settings.bits} bits per parameter: choose more than 0 and at most 64, or null")
-    if settings.snr_db is not None:
-        if not 0 < settings.snr_db <= 60:
-            raise CodecError(f"codec.snr_db={settings.snr_db} dB: choose more than 0 and at most 60, or null")
-        if settings.name not in CODECS_WITH_A_RATE:
-            raise CodecError(
-                f"codec.snr_db: codec.name={settings.name} has one rate; {', '.join(CODECS_WITH_A_RATE)} have more"
-            )
-        if settings.bits is None:
-            raise CodecError("codec.snr_db needs codec.bits, the most that it may take")
-    if not 0 <= settings.feedback <= 1:
-        raise CodecError(f"codec.feedback={settings.feedback} must lie between 0 and 1")
-    if settings.name in TRAINED and settings.artifact is None:
-        raise CodecError(f"codec.name={settings.name} needs codec.artifact: train one with `python -m tgap`")
 
 
 def build_codec(settings: CodecSettings, layout: Layout, device: torch.device | str = "cpu") -> Codec:

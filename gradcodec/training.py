@@ -19,19 +19,10 @@ from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
 from gradcodec.fidelity import fidelity, gaussian_bound_cosine
 from gradcodec.gauge import principal_axes
 from gradcodec.recording import Recording, Update
+from gradcodec.settings import FitSettings
 
 Progress = Callable[[int, int, float], None]
 """Called with what is done, what there is to do, and the loss."""
-TRAINABLE = ("learned", "resnet", "resnet-literal", "cnn1d", "uformer")
-
-
-@dataclass
-class FitSettings:
-    """How codecs are trained."""
-
-    directions: int = 96  # leading directions that `learned` keeps along the width of a tensor, at most half of it
-    passes: int = 6  # how often quantiser and entropy models of `learned` are fitted to each other
-    network_steps: int = 300  # optimizer steps of the paper's autoencoders
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftModel
 
-from adapters.base import for_evaluation
 from adapters.export import CONFIG, load_adapter, lora_settings
-from adapters.model import Adapter, ModelSettings, load_model, set_adapter
+from adapters.model import Adapter, load_model, set_adapter
+from adapters.settings import ModelSettings, for_evaluation
 from conf.schema import Settings, changed
 from server.results import RunResults, load_results
 

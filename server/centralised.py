@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from adapters.finetune import Windows, finetune, num_steps
+from adapters.finetune import Windows, finetune
 from adapters.model import add, on_host
+from adapters.settings import num_steps
 from conf.output import open_output, write_json
 from conf.schema import Settings, check_settings
 from server.evaluate import Evaluator

@@ -10,14 +10,16 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from adapters.base import for_evaluation, max_positions, resolve_device
+from adapters.base import max_positions, resolve_device
 from adapters.export import load_start, save_adapter
 from adapters.finetune import Windows
-from adapters.memory import check_fits
+from adapters.footprint import check_fits
 from adapters.model import Adapter, get_adapter, load_model, load_tokenizer, on_host, set_adapter
-from conf.memory import server_memory
+from adapters.settings import for_evaluation
+from conf.footprint import server_memory
 from conf.schema import Settings
-from tasks.shards import Shard, check_window, load_shards, what_is_lost
+from tasks.settings import check_window
+from tasks.shards import Shard, load_shards, what_is_lost
 from tasks.windows import heldout_loss
 
 _LOG = logging.getLogger(__name__)

@@ -14,18 +14,20 @@ import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from adapters.base import is_hub_name
+from adapters.settings import is_hub_name
 from conf.output import open_output
 from conf.schema import Settings, changed, check_settings, register_schemas, settings_of
-from server.checkpoint import load_checkpoint
-from server.plan import Plan, plan_of, print_plan
 from server.quiet import quiet
-from server.results import RunResults
+
+if TYPE_CHECKING:  # slow to import, and not needed to refuse a setting
+    from server.plan import Plan
+    from server.results import RunResults
 
 register_schemas()
 
@@ -44,6 +46,8 @@ def main(config: DictConfig) -> float:
         else:
             settings.run_id = uuid.uuid4().hex[:12]
         if settings.dry_run:
+            from server.plan import print_plan
+
             print_plan(planned(settings))
             return 0.0
         results = run(settings)
@@ -63,6 +67,8 @@ def main(config: DictConfig) -> float:
 
 def planned(settings: Settings) -> Plan:
     """``plan_of``; where the model is not here, the error says what serves a dry run as well."""
+    from server.plan import plan_of
+
     try:
         return plan_of(settings)
     except ValueError as error:
@@ -77,6 +83,8 @@ def resumed(folder: Path, overrides: Sequence[str]) -> Settings:
     Raises:
         ValueError: there is no checkpoint, or an override would make it another run.
     """
+    from server.checkpoint import load_checkpoint
+
     checkpoint = load_checkpoint(folder)
     settings = checkpoint.settings
     same = f"backend={settings.backend.name}"

@@ -14,18 +14,20 @@ from rich.console import Console
 from rich.table import Table
 
 from adapters.base import empty_base, max_positions
-from adapters.finetune import num_steps
-from adapters.memory import MemoryEstimate
+from adapters.footprint import MemoryEstimate
 from adapters.model import adapter_parts, adapter_shapes, empty_model
-from conf.memory import client_memory, server_memory
+from adapters.settings import num_steps
+from conf.footprint import client_memory, server_memory
 from conf.schema import Settings, check_settings
 from gradcodec.autoencoder.resnet import picture_shape
-from gradcodec.build import CODECS_WITH_A_RATE, byte_budget
+from gradcodec.build import byte_budget
 from gradcodec.frame import HEADER_BYTES
 from gradcodec.layout import Layout
 from gradcodec.peers.casts import INT8_RUN, NF4_RUN
+from gradcodec.settings import CODECS_WITH_A_RATE
 from server.progress import bytes_text
-from tasks.shards import check_window, client_records
+from tasks.settings import check_window
+from tasks.shards import client_records
 
 ROUND_SECONDS = 5.0
 """What Flower takes of a round over gRPC besides training: `python -m bench.rounds`, column `rest`."""

@@ -21,11 +21,13 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from adapters.base import max_positions
-from adapters.finetune import Windows, check_training, num_steps
+from adapters.finetune import Windows
 from adapters.model import load_tokenizer
+from adapters.settings import check_training, num_steps
 from conf.schema import Settings, register_schemas, settings_of
 from server.quiet import quiet
-from tasks.shards import Shard, check_task, check_window, client_records, shard_of
+from tasks.settings import check_task, check_window
+from tasks.shards import Shard, client_records, shard_of
 
 register_schemas()
 

@@ -13,13 +13,14 @@ from flwr.serverapp import Grid
 from flwr.supercore import log
 from torch import Tensor
 
-from adapters.finetune import num_examples
 from adapters.model import adapter_parts, adapter_shapes
+from adapters.settings import num_examples
 from conf.output import open_output, write_json
 from conf.schema import Settings, check_settings
 from gradcodec.artifact import load_artifact
-from gradcodec.build import TRAINED, build_codec, byte_budget
+from gradcodec.build import build_codec, byte_budget
 from gradcodec.layout import Layout
+from gradcodec.settings import TRAINED
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.evaluate import Evaluator
 from server.events import EventLog
@@ -29,6 +30,7 @@ from server.results import RunResults
 from strategies.build import build_inner
 from strategies.coded import CodedStrategy
 from strategies.dense import DenseStrategy
+from strategies.errors import RoundError
 from strategies.ledger import LedgerStrategy, Uplink
 from strategies.messages import replies_to
 from strategies.optimizer import optimizer_state, restore_optimizer
@@ -36,7 +38,6 @@ from strategies.recording import RecordingStrategy
 from strategies.records import SETTINGS
 from strategies.sampling import Fault, Roster, SeededStrategy, call_roll
 from strategies.tensors import from_record, to_record
-from strategies.wrapping import RoundError
 
 
 def run_federation(grid: Grid, settings: Settings) -> RunResults:

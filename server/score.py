@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from adapters.base import for_evaluation
 from adapters.model import load_tokenizer
+from adapters.settings import for_evaluation
 from conf.output import open_output, provenance, write_json
 from server.arms import Arm, read_arm
 

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 
+from strategies.errors import FederationError, RoundError
 from strategies.messages import replies_to
 from strategies.records import (
     ARRAYS,
@@ -32,7 +33,7 @@ from strategies.records import (
     config_of,
     metric,
 )
-from strategies.wrapping import FederationError, RoundError, WrappingStrategy
+from strategies.wrapping import WrappingStrategy
 
 Roster = Mapping[int, int]
 """Partition id -> Flower node id."""

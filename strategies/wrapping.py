@@ -11,6 +11,7 @@ from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 from torch import Tensor
 
+from strategies.errors import RoundError
 from strategies.records import ARRAYS, wrap_adapter
 from strategies.tensors import from_record
 
@@ -39,14 +40,6 @@ class WrappingStrategy(Strategy):
 
     def summary(self) -> None:
         self.inner.summary()
-
-
-class FederationError(ValueError):
-    """The federation cannot run as asked for; the message says which node or setting, and what to do."""
-
-
-class RoundError(FederationError):
-    """A round came to nothing. The server's state is what it was before, so that the round can be tried again."""
 
 
 class AdapterStrategy(WrappingStrategy):

@@ -7,31 +7,17 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets, load_dataset
 
-from tasks.exams import EXAMS
+from adapters.settings import is_hub_name
+from tasks.settings import FORMATS, TEXTS
 from tasks.stdlib import packages
-
-RECORDS = ("jsonl", "dolly", "alpaca", "chat", *EXAMS)
-"""Tasks whose data are records of named fields; but for exams they differ in nothing but their settings."""
-TASKS = ("stdlib", "text", *RECORDS)
-
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-"""Suffix -> the reader of `datasets`."""
-TEXTS = (".txt", ".md")
 
 for library in ("datasets", "huggingface_hub"):
     logging.getLogger(library).setLevel(logging.CRITICAL)  # what they have to say comes as an exception too
-
-
-def is_hub_name(path: str) -> bool:
-    """Whether this can only be a data set's name on the hub, ``owner/name``, and no path."""
-    named = re.fullmatch(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", path) is not None
-    return named and Path(path).suffix not in (*FORMATS, *TEXTS) and not Path(path).exists()
 
 
 def package_text(client: int, num_clients: int) -> str:

@@ -87,4 +87,3 @@ _EXAMS: dict[str, tuple[Callable[[Path], Iterator[Row]], str]] = {
     "ceval": (ceval_rows, "以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。"),
     "mmlu": (mmlu_rows, "The following is a multiple choice question about {subject}. Answer with its letter."),
 }
-EXAMS = tuple(_EXAMS)

@@ -15,8 +15,7 @@ from datasets import Dataset
 from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner
 from flwr_datasets.partitioner.partitioner import Partitioner
 
-PARTITIONS = ("iid", "dirichlet", "column", "local")
-BY_COLUMN = ("dirichlet", "column")
+from tasks.settings import BY_COLUMN
 
 
 def deal(

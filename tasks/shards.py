@@ -14,35 +14,12 @@ import torch
 from datasets import Dataset
 
 from adapters.finetune import Windows
-from tasks.corpora import RECORDS, TASKS, package_text, read_records, read_texts
-from tasks.exams import EXAMS, read_exam
-from tasks.partitions import BY_COLUMN, PARTITIONS, deal, own_path
-from tasks.templates import LOSS_ON, TEMPLATES, Example, check_template, example_of
+from tasks.corpora import package_text, read_records, read_texts
+from tasks.exams import read_exam
+from tasks.partitions import deal, own_path
+from tasks.settings import EXAMS, RECORDS, TaskSettings
+from tasks.templates import Example, check_template, example_of
 from tasks.windows import Tokenizer, packed, padded, tokens_of
-
-SPLITS = ("tgap", "faf", "all")
-
-
-@dataclass
-class TaskSettings:
-    """Which data, and how it is split."""
-
-    name: str = "stdlib"  # stdlib | text | jsonl, dolly, alpaca, chat, ceval, mmlu: records
-    path: str | None = None  # a file, a folder, or a data set's name on the hub
-    template: str = "alpaca"  # of records: alpaca | chat (the tokenizer's own) | none
-    loss_on: str = "all"  # all tokens count | response: of records, what is answered
-    packing: bool = True  # records behind each other, cut into windows; false: one record a window, padded
-    window: int = 128  # tokens
-    split: str = "faf"  # tgap: D1, faf: D2, all: both
-    tgap_fraction: float = 0.3
-    heldout_fraction: float = 0.1
-    heldout_windows: int = 16  # at most this many a client are evaluated
-    max_windows: int = 2048  # at most this many a client are read, held-out ones included
-    partition: str = "iid"  # iid | dirichlet | column | local: one file or folder a client, path/client-0.jsonl
-    partition_by: str | None = None  # dirichlet: the column to spread; column: one of its values a client
-    alpha: float = 0.5  # dirichlet: smaller is less alike
-    partition_seed: int = 0
-    expected_records: int | None = None  # how many there are, for a dry run where the data are not here
 
 
 @dataclass(frozen=True)
@@ -65,47 +42,6 @@ def what_is_lost(shards: Sequence[Shard], settings: TaskSettings) -> list[str]:
         f"{over} records are left out, whole or in part: task.max_windows={settings.max_windows} a client": over,
     }
     return [line for line, count in lines.items() if count]
-
-
-def check_task(settings: TaskSettings) -> None:
-    """Raises ValueError naming the first key that cannot be served."""
-    if settings.name not in TASKS:
-        raise ValueError(f"task.name={settings.name!r} is none of {', '.join(TASKS)}")
-    if settings.name != "stdlib" and settings.path is None:
-        raise ValueError(f"task.name={settings.name} needs task.path: the file or folder to read")
-    choices = {"template": TEMPLATES, "loss_on": LOSS_ON, "split": SPLITS, "partition": PARTITIONS}
-    for key, values in choices.items():
-        if getattr(settings, key) not in values:
-            raise ValueError(f"task.{key}={getattr(settings, key)!r} is none of {', '.join(values)}")
-    if settings.loss_on == "response" and settings.name not in RECORDS:
-        raise ValueError(f"task.loss_on=response needs records with a response, and task.name={settings.name} has none")
-    if settings.name == "stdlib" and (settings.partition != "iid" or not settings.packing):
-        raise ValueError("task.name=stdlib is one text a client: task.partition and task.packing cannot be changed")
-    if (settings.partition_by is not None) != (settings.partition in BY_COLUMN):
-        raise ValueError(
-            f"task.partition_by={settings.partition_by} and task.partition={settings.partition} do not go together: "
-            "dirichlet and column need a column, iid and local have none"
-        )
-    if settings.window < 2:
-        raise ValueError(f"task.window={settings.window} must be at least 2 tokens")
-    for key in ("heldout_windows", "max_windows"):
-        if getattr(settings, key) < 1:
-            raise ValueError(f"task.{key}={getattr(settings, key)} must be at least 1")
-    if not settings.alpha > 0:
-        raise ValueError(f"task.alpha={settings.alpha} must be greater than 0")
-    for key in ("tgap_fraction", "heldout_fraction"):
-        if not 0 < getattr(settings, key) < 1:
-            raise ValueError(f"task.{key}={getattr(settings, key)} must lie between 0 and 1")
-
-
-def check_window(settings: TaskSettings, max_positions: int | None) -> None:
-    """Raises ValueError: a window is longer than the model can read.
-
-    Args:
-        max_positions: the model's ``max_position_embeddings``; None if it has no such limit.
-    """
-    if max_positions is not None and settings.window > max_positions:
-        raise ValueError(f"task.window={settings.window} is more than the {max_positions} tokens that the model reads")
 
 
 def client_records(settings: TaskSettings, num_clients: int) -> Callable[[int], Dataset]:

@@ -13,9 +13,6 @@ from typing import Any, NamedTuple, Protocol
 
 from jinja2.exceptions import TemplateError
 
-TEMPLATES = ("alpaca", "chat", "none")
-LOSS_ON = ("response", "all")
-
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"

@@ -8,19 +8,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from adapters.finetune import TrainSettings, Windows, check_training, finetune
-from adapters.model import (
-    LoraSettings,
-    ModelSettings,
-    add,
-    check_model,
-    get_adapter,
-    load_model,
-    load_tokenizer,
-    set_adapter,
-    subtract,
-)
-from tasks.shards import TaskSettings, load_shard
+from adapters.finetune import Windows, finetune
+from adapters.model import add, get_adapter, load_model, load_tokenizer, set_adapter, subtract
+from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_model, check_training
+from tasks.settings import TaskSettings
+from tasks.shards import load_shard
 from tasks.windows import heldout_loss
 
 TRAINING = TrainSettings(update="delta", lr=0.005, steps=3, batch_size=4, micro_batch_size=4)

@@ -8,9 +8,10 @@ import torch
 
 from gradcodec.artifact import Artifact, load_artifact, save_artifact
 from gradcodec.autoencoder.learned import LearnedTables
-from gradcodec.build import CodecSettings, build_codec
+from gradcodec.build import build_codec
 from gradcodec.errors import CodecError
 from gradcodec.layout import Layout
+from gradcodec.settings import CodecSettings
 
 
 @pytest.fixture

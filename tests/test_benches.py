@@ -10,17 +10,19 @@ import torch
 from conftest import heavy_tailed_update
 from safetensors.torch import save_file
 
-from adapters.model import LoraSettings, ModelSettings, adapter_shapes, empty_model
+from adapters.model import adapter_shapes, empty_model
+from adapters.settings import LoraSettings, ModelSettings
 from bench.fidelity import first_third, measure_all
 from bench.fuzz import honest_payloads, hostile
 from bench.loss_over_bytes import Run, summary
 from bench.speed import layout_of
-from gradcodec.build import CODECS, TRAINED, CodecSettings, build_codec
+from gradcodec.build import build_codec
 from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_update
 from gradcodec.layout import Layout
 from gradcodec.recording import Recording, load_recording
+from gradcodec.settings import CODECS, TRAINED, CodecSettings
 
 
 @pytest.fixture(scope="module")

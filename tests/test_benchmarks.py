@@ -20,7 +20,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from adapters.export import save_adapter
-from adapters.model import LoraSettings, ModelSettings, get_adapter, load_model, load_tokenizer
+from adapters.model import get_adapter, load_model, load_tokenizer
+from adapters.settings import LoraSettings, ModelSettings
 from conf.schema import Settings
 from server.results import RunResults
 from server.score import main

@@ -23,8 +23,9 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from adapters.base import max_positions
-from adapters.finetune import TrainSettings, Windows, check_training, finetune, next_token_loss, num_examples, num_steps
-from adapters.model import LoraSettings, ModelSettings, get_adapter, load_model, load_tokenizer
+from adapters.finetune import Windows, finetune, next_token_loss
+from adapters.model import get_adapter, load_model, load_tokenizer
+from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_training, num_examples, num_steps
 from client.app import app as client_app
 from client.trainer import Trainer
 from client.work import Work
@@ -32,9 +33,10 @@ from conf.schema import Settings
 from server.evaluate import Evaluator
 from server.preview import example_text, holdings_of, holdings_table
 from server.rounds import run_federation
-from tasks.corpora import is_hub_name, read_records
+from tasks.corpora import read_records
 from tasks.exams import read_exam
-from tasks.shards import Shard, TaskSettings, check_task, check_window, client_records, load_shard, load_shards
+from tasks.settings import TaskSettings, check_task, check_window, is_hub_name
+from tasks.shards import Shard, client_records, load_shard, load_shards
 from tasks.templates import example_of
 from tasks.windows import heldout_loss, padded, tokens_of
 

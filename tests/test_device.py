@@ -16,13 +16,14 @@ from pretended_gpu import pretended_gpu
 
 from bench.speed import layout_of, update_of
 from client.app import app as client_app
-from client.memory import load_residual, save_residual
+from client.residuals import load_residual, save_residual
 from conf.schema import Settings
 from gradcodec.autoencoder.networks import ARCHITECTURES
 from gradcodec.autoencoder.resnet import ResnetCodec
-from gradcodec.build import CODECS_FOR_ANY_LAYOUT, CodecSettings, build_codec, byte_budget
+from gradcodec.build import CODECS_FOR_ANY_LAYOUT, build_codec, byte_budget
 from gradcodec.exchange import decode_blocks, encode_update, max_payload_bytes
 from gradcodec.layout import Layout
+from gradcodec.settings import CodecSettings
 from server.rounds import run_federation
 
 ARTIFACT = str(Path("assets/codec").absolute())

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from adapters.export import CARD, CONFIG, WEIGHTS, load_adapter, load_start, public_name, save_adapter
 from adapters.finetune import Windows
-from adapters.model import LoraSettings, ModelSettings, get_adapter, load_model
+from adapters.model import get_adapter, load_model
+from adapters.settings import LoraSettings, ModelSettings
 from server.arms import read_arm
 from server.evaluate import Evaluator
 from server.export import export

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from client.app import app as client_app
 from client.trainer import trainer_for
-from conf.memory import client_memory, server_memory
+from conf.footprint import client_memory, server_memory
 from conf.schema import Settings
 from gradcodec.artifact import Artifact, load_artifact, save_artifact
 from gradcodec.autoencoder.learned import LearnedTables
@@ -33,6 +33,7 @@ from server.events import read_status
 from server.federate import resumed
 from server.results import RunResults
 from server.rounds import run_federation
+from strategies.errors import FederationError
 from strategies.records import (
     ACCEPTED,
     ADAPTER,
@@ -44,7 +45,6 @@ from strategies.records import (
     wrap_adapter,
     wrap_payload,
 )
-from strategies.wrapping import FederationError
 from tasks.windows import heldout_loss
 
 
@@ -292,10 +292,10 @@ def test_a_model_that_does_not_fit_is_named_before_training(
     settings = settings_for(tmp_path, "large", codec__artifact=artifact, seed=41)  # a model that no test left loaded
     needed = server_memory(settings).total
     assert needed < client_memory(settings).total
-    monkeypatch.setattr("adapters.memory.free_bytes", lambda device: needed)
+    monkeypatch.setattr("adapters.footprint.free_bytes", lambda device: needed)
     with pytest.raises(FederationError, match=r"training needs about .* free: try model\.gradient_checkpointing=true"):
         run(settings, tmp_path)
-    monkeypatch.setattr("adapters.memory.free_bytes", lambda device: needed - 1)
+    monkeypatch.setattr("adapters.footprint.free_bytes", lambda device: needed - 1)
     with pytest.raises(ValueError, match=r"evaluating needs about .* free: try a smaller train\.micro_batch_size"):
         run(settings, tmp_path)
     settings.arm = "centralised"

@@ -12,12 +12,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, Qwen2Config
 
 from adapters.base import load_base
-from adapters.finetune import TrainSettings, Windows, finetune
-from adapters.memory import check_fits, estimate_evaluation, estimate_memory, free_bytes
-from adapters.model import LoraSettings, ModelSettings, adapter_shapes, empty_model, get_adapter, load_model
+from adapters.finetune import Windows, finetune
+from adapters.footprint import check_fits, estimate_evaluation, estimate_memory, free_bytes
+from adapters.model import adapter_shapes, empty_model, get_adapter, load_model
+from adapters.settings import LoraSettings, ModelSettings, TrainSettings
 from bench.speed import layout_of, update_of
-from gradcodec.build import DECODING_UPDATES, ENCODING_UPDATES, CodecSettings, build_codec
+from gradcodec.build import DECODING_UPDATES, ENCODING_UPDATES, build_codec
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
+from gradcodec.settings import CodecSettings
 from tasks.windows import heldout_loss
 
 TRAINING = TrainSettings(steps=1, batch_size=8, micro_batch_size=8)

@@ -6,12 +6,13 @@ from conftest import SHAPES, heavy_tailed_update
 
 from gradcodec.autoencoder.fit_learned import Sample, fit_learned
 from gradcodec.autoencoder.learned import LearnedCodec, LearnedTables
-from gradcodec.build import CODECS, TRAINED, CodecSettings, build_codec
+from gradcodec.build import build_codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_update, encode_update
 from gradcodec.fidelity import fidelity
 from gradcodec.layout import Layout
 from gradcodec.recording import load_recording, save_recording
+from gradcodec.settings import CODECS, TRAINED, CodecSettings
 
 
 def test_blocks_and_update_are_inverse_to_the_bit(layout: Layout) -> None:

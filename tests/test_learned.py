@@ -25,12 +25,13 @@ from gradcodec.autoencoder.quantizer import (
 )
 from gradcodec.autoencoder.spectrum import MAX_CORRECTION, Corrections, Expected, Spectrum
 from gradcodec.autoencoder.transform import Reflection, Transform, leading_directions
-from gradcodec.build import CODECS_WITH_A_RATE, CodecSettings, build_codec
+from gradcodec.build import build_codec
 from gradcodec.entropy import SymbolReader, bits_of, encode_symbols
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_update, encode_update
 from gradcodec.fidelity import fidelity
 from gradcodec.layout import Layout
+from gradcodec.settings import CODECS_WITH_A_RATE, CodecSettings
 
 UNTRAINED = LearnedTables({c: first_coder(c) for c in CLASSES}, (0, -2, -4))
 

@@ -28,14 +28,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from adapters.base import is_hub_name, load_config
-from adapters.finetune import TrainSettings, Windows, finetune
+from adapters.base import load_config
+from adapters.finetune import Windows, finetune
 from adapters.model import (
-    LoraSettings,
-    ModelSettings,
     adapter_parts,
     adapter_shapes,
-    check_model,
     empty_model,
     get_adapter,
     load_model,
@@ -43,14 +40,16 @@ from adapters.model import (
     resolve_device,
     set_adapter,
 )
+from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_model, is_hub_name
 from client.app import app as client_app
 from conf.schema import FederationSettings, Settings
-from gradcodec.build import CodecSettings, build_codec
+from gradcodec.build import build_codec
 from gradcodec.exchange import decode_update, encode_update
 from gradcodec.fidelity import fidelity
 from gradcodec.layout import Layout
+from gradcodec.settings import CodecSettings
 from server.rounds import run_federation
-from tasks.shards import TaskSettings
+from tasks.settings import TaskSettings
 from tasks.windows import heldout_loss
 
 TINY = Path("assets/tiny-llama").absolute()

@@ -15,7 +15,7 @@ from torch import Tensor
 from gradcodec.artifact import Artifact
 from gradcodec.autoencoder.networks import ARCHITECTURES
 from gradcodec.autoencoder.resnet import ResnetCodec, fit_resnet
-from gradcodec.build import CodecSettings, build_codec, byte_budget
+from gradcodec.build import build_codec, byte_budget
 from gradcodec.codec import Codec
 from gradcodec.errors import BudgetError, CodecError
 from gradcodec.exchange import Residual, decode_update, digest_of, encode_update, max_payload_bytes
@@ -26,6 +26,7 @@ from gradcodec.layout import Layout
 from gradcodec.peers.casts import NF4_RUN, NF4_TABLE
 from gradcodec.peers.eden import rotate_randomly, unrotate_randomly
 from gradcodec.peers.packing import gaussian_codebook, nearest, pack_indices, unpack_indices
+from gradcodec.settings import CodecSettings
 
 FIXED = {"bf16": 16.0, "int8": 8.02, "nf4": 4.51, "sign": 1.03}
 RATED = ("eden", "topk", "powersgd", "b-only", "rotated")

@@ -11,14 +11,16 @@ import pytest
 import torch
 from test_settings import composed
 
-from adapters.model import LoraSettings, ModelSettings, adapter_parts, adapter_shapes, empty_model
+from adapters.model import adapter_parts, adapter_shapes, empty_model
+from adapters.settings import LoraSettings, ModelSettings
 from conf.schema import Settings, check_settings
 from gradcodec.autoencoder.networks import ARCHITECTURES
 from gradcodec.autoencoder.resnet import ResnetCodec
-from gradcodec.build import CodecSettings, build_codec
+from gradcodec.build import build_codec
 from gradcodec.codec import Codec
 from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
+from gradcodec.settings import CodecSettings
 from server.plan import plan_of, print_plan
 
 SHAPES = {"llama7b_dolly": "llama-7b", "llama7b_ceval": "llama-7b", "qwen7b_mmlu": "qwen2.5-7b"}

@@ -23,7 +23,7 @@ import pytest
 import torch
 from test_federation import settings_for
 
-from adapters.memory import MemoryEstimate
+from adapters.footprint import MemoryEstimate
 from adapters.team import Team
 from client.link import ResidentTrainer, receive, send, trainer_at
 from client.resident import follow

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from adapters.finetune import Windows
-from adapters.model import ModelSettings, load_tokenizer
-from tasks.shards import TaskSettings, check_task, client_records, load_shard
+from adapters.model import load_tokenizer
+from adapters.settings import ModelSettings
+from tasks.settings import TaskSettings, check_task
+from tasks.shards import client_records, load_shard
 from tasks.stdlib import packages, prose
 from tasks.windows import heldout_loss, windows_of
 

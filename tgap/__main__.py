@@ -24,7 +24,8 @@ from conf.schema import TgapRun, check_settings, register_schemas, tgap_run_of
 from gradcodec.artifact import save_artifact
 from gradcodec.build import codec_of
 from gradcodec.recording import load_recording
-from gradcodec.training import TRAINABLE, Row, measure, rows_to_json, train_codec
+from gradcodec.settings import TRAINABLE
+from gradcodec.training import Row, measure, rows_to_json, train_codec
 from tgap.report import print_table, training_bar
 
 register_schemas()

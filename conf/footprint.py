@@ -1,10 +1,10 @@
-"""What a run's clients and its server need of their devices' memory: ``adapters.memory``, and the codec."""
+"""What a run's clients and its server need of their devices' memory: ``adapters.footprint``, and the codec."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from adapters.memory import MemoryEstimate, estimate_evaluation, estimate_memory, num_adapter_values
+from adapters.footprint import MemoryEstimate, estimate_evaluation, estimate_memory, num_adapter_values
 from conf.schema import Settings
 from gradcodec.build import DECODING_UPDATES, ENCODING_UPDATES
 

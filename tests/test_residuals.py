@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from client.memory import _paths, load_residual, save_residual
+from client.residuals import _paths, load_residual, save_residual
 from gradcodec.exchange import Residual
 from gradcodec.layout import Layout
 
@@ -94,7 +94,7 @@ def test_a_client_that_is_killed_while_it_writes_loses_nothing(
 
     save_residual(tmp_path, 0, layout, 1, residual)
     with monkeypatch.context() as patch:
-        patch.setattr("client.memory.os.replace", killed_between)
+        patch.setattr("client.residuals.os.replace", killed_between)
         with pytest.raises(KeyboardInterrupt):
             save_residual(tmp_path, 0, layout, 2, second)
     assert not last.exists() and before.exists()
@@ -127,7 +127,7 @@ def test_what_was_kept_stays_if_the_disk_is_full(
     def full(*_: object) -> None:
         raise SafetensorError("No space left on device (os error 28)")
 
-    monkeypatch.setattr("client.memory.save_file", full)
+    monkeypatch.setattr("client.residuals.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_residual(tmp_path, 0, layout, 2, residual)
     assert load_residual(tmp_path, 0, layout, 2) is not None

@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters.architectures import attention_layers, linear_layers
-from adapters.base import ModelSettings, empty_base, for_evaluation
-from adapters.finetune import TrainSettings
-from adapters.model import LoraSettings, adapter_shapes, empty_model
+from adapters.base import empty_base
+from adapters.model import adapter_shapes, empty_model
+from adapters.settings import LoraSettings, ModelSettings, TrainSettings, for_evaluation
 
 _FLOAT = 4
 _NF4_BLOCK, _NF4_OUTER_BLOCK = 64, 256

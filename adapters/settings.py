@@ -1,0 +1,140 @@
+"""The settings of base model, adapter and local training, and their checks.
+
+Loads neither torch nor transformers, so that a program's ``--help`` and its refusals come at once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "int8", "nf4")
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
+ATTENTION, ALL_LINEAR = "attention", "all-linear"
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|npu)(:\d+)?")
+
+
+@dataclass
+class ModelSettings:
+    """Which base model, and how it is held."""
+
+    path: str = "assets/tiny-llama"  # a directory, or owner/name on the Hugging Face hub
+    revision: str | None = None  # hub only: a commit, tag or branch; a commit gives every node the same weights
+    dtype: str = "float32"  # of the frozen base weights: float32, bfloat16 or float16
+    quantization: str = "none"  # none | int8 (Dettmers et al. 2022) | nf4 (QLoRA, Dettmers et al. 2023)
+    attention: str = "auto"  # auto: flash attention where it can run, else sdpa | sdpa | eager | flash_attention_2
+    gradient_checkpointing: bool = False  # less memory, the same gradients, a third more time
+    compile: bool = False  # torch.compile of every layer in training: a slow first step, then faster ones
+    trust_remote_code: bool = False  # runs Python code that comes with the model
+    device: str = "auto"  # auto: the first GPU, else the CPU | cpu | cuda | cuda:1 ...
+
+
+@dataclass
+class LoraSettings:
+    """The LoRA adapter (Hu et al. 2022)."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    # attention: its projections, whatever the architecture calls them | all-linear | names of modules
+    target_modules: list[str] = field(default_factory=lambda: [ATTENTION])
+    train: str = "both"  # both factors | b: A stays as it was drawn (FFA-LoRA, Sun et al. 2024)
+    start: str | None = None  # PEFT adapter directory on the server from which training starts; null: a fresh one
+
+
+@dataclass
+class TrainSettings:
+    """One client's local training in one round."""
+
+    update: str = "gradient"  # gradient (SGD here, adaptive on the server) | delta (AdamW here, mean on the server)
+    steps: int = 10  # on windows drawn with replacement
+    epochs: int | None = None  # instead of steps: how often every window is trained on, in a new order each time
+    batch_size: int = 8  # windows a step
+    micro_batch_size: int = 8  # windows a pass; smaller needs less memory and gives the same gradients
+    lr: float = 1.0
+    schedule: str = "constant"  # constant | cosine (to 0 over the steps of a round)
+    warmup_steps: int = 0
+    weight_decay: float = 0.0  # delta only
+    clip: float = 1.0  # maximal norm of a step's gradient
+    threads: int = 1  # CPU threads a client; results are reproducible only for an equal number
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether this names a model on the hub: ``owner/name``, and nothing of that name lies here."""
+    return _HUB_NAME.fullmatch(path) is not None and not Path(path).exists()
+
+
+def check_model(settings: ModelSettings) -> None:
+    """Raises ValueError if the settings cannot be served; loads nothing and asks no hub."""
+    for key, known in (("dtype", DTYPES), ("quantization", QUANTIZATIONS), ("attention", ATTENTIONS)):
+        if getattr(settings, key) not in known:
+            raise ValueError(f"model.{key}={getattr(settings, key)!r} is none of {', '.join(known)}")
+    check_device(settings.device)
+    if settings.attention == "flash_attention_2":
+        if settings.dtype == "float32":
+            raise ValueError("model.attention=flash_attention_2 needs model.dtype=bfloat16 or float16")
+        if find_spec("flash_attn") is None:
+            raise ValueError("model.attention=flash_attention_2 needs the package flash-attn and a GPU: try sdpa")
+    path = Path(settings.path)
+    if not is_hub_name(settings.path) and not (path / "config.json").is_file():
+        what = "holds no config.json" if path.is_dir() else "is no directory"
+        raise ValueError(f"model.path={settings.path!r} {what}: give a Hugging Face model directory or owner/name")
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError: no such device exists anywhere. Whether it is here is not asked: a dry run serves any."""
+    if name != "auto" and _DEVICE.fullmatch(name) is None:
+        raise ValueError(f"model.device={name!r} is no device: give auto, cpu, cuda or cuda:1")
+
+
+def for_evaluation(settings: ModelSettings) -> ModelSettings:
+    """Without what serves training alone."""
+    return replace(settings, gradient_checkpointing=False, compile=False)
+
+
+def check_lora(settings: LoraSettings) -> None:
+    """Raises ValueError naming the first key that cannot be served."""
+    if settings.train not in ("both", "b"):
+        raise ValueError(f"lora.train={settings.train!r} is none of both, b")
+    if settings.rank < 1:
+        raise ValueError(f"lora.rank={settings.rank} must be at least 1")
+    if not settings.target_modules:
+        raise ValueError(f"lora.target_modules is empty: try [{ATTENTION}]")
+
+
+def check_training(settings: TrainSettings) -> None:
+    """Raises ValueError naming the first key that cannot be served."""
+    if settings.update not in ("gradient", "delta"):
+        raise ValueError(f"train.update={settings.update!r} is none of gradient, delta")
+    if settings.schedule not in ("constant", "cosine"):
+        raise ValueError(f"train.schedule={settings.schedule!r} is none of constant, cosine")
+    for key in ("steps", "batch_size", "micro_batch_size", "threads"):
+        if getattr(settings, key) < 1:
+            raise ValueError(f"train.{key}={getattr(settings, key)} must be at least 1")
+    if settings.epochs is not None and settings.epochs < 1:
+        raise ValueError(f"train.epochs={settings.epochs} must be at least 1, or null for train.steps")
+    if settings.batch_size % settings.micro_batch_size:
+        sizes = f"train.batch_size={settings.batch_size}, train.micro_batch_size={settings.micro_batch_size}"
+        raise ValueError(f"{sizes}: the first must be a multiple of the second")
+    for key in ("lr", "clip"):
+        if not getattr(settings, key) > 0:
+            raise ValueError(f"train.{key}={getattr(settings, key)} must be greater than 0")
+
+
+def num_examples(settings: TrainSettings, num_windows: int) -> int:
+    """Windows that a client with ``num_windows`` trains on in one round: its weight in the mean."""
+    if settings.epochs is not None:
+        return settings.epochs * num_windows
+    return settings.steps * settings.batch_size
+
+
+def num_steps(settings: TrainSettings, num_windows: int) -> int:
+    """Steps that a client with ``num_windows`` takes in one round; the last of an epoch may be a smaller one."""
+    if settings.epochs is not None:
+        return settings.epochs * math.ceil(num_windows / settings.batch_size)
+    return settings.steps

@@ -1,0 +1,36 @@
+"""The settings of the server's strategy, and their checks. Loads neither torch nor Flower."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from strategies.errors import FederationError
+
+STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedmedian", "fedtrimmedavg")
+OF_THE_MEAN = ("fedavg", "fedavgm", "fedadam")
+"""Strategies that need nothing of a round's replies but their weighted mean."""
+
+
+@dataclass
+class StrategySettings:
+    """How the server turns the clients' updates into the next adapter."""
+
+    name: str = "fedavg"  # fedavg | fedavgm | fedadam | fedmedian | fedtrimmedavg
+    lr: float = 1.0  # of the server: fedavg, fedavgm, fedadam
+    momentum: float = 0.9  # fedavgm; beta_1 of fedadam
+    beta_2: float = 0.99  # fedadam
+    tau: float = 1e-4  # fedadam: added to the root of the second moment
+
+
+def check_strategy(settings: StrategySettings) -> None:
+    """Raises ValueError naming the first key that cannot be served."""
+    if settings.name not in STRATEGIES:
+        raise FederationError(f"strategy.name={settings.name!r} is none of {', '.join(STRATEGIES)}")
+    if not (settings.lr > 0 and math.isfinite(settings.lr)):
+        raise FederationError(f"strategy.lr={settings.lr} must be greater than 0")
+    for key in ("momentum", "beta_2"):
+        if not 0 <= getattr(settings, key) < 1:
+            raise FederationError(f"strategy.{key}={getattr(settings, key)} must be at least 0 and less than 1")
+    if not (settings.tau > 0 and math.isfinite(settings.tau)):
+        raise FederationError(f"strategy.tau={settings.tau} must be greater than 0")
