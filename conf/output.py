@@ -3,10 +3,12 @@ what they were made with."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -25,10 +27,40 @@ def open_output(folder: Path) -> Path:
     return folder
 
 
-def write_text(text: str, path: Path) -> None:
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes a file whole or not at all: what was there before stays until the new one is on the disk.
+
+    Args:
+        write: writes the file that it is given, a new one beside ``path``.
+
+    Raises:
+        OSError: it cannot be written; ``write`` raises what it will. Nothing is left behind.
+    """
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        write(part)
+        _sync(part)
+        os.replace(part, path)
+        _sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Has the disk hold a file's content, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(text: str, path: Path) -> None:
+    def write(part: Path) -> None:
+        part.write_text(text, encoding="utf-8")
+
+    replace_file(path, write)
 
 
 def write_json(content: Any, path: Path) -> None:

@@ -6,6 +6,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from conf.schema import Settings
+from server.bindings import read_bindings
 from server.quiet import quiet
 from server.rounds import run_federation
 
@@ -18,4 +19,4 @@ def main(grid: Grid, context: Context) -> None:
     text = str(context.run_config.get("settings", ""))
     if not text:
         raise ValueError("the run has no settings: start it with `python -m server.federate backend=superlink`")
-    run_federation(grid, Settings.from_json(text))
+    run_federation(grid, Settings.from_json(text), read_bindings())

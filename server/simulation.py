@@ -15,7 +15,7 @@ from flwr.supercore.object_ref import load_app
 from conf.schema import Settings
 from server.results import RunResults
 from server.rounds import run_federation
-from strategies.records import MEMORY_VARIABLE, TRUST_VARIABLE
+from strategies.wire import MEMORY_VARIABLE, TRUST_VARIABLE
 
 
 def run_in_simulation(settings: Settings) -> RunResults:

@@ -13,8 +13,8 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from strategies.records import ARRAYS, METRICS, NUM_EXAMPLES, REPLY_METRICS, metric
 from strategies.tensors import moved_to_record
+from strategies.wire import ARRAYS, METRICS, NUM_EXAMPLES, REPLY_METRICS, metric
 from strategies.wrapping import WrappingStrategy
 
 

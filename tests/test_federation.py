@@ -34,7 +34,7 @@ from server.federate import resumed
 from server.results import RunResults
 from server.rounds import run_federation
 from strategies.errors import FederationError
-from strategies.records import (
+from strategies.wire import (
     ACCEPTED,
     ADAPTER,
     ADAPTER_TYPE,
@@ -524,7 +524,7 @@ def test_a_node_that_comes_back_in_time_loses_nothing(tmp_path: Path, artifact: 
 def test_a_node_that_is_gone_for_good_is_waited_for_once(
     tmp_path: Path, artifact: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("strategies.sampling.RETURN_SECONDS", 0.6)
+    monkeypatch.setattr("strategies.federated.RETURN_SECONDS", 0.6)
     settings = settings_for(tmp_path, "gone", codec__artifact=artifact, federation__clients_per_round=3)
     looks: list[int] = []
 
