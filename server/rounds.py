@@ -5,7 +5,9 @@ docs/rounds.md draws how the parts of a round hang together.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 from collections.abc import Mapping
 from logging import WARNING
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from flwr.supercore import log
+from safetensors import SafetensorError
 from torch import Tensor
 
 from adapters.model import adapter_parts, adapter_shapes
@@ -67,11 +70,9 @@ def run_federation(grid: Grid, settings: Settings, bound: Mapping[int, int] | No
     try:
         with serve_metrics(settings.federation.metrics_port, events):
             return prepare(grid, settings, events, before, bound).run()
-    except OSError as error:
-        events.write("run_failed", reason=repr(error))
-        raise ValueError(f"output={output} cannot be written: {error.strerror or error}") from error
     except Exception as error:
-        events.write("run_failed", reason=str(error) if isinstance(error, ValueError) else repr(error))
+        with contextlib.suppress(OSError):  # a full disk, perhaps: the error itself says more
+            events.write("run_failed", reason=str(error) if isinstance(error, ValueError) else repr(error))
         raise
 
 
@@ -181,12 +182,22 @@ class Federation:
                 self._run_rounds()
             except Diverged as error:
                 raise ValueError(self._kept(error)) from None
-        if self.recording is not None and self.settings.record is not None:
-            self.recording.save(Path(self.settings.record))
-        self.evaluator.save(self.adapter, self.results.facts(), self.output / "adapter")
-        write_json(self.results.to_json(), self.output / "results.json")
+        self._write_results()
         self.journal.event("run_finished", seconds=self.results.seconds)
         return self.results
+
+    def _write_results(self) -> None:
+        """Raises ValueError: the disk is full or cannot be written; the last checkpoint holds all that is needed."""
+        try:
+            if self.recording is not None and self.settings.record is not None:
+                self.recording.save(Path(self.settings.record))
+            self.evaluator.save(self.adapter, self.results.facts(), self.output / "adapter")
+            write_json(self.results.to_json(), self.output / "results.json")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"the results cannot be written to output={self.output}: {error}. Make room there, then "
+                f"resume={self.output} writes them"
+            ) from None
 
     def _run_rounds(self) -> None:
         """A simulation evaluates what a round gave before it writes a checkpoint; a deployment afterwards, while its
@@ -247,8 +258,10 @@ class Federation:
 
     def _limit(self) -> float:
         """Twice the loss that guessing blindly has (ln of the vocabulary), or that the run began with."""
-        first = self.results.heldout_loss[0] if self.results.heldout_loss else 0.0
-        return 2 * max(math.log(self.evaluator.model.config.vocab_size), first)
+        if not self.results.heldout_loss:
+            return sys.float_info.max
+        vocabulary = self.evaluator.model.config.get_text_config().vocab_size
+        return 2 * max(math.log(vocabulary), self.results.heldout_loss[0])
 
     def _save(self) -> None:
         """A checkpoint; where it cannot be written the run goes on, and the next round tries again."""

@@ -16,7 +16,7 @@ def build_inner(settings: StrategySettings) -> Strategy:
 
 
 def build_flower(settings: StrategySettings) -> Strategy:
-    """Flower's own strategy. It takes every node that it is shown; which ones is ``SeededStrategy``'s business."""
+    """Flower's own strategy. It takes every node that it is shown; which ones is ``FederatedStrategy``'s business."""
     check_strategy(settings)
     common = {
         "fraction_train": 1.0,

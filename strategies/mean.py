@@ -21,7 +21,7 @@ from strategies.wrapping import WrappingStrategy
 class MeanStrategy(WrappingStrategy):
     """Hands the inner strategy one reply a round: the mean of all, each weighted by its number of examples.
 
-    The order of the replies decides the last bits of the sums; ``SeededStrategy`` gives them in a fixed one.
+    The order of the replies decides the last bits of the sums; ``FederatedStrategy`` gives them in a fixed one.
     """
 
     def aggregate_train(

@@ -1,7 +1,7 @@
 """The other half of the fault table: what one client answers in one round, and what becomes of the run.
 
 Partition 1 of three answers something else in round 2 of 4. The run goes on without that reply, says so, and tells the
-client in the next round that its payload was not accepted, so that the client sends its mass again. ``-rP`` prints the
+client in the next round that its payload was not accepted, so that the client sends it again. ``-rP`` prints the
 held-out losses beside the undisturbed run's.
 """
 
@@ -127,7 +127,7 @@ def other_layout(layout: Layout, learned_tables: LearnedTables) -> Change:
         ("too late", "no answer within federation.round_seconds"),
     ],
 )
-def test_a_bad_reply_costs_itself_and_its_mass_stays_with_the_client(
+def test_a_bad_reply_costs_itself_and_its_update_stays_with_the_client(
     tmp_path: Path, artifact: str, undisturbed: RunResults, other_layout: Change, fault: str, reason: str
 ) -> None:
     changes: dict[str, Change] = {

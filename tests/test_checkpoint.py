@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from conf.schema import Settings
-from server import checkpoint as module
 from server.checkpoint import NAME, PREVIOUS, Checkpoint, go_back, load_checkpoint, save_checkpoint
 from server.results import NodeRefusal, RunResults
 from strategies.outcomes import Fault, Uplink
@@ -94,7 +94,7 @@ def test_a_made_up_state_with_a_right_digest_is_refused(
             holder[path[-1]] = value
         return real(content, **how)
 
-    monkeypatch.setattr(module.json, "dumps", changed)
+    monkeypatch.setattr("server.checkpoint.json.dumps", changed)
     save_checkpoint(checkpoint_of(2), tmp_path)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="cannot be read"):
@@ -139,9 +139,9 @@ def test_a_full_disk_is_named_and_costs_nothing_that_was_there(tmp_path: Path, m
 
     def full(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
-        raise module.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr("server.checkpoint.save_file", full)
     with pytest.raises(OSError, match=r"cannot be written: .*No space left"):
         save_checkpoint(checkpoint_of(3), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [PREVIOUS, NAME]

@@ -37,7 +37,7 @@ from strategies.wire import (
     wrap_payload,
 )
 
-NODE, PARTITION_OF_NODE, ROUNDS = 1007, 1, 8
+NODE, PARTITION_OF_NODE, ROUNDS = 1007, 1, 7
 
 
 class HostileGrid(InProcessGrid):
@@ -62,9 +62,8 @@ class HostileGrid(InProcessGrid):
             1: lambda: self.scaled(message, reply, 2.0**14),
             2: lambda: sent[1, NODE],  # its own honest one of round 1
             3: lambda: sent[3, 1000],  # another's of this round
-            6: lambda: self.scaled(message, reply, 65504.0),
-            7: lambda: self.scaled(message, reply, 8.0),
-            8: lambda: sent[7, 1000],  # another's of an earlier round
+            6: lambda: self.scaled(message, reply, 8.0),
+            7: lambda: sent[6, 1000],  # another's of an earlier round
         }
         if server_round in replaced:
             reply.content[ARRAYS] = replaced[server_round]()
@@ -92,9 +91,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, learned_tables: LearnedTa
 
 def run(folder: Path, artifact: str, arm: str, grid_type: type[InProcessGrid], **changes: object) -> RunResults:
     settings = settings_for(folder, grid_type.__name__, arm=arm, codec__artifact=artifact, **changes)
-    settings.federation.num_clients = settings.federation.clients_per_round = 5
+    settings.federation.num_clients = settings.federation.clients_per_round = 4
     settings.federation.rounds, settings.federation.rest_rounds = ROUNDS, 0  # it is let in again every round
-    grid = grid_type(client_app, 5, {"memory": str(folder / "memory")})
+    grid = grid_type(client_app, 4, {"memory": str(folder / "memory")})
     grid.__dict__["settings"] = settings
     return run_federation(grid, settings)
 
@@ -111,8 +110,8 @@ def test_a_hostile_node_in_every_round_costs_next_to_nothing_and_is_named(
     assert results.heldout_loss[-1] < 1.02 * undisturbed.heldout_loss[-1]
     assert {(fault.node, fault.partition) for fault in results.faults} == {(NODE, PARTITION_OF_NODE)}
     reasons = {fault.server_round: fault.reason for fault in results.faults}
-    assert reasons.keys() == {1, 2, 3, 4, 5, 6, 8}
-    assert "strategy.max_norm_ratio" in reasons[1] and "strategy.max_norm_ratio" in reasons[6]
+    assert reasons.keys() == {1, 2, 3, 4, 5, 7}
+    assert "strategy.max_norm_ratio" in reasons[1]
     said = "partition 1 in round 1, sent again" if arm == "coded" else "one of round 1, sent again"
     assert said in reasons[2]
     said = "partition 0 in round 3, sent again" if arm == "coded" else "what partition 0 sent in this round"
@@ -120,11 +119,11 @@ def test_a_hostile_node_in_every_round_costs_next_to_nothing_and_is_named(
     assert len(reasons[4]) < 700 and "\x1b" not in reasons[4] and "owned" not in reasons[4]
     assert "answers for partition 0" in reasons[5]
     (scaled,) = (uplink for uplink in results.uplinks if uplink.scale < 1)
-    assert (scaled.server_round, scaled.partition) == (7, PARTITION_OF_NODE)
+    assert (scaled.server_round, scaled.partition) == (6, PARTITION_OF_NODE)
     output = Path(results.settings.output)
     assert all(path.stat().st_size < 3_000_000 for path in output.rglob("*") if path.is_file())
     assert read_status(output).state == "finished"
     assert results.participation()[PARTITION_OF_NODE] == {
-        "asked": 8, "accepted": 1, "absent": 0, "failed": 1, "refused": 6,
+        "asked": 7, "accepted": 1, "absent": 0, "failed": 1, "refused": 5,
     }  # fmt: skip
-    assert "client 1 in 1 of 8 rounds (1 failed, 6 refused)" in results.facts()["took part in less"]
+    assert "client 1 in 1 of 7 rounds (1 failed, 5 refused)" in results.facts()["took part in less"]

@@ -59,7 +59,10 @@ def test_state_is_given_back() -> None:
 
 @pytest.mark.parametrize("key", ["clip_norm_ratio", "max_norm_ratio"])
 def test_ratios_are_checked(key: str) -> None:
+    settings = StrategySettings()
     for wrong in (0.5, math.nan, math.inf):
+        setattr(settings, key, wrong)
         with pytest.raises(FederationError, match=rf"strategy\.{key}"):
-            check_strategy(StrategySettings(**{key: wrong}))
-    check_strategy(StrategySettings(**{key: None}))
+            check_strategy(settings)
+    setattr(settings, key, None)
+    check_strategy(settings)

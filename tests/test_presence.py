@@ -55,8 +55,8 @@ class Nodes(InProcessGrid):
         node = message.metadata.dst_node_id
         partition = self.nodes.get(node, -1)
         if message.metadata.message_type == "query":
-            content = {METRICS: MetricRecord({PARTITION: partition}), CONFIG: ConfigRecord({REFUSAL: ""})}
-            return Message(RecordDict(content), reply_to=message)
+            content = RecordDict({METRICS: MetricRecord({PARTITION: partition}), CONFIG: ConfigRecord({REFUSAL: ""})})
+            return Message(content, reply_to=message)
         if node in self.errors:
             return Message(self.errors[node], reply_to=message)
         server_round = int(str(message.content.config_records[CONFIG][SERVER_ROUND]))

@@ -44,8 +44,11 @@ class Watcher:
 
 
 def holds(partition: float, refusal: str = "") -> Answer:
-    content = {METRICS: MetricRecord({PARTITION: partition}), CONFIG: ConfigRecord({REFUSAL: refusal})}
-    return lambda message: Message(RecordDict(dict(content)), reply_to=message)
+    def answer(message: Message) -> Message:
+        content = RecordDict({METRICS: MetricRecord({PARTITION: partition}), CONFIG: ConfigRecord({REFUSAL: refusal})})
+        return Message(content, reply_to=message)
+
+    return answer
 
 
 def fails(reason: str) -> Answer:
