@@ -120,12 +120,15 @@ class FederatedStrategy(AdapterStrategy):
             RoundError: too few replies were of use. Nothing has changed: the clients keep what their payloads carried.
         """
         taken: list[Uplink] = []
-        arrays, metrics = super().aggregate_train(server_round, self._usable(server_round, replies, taken))
+        too_long: list[Uplink] = []
+        usable = self._usable(server_round, replies, taken, too_long)
+        arrays, metrics = super().aggregate_train(server_round, usable)
         assert arrays is not None
         step = from_record(arrays)
         for name, tensor in self.current.items():
             step[name].sub_(tensor)
-        self.receiver.averaged(taken, step)
+        # A client is not asked for the same again that was too long: with the next update on top it would be longer.
+        self.receiver.averaged([*taken, *too_long], step)
         self.bound.averaged([uplink.scale * uplink.update_norm for uplink in taken])
         for uplink in taken:
             self.sampling.answered(uplink.partition)
@@ -175,8 +178,11 @@ class FederatedStrategy(AdapterStrategy):
                 return present
             time.sleep(POLL_SECONDS)
 
-    def _usable(self, server_round: int, replies: Iterable[Message], taken: list[Uplink]) -> Iterator[Message]:
-        """The replies that count, each with its adapter in dense Arrays; ``taken`` notes them.
+    def _usable(
+        self, server_round: int, replies: Iterable[Message], taken: list[Uplink], too_long: list[Uplink]
+    ) -> Iterator[Message]:
+        """The replies that count, each with its adapter in dense Arrays; ``taken`` notes them, ``too_long`` those that
+        were refused for their length.
 
         Raises RoundError behind the last one if they were too few: before anything is averaged.
         """
@@ -192,6 +198,7 @@ class FederatedStrategy(AdapterStrategy):
                     f"its update has norm {norm:.3g}, and {self.bound.max_ratio * usual:.3g} is the most: "
                     f"strategy.max_norm_ratio={self.bound.max_ratio:g} times the usual {usual:.3g}"
                 )
+                too_long.append(reply.uplink)
                 self._fault(server_round, partition, Refused(REFUSED, reason))
                 continue
             if scale < 1:

@@ -62,7 +62,9 @@ class HostileGrid(InProcessGrid):
             1: lambda: self.scaled(message, reply, 2.0**14),
             2: lambda: sent[1, NODE],  # its own honest one of round 1
             3: lambda: sent[3, 1000],  # another's of this round
-            6: lambda: self.scaled(message, reply, 8.0),
+            6: lambda: self.scaled(
+                message, reply, 2.5 if self.settings.arm == "coded" else 6.0
+            ),  # it kept what was refused
             7: lambda: sent[6, 1000],  # another's of an earlier round
         }
         if server_round in replaced:
