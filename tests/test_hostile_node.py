@@ -60,7 +60,7 @@ class HostileGrid(InProcessGrid):
             reply.content.metric_records[METRICS][PARTITION] = 0
         replaced: dict[int, Callable[[], ArrayRecord]] = {
             1: lambda: self.scaled(message, reply, 2.0**14),
-            2: lambda: sent[1, NODE],  # its own honest one of round 1
+            2: lambda: sent[1, NODE if self.settings.arm == "coded" else 1000],  # one of round 1; dense: that was taken
             3: lambda: sent[3, 1000],  # another's of this round
             6: lambda: self.scaled(
                 message, reply, 2.5 if self.settings.arm == "coded" else 6.0
