@@ -13,6 +13,7 @@ import time
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -151,8 +152,9 @@ class Trainer:
 
 
 def training_seed(seed: int, server_round: int, partition: int) -> int:
-    """The same for the same run seed, round and partition, on every back end."""
-    return (seed * 1_000_003 + server_round) * 1_000_003 + partition
+    """The same for the same run seed, round and partition, on every back end; at least 0 and less than 2**63."""
+    sequence = np.random.SeedSequence([seed, server_round, partition])
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def trainer_for(settings_json: str, overrides: Overrides) -> Trainer:

@@ -15,7 +15,15 @@ from typing import Any, TypeVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_lora, check_model, check_training
+from adapters.settings import (
+    LoraSettings,
+    ModelSettings,
+    TrainSettings,
+    check_lora,
+    check_model,
+    check_seed,
+    check_training,
+)
 from adapters.settings import is_hub_name as is_hub_model
 from gradcodec.settings import CodecSettings, FitSettings, check_codec
 from strategies.settings import StrategySettings, check_strategy
@@ -169,6 +177,7 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(f"resume=... needs arm=dense or arm=coded, not arm={settings.arm}")
     if settings.record is not None and settings.arm != "dense":
         raise ValueError(f"record=... needs arm=dense, not arm={settings.arm}: payloads are no updates")
+    check_seed(settings.seed)
     check_model(settings.model)
     check_lora(settings.lora)
     check_training(settings.train)
