@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from adapters.base import max_positions, resolve_device
+from adapters.base import check_vocabulary, max_positions, resolve_device
 from adapters.finetune import finetune
 from adapters.footprint import check_fits
 from adapters.model import Adapter, adapter_parts, adapter_shapes, load_model, load_tokenizer, on_host
@@ -67,7 +67,11 @@ class Trainer:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._given[1] if self._given is not None else load_tokenizer(self.settings.model)
+        if self._given is not None:
+            return self._given[1]
+        tokenizer = load_tokenizer(self.settings.model)
+        check_vocabulary(self.settings.model, tokenizer)
+        return tokenizer
 
     @cached_property
     def codec(self) -> Codec:

@@ -6,14 +6,15 @@ Where ``train.epochs`` gives the clients different numbers of steps, their mean 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from pathlib import Path
 
 import torch
 
-from adapters.finetune import Windows, finetune
-from adapters.model import add, on_host
+from adapters.finetune import DivergedError, Windows, finetune
+from adapters.model import get_adapter, on_host
 from adapters.settings import num_steps
 from conf.output import open_output, write_json
 from conf.schema import Settings, check_settings
@@ -27,6 +28,8 @@ def run_alone(settings: Settings) -> RunResults:
 
     Raises:
         ValueError: a setting or file is not as the run needs it.
+        DivergedError: training diverged; the results and the adapter of the last round with a finite held-out loss are
+            written before.
     """
     check_settings(settings)
     output = open_output(Path(settings.output))
@@ -35,7 +38,7 @@ def run_alone(settings: Settings) -> RunResults:
     results = RunResults(settings, num_parameters)
     start = time.monotonic()
     results.heldout_loss.append(evaluator.loss(evaluator.initial))
-    adapter = evaluator.initial
+    adapter, diverged = evaluator.initial, None
     if settings.arm == "centralised":
         federation = settings.federation
         pooled = Windows.cat([shard.train for shard in evaluator.shards])
@@ -51,13 +54,24 @@ def run_alone(settings: Settings) -> RunResults:
 
             def on_step(step: int) -> None:
                 progress.update(bar, advance=1)
+                nonlocal adapter
                 if step % steps_a_round == 0:
-                    results.heldout_loss.append(evaluator.loss_as_it_is())
+                    loss = evaluator.loss_as_it_is()
+                    if not math.isfinite(loss):
+                        raise DivergedError(f"training diverged: the held-out loss is {loss} after step {step}")
+                    results.heldout_loss.append(loss)
+                    adapter = on_host(get_adapter(evaluator.model))
                     progress.update(bar, note=f"loss {results.heldout_loss[-1]:.3f}")
 
-            update, _ = finetune(evaluator.model, adapter, pooled, training, settings.seed, on_step)
-            adapter = add(adapter, on_host(update))
+            try:
+                finetune(evaluator.model, evaluator.initial, pooled, training, settings.seed, on_step)
+            except DivergedError as error:
+                diverged = error
     results.seconds = time.monotonic() - start
-    evaluator.save(adapter, results.facts(), output / "adapter")
+    kept = f"after round {len(results.heldout_loss) - 1} of {settings.federation.rounds}"
+    facts = results.facts() | ({"diverged": f"this adapter is that {kept}"} if diverged is not None else {})
+    evaluator.save(adapter, facts, output / "adapter")
     write_json(results.to_json(), output / "results.json")
+    if diverged is not None:
+        raise DivergedError(f"{diverged}; the adapter {kept} and the results until then are in {output}")
     return results

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from adapters.base import max_positions
+from adapters.base import check_vocabulary, max_positions
 from adapters.finetune import Windows
 from adapters.model import load_tokenizer
 from adapters.settings import check_training, num_steps
@@ -53,6 +53,7 @@ def main(config: DictConfig) -> None:
         check_training(settings.train)
         check_window(settings.task, max_positions(settings.model))
         tokenizer = load_tokenizer(settings.model)
+        check_vocabulary(settings.model, tokenizer)
         holdings = holdings_of(settings, tokenizer)
     except ValueError as error:
         sys.exit(f"error: {error}")
