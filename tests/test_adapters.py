@@ -110,7 +110,12 @@ def test_the_learning_rates_are_those_of_transformers(
         scheduler.step()
     taken: list[float] = []
     plain = torch.optim.SGD.step
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: [taken.append(self.param_groups[0]["lr"]), plain(self)])
+
+    def spy(self: torch.optim.SGD) -> None:
+        taken.append(self.param_groups[0]["lr"])
+        plain(self)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
     how = TrainSettings(lr=0.5, steps=10, batch_size=1, micro_batch_size=1, schedule=schedule, warmup_steps=warmup)
     finetune(model, get_adapter(model), Windows(windows.ids[:2, :8], windows.counted[:2, :8]), how, 0)
     assert taken == pytest.approx(wanted)
