@@ -43,5 +43,5 @@ def provenance() -> dict[str, str]:
     try:
         made_with["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        made_with["commit"] = "unknown"
+        made_with["commit"] = os.environ.get("GIT_COMMIT", "unknown")  # a copy without its history
     return made_with | {"date": datetime.now(UTC).date().isoformat()}
