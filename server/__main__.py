@@ -5,7 +5,7 @@ python -m server start    --folder deploy [--fleet-address 0.0.0.0:9092] [--cont
 python -m server register --folder deploy deploy/node-0.pub ...
 python -m server revoke   --folder deploy deploy/node-0.pub ...
 python -m server nodes    --folder deploy
-python -m server status   outputs/federate/2026-01-31/12-00-00 [--follow]
+python -m server status   [outputs/federate/2026-01-31/12-00-00] [--follow]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from conf.processes import end_all, exit_on_sigterm, stay_up
 from server.keys import CA_CERTIFICATE, make_keys
 from server.launch import CONNECTION, ServerPlace, list_nodes, register_node, revoke_node, start_server
+from server.places import LATEST, found
 from server.status import show_status
 
 INSECURE = """\
@@ -47,7 +48,7 @@ def main() -> None:
     start.add_argument("--insecure", action="store_true", help="without TLS and keys: for experiments only")
     for command in (register, revoke):
         command.add_argument("public_keys", nargs="+", type=Path, metavar="NODE.pub")
-    status.add_argument("run", type=Path, help="the run's output folder")
+    status.add_argument("run", nargs="?", default=LATEST, help="its output folder (default: the run started last)")
     status.add_argument("--follow", action="store_true", help="until the run has ended")
     args = parser.parse_args()
     actions: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -56,7 +57,7 @@ def main() -> None:
         "register": _register,
         "revoke": _revoke,
         "nodes": _nodes,
-        "status": lambda args: show_status(args.run, args.follow),
+        "status": lambda args: show_status(found(args.run), args.follow),
     }
     try:
         actions[args.command](args)

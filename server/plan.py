@@ -17,6 +17,7 @@ from adapters.base import empty_base, max_positions
 from adapters.footprint import MemoryEstimate
 from adapters.model import adapter_parts, adapter_shapes, empty_model
 from adapters.settings import num_steps
+from conf.console import bytes_text
 from conf.footprint import client_memory, server_memory
 from conf.schema import Settings, check_settings
 from gradcodec.autoencoder.resnet import picture_shape
@@ -25,7 +26,6 @@ from gradcodec.frame import HEADER_BYTES
 from gradcodec.layout import Layout
 from gradcodec.peers.casts import INT8_RUN, NF4_RUN
 from gradcodec.settings import CODECS_WITH_A_RATE
-from server.progress import bytes_text
 from tasks.settings import check_window
 from tasks.shards import client_records
 
@@ -34,6 +34,8 @@ ROUND_SECONDS = 5.0
 SUSTAINED = 0.35
 DEVICES = {"RTX 4090": 165e12, "A100": 312e12, "H100": 989e12}
 """Dense bfloat16 FLOP/s by the data sheets; an adapter's training reaches about ``SUSTAINED`` of it."""
+PAPER = ("resnet", "cnn1d", "uformer")
+"""Codecs whose code is a picture of a sixteenth of the update."""
 LINKS = {"10 Mbit/s": 10e6, "100 Mbit/s": 100e6}
 
 
@@ -105,8 +107,11 @@ def _payload_bytes(settings: Settings, layout: Layout) -> int | None:
         "nf4": ceil(num_values / 2) + 4 * ceil(num_values / NF4_RUN),
         "sign": ceil(num_values / 8) + scales,
     }
-    of_a_picture = ceil(scales.bit_length() / 7) + scales + prod(picture_shape(num_values)) // 16  # resnet and its like
-    return HEADER_BYTES + codes.get(name, of_a_picture)
+    if name in PAPER:
+        return HEADER_BYTES + ceil(scales.bit_length() / 7) + scales + prod(picture_shape(num_values)) // 16
+    if name not in codes:
+        raise ValueError(f"codec.name={name}: a dry run does not know its bytes")
+    return HEADER_BYTES + codes[name]
 
 
 def _count_records(settings: Settings) -> tuple[int | None, bool]:
