@@ -39,6 +39,11 @@ def hydra_value(text: str) -> str:
     return f"'{escaped}{chr(92) * trailing}'"
 
 
+def shell_word(text: str) -> str:
+    """The text as one word of a shell, in double quotes where they do, as it holds single ones."""
+    return shlex.quote(text) if re.search(r"""["$`\\!]""", text) or "'" not in text else f'"{text}"'
+
+
 def overrides_of(arguments: Sequence[str], options: Mapping[str, str], output: bool = True) -> list[str]:
     """The arguments with plain options turned into Hydra's ``key=value``. ``~`` is the user's home.
 
@@ -115,7 +120,7 @@ def refusal(error: Exception, options: Mapping[str, str] = OPTIONS) -> str:
         return (
             f"{ambiguous[1]} holds a comma: -m runs one job for each value; key=[a,b] is a list, and text needs quotes"
         )
-    said = text.split("\n    full_key")[0]
+    said = text.rstrip().split("\nConfig search path")[0].split("\n    full_key")[0]
     if cause is not None:
         said = f"{text.splitlines()[0]}: {str(cause).splitlines()[0]}"
     return printable(said)
@@ -126,7 +131,7 @@ def _unreadable(override: str, options: Mapping[str, str]) -> str:
     if not given:
         return f"{printable(override)} is no key=value; --help and --cfg job list options and settings"
     option = next((option for option, of in options.items() if of == key), None)
-    quoted = shlex.quote(f"{key}={hydra_value(value)}")
+    quoted = shell_word(f"{key}={hydra_value(value)}")
     plain = f", or give it as {option} {shlex.quote(value)}" if option is not None else ""
     return f"{printable(override)}: the value holds characters that need quotes: {printable(quoted)}{printable(plain)}"
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -251,12 +251,24 @@ def _check_simulation(backend: BackendSettings, dry_run: bool) -> None:
 
 def _typed(schema: type[Run], config: Any) -> Run:
     try:
+        if isinstance(config, DictConfig):
+            _check_keys(OmegaConf.to_container(config), schema)
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
     except Exception as error:  # OmegaConf has a dozen kinds, all of them about one key
         key = getattr(error, "full_key", None)
         raise ValueError(f"settings: {f'{key}: ' if key else ''}{error}".split("\n")[0]) from None
     assert isinstance(typed, schema)
     return typed
+
+
+def _check_keys(config: Any, schema: Any, head: str = "") -> None:
+    """Raises ValueError: a key that no schema has, which ``+key=value`` adds and OmegaConf drops without a word."""
+    types = get_type_hints(schema)
+    for key, value in config.items():
+        if key not in types:
+            raise ValueError(f"{head}{key} is no setting of ours: --cfg job lists them")
+        if dataclasses.is_dataclass(types[key]) and isinstance(value, dict):
+            _check_keys(value, types[key], f"{head}{key}.")
 
 
 def _absolute(settings: Run) -> Run:

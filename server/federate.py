@@ -30,7 +30,7 @@ from conf.console import printable, say
 from conf.output import open_output
 from conf.schema import Settings, changed, check_files, check_settings, register_schemas, settings_of
 from server.alive import check_free
-from server.places import continuation, found, remember
+from server.places import CHECKPOINT, continuation, found, remember
 from server.progress import label
 from server.quiet import quiet
 from server.sweep import Sweep, register_resolver
@@ -116,6 +116,10 @@ def resumed(folder: Path, overrides: Sequence[str]) -> Settings:
             run.
     """
     check_free(folder)
+    if not (folder / CHECKPOINT).is_file():  # said before torch is loaded
+        raise ValueError(
+            f"resume={folder}: there is no {CHECKPOINT}: the run ended before its first round, or is no run"
+        )
     from server.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(folder)

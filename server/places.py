@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 from pathlib import Path
 
-from conf.arguments import hydra_value
+from conf.arguments import hydra_value, shell_word
 from conf.console import printable
 from conf.output import write_text
 from server.events import NAME
@@ -14,7 +13,7 @@ from server.events import NAME
 LATEST = "latest"
 ROOTS = (Path("outputs"), Path("multirun"))
 _POINTER = Path("outputs/federate") / LATEST
-_CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
 
 
 def remember(output: Path) -> None:
@@ -43,7 +42,7 @@ def found(folder: str) -> Path:
 
 def continuation(output: Path) -> str:
     """What goes on with a run that did not end."""
-    if not (output / _CHECKPOINT).is_file():
+    if not (output / CHECKPOINT).is_file():
         return f"it had finished no round that is kept in {printable(output)}: start it again"
     override = f"resume={hydra_value(str(output))}"
-    return f"`python -m server.federate {shlex.quote(override)}` goes on with it"
+    return f"`python -m server.federate {shell_word(override)}` goes on with it"

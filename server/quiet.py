@@ -20,7 +20,7 @@ ENVIRONMENT = {
     "BITSANDBYTES_NOWELCOME": "1",
 }
 ENGINE_LOG = "flower.log"
-"""In the run's folder: all that Flower says, its tracebacks among it."""
+"""In the run's folder: what Flower says, its tracebacks among it."""
 _NOISE = ("DEPRECATED", "Federated evaluation will be skipped")
 _TRACEBACK = "Traceback (most recent call last)"
 
@@ -49,6 +49,7 @@ def engine_log(folder: Path) -> None:
             handler.format = _in_one_line  # type: ignore[method-assign]  # Flower's own takes no formatter
             handler.addFilter(_no_traceback)
     kept = logging.FileHandler(folder / ENGINE_LOG, delay=True, encoding="utf-8")
+    kept.setLevel(logging.INFO)
     kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     kept.of_a_run = True  # type: ignore[attr-defined]
     logger.addHandler(kept)

@@ -17,7 +17,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conf.console import display, printable, say
 from conf.schema import Settings
@@ -25,7 +25,9 @@ from server.alive import is_alive, read_heartbeat
 from server.events import NAME, EventLog, EventReader, read_status
 from server.places import continuation
 from server.progress import RunView
-from server.results import RunResults, load_results
+
+if TYPE_CHECKING:  # slow to import, and not needed to refuse a connection
+    from server.results import RunResults
 
 APP_FOLDER = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 2.0
@@ -67,6 +69,8 @@ def run_on_superlink(settings: Settings) -> RunResults:
         raise KeyboardInterrupt(run.stop()) from None
     if status != "finished:completed":
         raise ValueError(run.why(status))
+    from server.results import load_results
+
     return load_results(output / "results.json", settings)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -91,12 +91,14 @@ def wrong_jobs(hydra: Any, arguments: list[str]) -> dict[int, str]:
     for number, job in enumerate(BasicSweeper.split_arguments(overrides, None)[0]):
         try:
             config = loader.load_configuration(hydra.job.config_name, job, RunMode.RUN)
+            with open_dict(config):
+                del config["hydra"]
             settings = settings_of(config)
             check_settings(settings)
             if not settings.dry_run:
                 check_files(settings)
         except ValueError as error:
-            wrong[number] = f"{','.join(text for text in job)}: {printable(error)}"
+            wrong[number] = f"{differing(job, arguments)}: {printable(error)}"
     return wrong
 
 
