@@ -117,9 +117,7 @@ def refusal(error: Exception, options: Mapping[str, str] = OPTIONS) -> str:
         near = _near(key, [*setting_names(), *groups()])
         return f"{key} is no setting{f': {near}' if near else '; --cfg job lists them'}"
     if ambiguous := re.match(r"Ambiguous value for argument '(.*?)'\n", text):
-        return (
-            f"{ambiguous[1]} holds a comma: -m runs one job for each value; key=[a,b] is a list, and text needs quotes"
-        )
+        return f"{ambiguous[1]} holds a comma: -m runs a job for each value; key=[a,b] is a list, and text needs quotes"
     said = text.rstrip().split("\nConfig search path")[0].split("\n    full_key")[0]
     if cause is not None:
         said = f"{text.splitlines()[0]}: {str(cause).splitlines()[0]}"

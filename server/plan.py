@@ -12,12 +12,13 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from adapters.base import empty_base, max_positions
 from adapters.footprint import MemoryEstimate
 from adapters.model import adapter_parts, adapter_shapes, empty_model
 from adapters.settings import num_steps
-from conf.console import bytes_text
+from conf.console import bytes_text, printable
 from conf.footprint import client_memory, server_memory
 from conf.schema import Settings, check_settings
 from gradcodec.autoencoder.resnet import picture_shape
@@ -139,7 +140,7 @@ def print_plan(plan: Plan) -> None:
     table.add_column(no_wrap=True, style="bold")
     table.add_column()
     for name, text in _lines(plan).items():
-        table.add_row(name, text)
+        table.add_row(name, Text(printable(text)))
     Console().print(table)
 
 

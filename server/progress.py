@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from conf.console import Display, bytes_text, display, printable, seconds_text
 from conf.schema import Settings
+from gradcodec.settings import CODECS_WITH_A_RATE
 from server.events import Event, EventLog, RunStatus
 
 
@@ -18,7 +19,8 @@ def label(settings: Settings) -> str:
     """What kind of run it is: its arm, and the codec where there is one."""
     if settings.arm != "coded":
         return settings.arm
-    rate = f" at {settings.codec.bits:g} bits" if settings.codec.bits is not None else ""
+    has_rate = settings.codec.bits is not None and settings.codec.name in CODECS_WITH_A_RATE
+    rate = f" at {settings.codec.bits:g} bits" if has_rate else ""
     return f"coded ({settings.codec.name}{rate})"
 
 

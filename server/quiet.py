@@ -6,8 +6,9 @@ import logging
 import os
 import warnings
 from pathlib import Path
+from typing import TextIO
 
-from conf.console import printable
+from conf.console import printable, say
 
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -29,8 +30,7 @@ def quiet() -> None:
     """Sets the environment for this process and those it starts; keeps warnings and errors of Flower."""
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.showwarning = _show_warning  # no filter: Flower puts its own before ours
     logger = logging.getLogger("flwr")
     logger.setLevel(logging.WARNING)
     logger.addFilter(_worth_saying)
@@ -53,6 +53,19 @@ def engine_log(folder: Path) -> None:
     kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     kept.of_a_run = True  # type: ignore[attr-defined]
     logger.addHandler(kept)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Those about the future of libraries are their developers' affair."""
+    if not issubclass(category, (FutureWarning, DeprecationWarning)):
+        say(f"warning: {message}")
 
 
 def _in_one_line(record: logging.LogRecord) -> str:

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -26,6 +27,9 @@ from conf.schema import (
     settings_of,
     tgap_run_of,
 )
+from server.alive import alive
+from server.federate import resumed
+from server.places import CHECKPOINT
 
 register_schemas()
 
@@ -235,3 +239,19 @@ def test_an_unwritable_output_is_named_before_work(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "cannot be written to" in done.stderr
     assert {path.name for path in (tmp_path / "hydra").iterdir()} <= {".hydra"}
+
+
+def test_a_folder_does_not_decide_that_foreign_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = composed("arm=dense", "model.trust_remote_code=true")
+    checkpoint = SimpleNamespace(settings=settings, server_round=1)
+    monkeypatch.setattr("server.checkpoint.load_checkpoint", lambda folder: checkpoint)
+    with pytest.raises(ValueError, match=r"there is no checkpoint\.safetensors"):
+        resumed(tmp_path, [])
+    (tmp_path / CHECKPOINT).touch()
+    assert resumed(tmp_path, ["resume=latest"]).model.trust_remote_code is False
+    assert resumed(tmp_path, ["model.trust_remote_code=true"]).model.trust_remote_code is True
+    assert resumed(tmp_path, ["federation.rounds=99"]).federation.rounds == 99
+    with pytest.raises(ValueError, match=r"model\.dtype=bfloat16 cannot be changed"):
+        resumed(tmp_path, ["model.dtype=bfloat16"])
+    with alive(tmp_path, "abc"), pytest.raises(ValueError, match="is in use by a run that goes on"):
+        resumed(tmp_path, [])

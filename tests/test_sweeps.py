@@ -73,7 +73,7 @@ def test_a_failing_job_ends_alone_and_the_summary_names_it(
         (1, "seed=1", "failed"),
         (2, "seed=2", "failed"),
     ]
-    assert jobs[0]["label"] == "coded (identity at 0.5 bits)"
+    assert jobs[0]["label"] == "coded (identity)"
     assert jobs[0]["heldout_loss"] == 2.5
     said = capsys.readouterr()
     assert "node [/x] is gone" in said.err and "CUDA out of memory" in said.err
