@@ -102,7 +102,7 @@ def table(folder: Path, status: RunStatus) -> RenderableType:
         "last sign of life": _clock(status.updated),
     }
     if status.state in ("dead", "stopped", "failed"):
-        rows["goes on by"] = continuation(folder)
+        rows["what now"] = continuation(folder)
     shown = Table(title=Text(printable(folder)), show_header=False)
     for key, value in rows.items():
         shown.add_row(key, Text(value))
