@@ -14,6 +14,7 @@ import torch
 from conftest import SHAPES, InProcessGrid, heavy_tailed_update
 from pretended_gpu import pretended_gpu
 
+from adapters.settings import DEVICES
 from bench.speed import layout_of, update_of
 from client.app import app as client_app
 from client.residuals import load_residual, save_residual
@@ -98,6 +99,7 @@ def test_a_federation_whose_models_lie_on_a_device_does_what_one_on_the_host_doe
 
 def federate_on_the_device(folder: Path) -> None:
     with pretended_gpu() as gpu:
+        DEVICES.append(gpu.device.type)
         for arm in ("coded", "dense"):
             expected, copies = gpu.copies_of(partial(federate, folder / f"{arm}-cpu", arm, "cpu"))
             assert not copies
