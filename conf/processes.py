@@ -36,6 +36,7 @@ class Child:
     folder: Path | None = None
     may_refuse: bool = False  # an exit with an error soon after the first start is final; a kill never is
     explain: Callable[[Path], str] = lambda log: ""  # what its log says of why it ended
+    umask: int = -1  # of the files that it makes; -1: as ours
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0
     _short_lives: int = field(default=0, repr=False)
@@ -45,7 +46,7 @@ class Child:
     def start(self) -> None:
         # a file, not a pipe: a grandchild that outlives it would keep a pipe open. A session of its own, so that
         # Ctrl-C reaches the parent alone, and so that all that it started ends with it.
-        with self.log.open("ab") as output:
+        with os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
             self.process = subprocess.Popen(
                 self.command,
                 cwd=self.folder,
@@ -53,6 +54,7 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                umask=self.umask,
                 preexec_fn=_end_with_parent,
             )
         self._started = time.monotonic()
