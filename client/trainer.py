@@ -23,6 +23,7 @@ from adapters.footprint import check_fits
 from adapters.model import Adapter, adapter_parts, adapter_shapes, load_model, load_tokenizer, on_host
 from adapters.settings import is_hub_name, num_examples
 from adapters.team import Team
+from client.console import note, round_line
 from client.residuals import load_residual, save_residual
 from client.work import TRUST, Arrays, Overrides, Trained, Work
 from conf.footprint import client_memory
@@ -110,7 +111,7 @@ class Trainer:
         new: Arrays | None = None
         if payload is None:
             new = {name: work.adapter[name] + change.numpy() for name, change in on_host(update).items()}
-        return Trained(
+        done = Trained(
             adapter=new,
             payload=payload,
             num_examples=num_examples(settings.train, len(self.shard(work.partition).train)),
@@ -118,6 +119,8 @@ class Trainer:
             seconds_train=trained - start,
             seconds_encode=time.perf_counter() - trained,
         )
+        note(round_line(work.server_round, done))
+        return done
 
     def finetune(self, work: Work, team: Team) -> tuple[Adapter, float]:
         """The part of ``train`` that all of a team do: the update and the mean loss."""

@@ -103,9 +103,19 @@ def last_line(log: Path) -> str:
     return " ".join(log.read_text(errors="replace").strip().splitlines()[-1:]) if log.is_file() else ""
 
 
-def stay_up(children: Sequence[Child], poll_seconds: float = 0.5) -> None:
-    """Keeps all of them running until SIGTERM or Ctrl-C, or until one fails for good; then ends all, last first. What
-    happens to them is told on standard error.
+def stay_up(
+    children: Sequence[Child],
+    report: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    watch: Callable[[], None] = lambda: None,
+    poll_seconds: float = 0.5,
+) -> None:
+    """Keeps all of them running until SIGTERM or Ctrl-C, or until one fails for good; then ends all, last first.
+
+    Args:
+        children: what runs.
+        report: gets a line of what happens to them.
+        watch: is called at every poll.
+        poll_seconds: between two polls.
 
     Raises:
         ValueError: a child failed for good.
@@ -114,7 +124,8 @@ def stay_up(children: Sequence[Child], poll_seconds: float = 0.5) -> None:
     try:
         while True:
             for child in children:
-                child.watch(lambda text: print(text, file=sys.stderr, flush=True))
+                child.watch(report)
+            watch()
             time.sleep(poll_seconds)
     finally:
         end_all(children)

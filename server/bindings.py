@@ -73,8 +73,8 @@ def save_table(table: Table, folder: Path) -> None:
 
 
 def bind(table: Table, public_key: Path, partition: int | None = None) -> KnownNode:
-    """The key's entry in the table, made if there is none. Its partition is the one asked for; else the one it has; else
-    the number in the name ``node-N.pub``. A revoked key's entry stays as it is, and its partition is free for another.
+    """The key's entry in the table, made if there is none. Its partition is the one asked for, or the one it has, or
+    the number in the name ``node-N.pub``. A revoked key's entry stays, and its partition is free for another.
 
     Raises:
         ValueError: no partition is known, or it is another key's, or this key has another one.
@@ -88,7 +88,9 @@ def bind(table: Table, public_key: Path, partition: int | None = None) -> KnownN
         raise ValueError(f"which partition does the node of {public_key} hold? Say it with --partition N, from 0")
     holders = [other for text, other in table.items() if text != key and other.partition == wanted]
     if any(not other.revoked for other in holders):
-        raise ValueError(f"{public_key}: partition {wanted} is bound to another key; revoke that one, or take another N")
+        raise ValueError(
+            f"{public_key}: partition {wanted} is bound to another key; revoke that one, or take another N"
+        )
     if known is None:
         known = table[key] = KnownNode(wanted)
     known.partition = wanted

@@ -1,10 +1,10 @@
 """The SuperLink with its control port closed to whoever does not hold the deployment's secret.
 
 Who reaches Flower's control API has an app of his own run as the server's user, and a port on loopback is reached by
-every user of the host. Flower 1.39 authenticates the users of that API through a plugin. Its free distribution holds the
-client's half of one, a bearer token that every ``flwr`` command sends, and at the SuperLink a plugin that lets everybody
-in. This module is the other half (docs/decisions/0010-control-port.md). It is run as ``flower-superlink`` is, with the
-same options, and with the secret's file in ``CG_FEDLLM_CONTROL_SECRET``.
+every user of the host. Flower 1.39 authenticates the users of that API through a plugin. Its free distribution holds
+the client's half of one, a bearer token that every ``flwr`` command sends, and at the SuperLink a plugin that lets
+everybody in. This module is the other half (docs/decisions/0010-whom-a-node-trusts.md). It is run as
+``flower-superlink`` is, with the same options, and with the secret's file in ``CG_FEDLLM_CONTROL_SECRET``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from flwr.common.constant import ACCESS_TOKEN_KEY, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
 from flwr.supercore.auth.typing import AccountAuthCredentials, AccountAuthLoginDetails, AccountInfo
+from flwr.supercore.logger import update_console_handler
 from flwr.superlink.auth_plugin import ControlAuthnPlugin
 
 from server.launch import SECRET_VARIABLE
@@ -60,6 +61,7 @@ def main() -> None:
     program = importlib.import_module("flwr.superlink.cli.flower_superlink")  # its package has a function of that name
     assert hasattr(program, "load_control_authn_plugin"), "another release of Flower: its control port would be open"
     setattr(program, "load_control_authn_plugin", lambda: SecretPlugin(secret))  # noqa: B010
+    update_console_handler(timestamps=True, colored=False)
     program.flower_superlink()
 
 

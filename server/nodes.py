@@ -105,7 +105,9 @@ def _status_by_id(config: ServerConfig) -> dict[str, str]:
 
 def _supernode(config: ServerConfig, verb: str, *arguments: str) -> dict[str, Any]:
     if not (config.flwr_home / "config.toml").is_file():
-        raise ValueError(f"{config.folder} is no folder of a SuperLink: `python -m server start --folder ...` makes one")
+        raise ValueError(
+            f"{config.folder} is no folder of a SuperLink: `python -m server start --folder ...` makes one"
+        )
     command = ["flwr", "supernode", verb, *arguments, CONNECTION, "--format", "json"]
     done = subprocess.run(command, env=config.environment(), capture_output=True, text=True, timeout=60)
     try:

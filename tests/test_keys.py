@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from bench.deployment import free_ports
 from server.keys import make_keys
-from server.launch import ServerPlace, start_server
+from server.launch import ServerConfig, start_server
 
 
 def test_the_server_certificate_is_signed_by_the_ca_and_holds_for_its_hosts(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_an_expired_server_certificate_is_made_anew_for_its_old_hosts(
 
 def test_a_superlink_without_keys_or_with_a_taken_port_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="python -m server keys"):
-        start_server(ServerPlace(tmp_path))
+        start_server(ServerConfig(tmp_path))
 
 
 @pytest.mark.parametrize(
