@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NOTE = " node: "
 """Marks the lines of a log that its reader passes on to the console."""
-WAITING, CONNECTED = "waiting for the server", "connected"
+STARTING, WAITING, CONNECTED = "starting", "waiting for the server", "connected"
 _NOTES = logging.getLogger("cg-fedllm.node")
 
 
@@ -61,7 +61,7 @@ class PartitionConsole:
 
     def __init__(self, partition: int, logs: Sequence[Path], say: Callable[[str], None]) -> None:
         """Only what is logged from now on counts; ``say`` gets a line an event."""
-        self.state = WAITING
+        self.state = self._before = STARTING
         self._name, self._say = f"partition {partition}", say
         self._read = {log: log.stat().st_size if log.is_file() else 0 for log in logs}
 
@@ -76,14 +76,16 @@ class PartitionConsole:
         if NOTE in line:
             return line.split(NOTE, 1)[1]
         if "Connection attempt failed" in line and self.state != WAITING:
-            self.state = WAITING
+            self._before, self.state = self.state, WAITING
             return WAITING
+        if "Starting Flower SuperNode" in line:
+            self.state = STARTING
         if "SuperNode ID: " in line:  # said once it is in
             self.state = CONNECTED
             return f"{CONNECTED} as node {line.rsplit(' ', 1)[-1]}"
-        if "Connection successful" in line and self.state != CONNECTED:
-            self.state = CONNECTED
-            return f"{CONNECTED} again"
+        if "Connection successful" in line and self.state == WAITING:
+            self.state = self._before
+            return "the server answers again"
         return None
 
     def _new_lines(self, log: Path) -> Iterator[str]:

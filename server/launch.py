@@ -29,6 +29,7 @@ CONNECTION = "cg-fedllm"
 CONTROL_SECRET, EXECUTOR_SECRET = "control.secret", "superexec.secret"
 SECRET_VARIABLE = "CG_FEDLLM_CONTROL_SECRET"
 """Names the file of the control secret to the SuperLink's process."""
+DATABASE = "state.db"
 START_SECONDS = 60.0
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -133,7 +134,7 @@ def _superlink(config: ServerConfig) -> Child:
         *("--fleet-api-address", config.fleet_address),
         *(["--insecure"] if config.insecure else [*tls, "--enable-supernode-auth"]),
         *("--isolation", "process", "--superexec-auth-secret-file", str(config.folder / EXECUTOR_SECRET)),
-        *("--database", str(config.folder / "state.db"), "--disable-runtime-dependency-installation"),
+        *("--database", str(config.folder / DATABASE), "--disable-runtime-dependency-installation"),
     ]
     environment = {**config.environment(), SECRET_VARIABLE: str(config.folder / CONTROL_SECRET)}
     return Child("the SuperLink", command, config.folder / "superlink.log", environment, CHECKOUT, umask=0o077)

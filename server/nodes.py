@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from server.bindings import KnownNode, Table, bind, key_of, load_table, save_table
+from cryptography.hazmat.primitives import serialization
+
+from server.bindings import KnownNode, bind, key_of, load_table, save_table
 from server.keys import REVOKED
-from server.launch import CONNECTION, ServerConfig
+from server.launch import CONNECTION, DATABASE, ServerConfig
 
 UNREGISTERED = "unregistered"
 """Flower's status of a node that was shut out."""
@@ -20,7 +24,7 @@ def register_nodes(config: ServerConfig, public_keys: Sequence[Path], partition:
     """Lets the nodes with these public keys in, and binds each to its partition (see ``bind``).
 
     Returns:
-        What became of each, as a line for its operator: new, registered already, or revoked and still out.
+        What became of each, as a line for its operator: registered, registered before, or revoked and still out.
 
     Raises:
         ValueError: the SuperLink refuses a key, or its partition is another's.
@@ -30,42 +34,44 @@ def register_nodes(config: ServerConfig, public_keys: Sequence[Path], partition:
     status = _status_by_id(config)
     lines = []
     for path, node in nodes:
-        if node.node_id is not None and status.get(node.node_id) == UNREGISTERED:
+        what = "registered before"
+        if node.node_id not in status and not node.revoked:
+            what = _admit(config, path, node)
+            save_table(table, config.folder)  # one by one, as each is a fact at the SuperLink
+        if node.revoked or status.get(node.node_id or "") == UNREGISTERED:
             node.revoked = True
-        if node.revoked:
             lines.append(f"revoked {path}: stays out; a node that was shut out needs a new key")
-            continue
-        if node.node_id in status:
-            what = "registered before"
         else:
-            what = "registered" if _admit(config, path, node, table, status) else "registered before"
-        save_table(table, config.folder)  # one by one, as each of them is a fact at the SuperLink
-        lines.append(f"{what} {path}: node {node.node_id} holds partition {node.partition}")
+            lines.append(f"{what} {path}: node {node.node_id} holds partition {node.partition}")
     save_table(table, config.folder)
     return lines
 
 
-def _admit(config: ServerConfig, path: Path, node: KnownNode, table: Table, status: dict[str, str]) -> bool:
-    """Whether the key is new to the SuperLink; its node id either way."""
+def _admit(config: ServerConfig, path: Path, node: KnownNode) -> str:
+    """Gives the node its id; says whether its key is new to the SuperLink."""
     try:
         node.node_id = str(_supernode(config, "register", str(path))["node-id"])
     except ValueError as error:
         if "already" not in str(error):
             raise
-        # registered, but a crash came before the table was written: then it is the one node that no key has
-        known = {other.node_id for other in table.values()}
-        strange = [node_id for node_id in status if node_id not in known]
-        if len(strange) != 1:
-            raise ValueError(
-                f"{path} is registered at the SuperLink, but {config.folder} does not say which node it is: make a new "
-                "key for it"
-            ) from None
-        node.node_id = strange[0]
-        node.revoked = status[strange[0]] == UNREGISTERED
-        if node.revoked:
-            raise ValueError(f"{path} was revoked: a node that was shut out needs a new key") from None
-        return False
-    return True
+        node.node_id = _node_id_in_database(config, path)
+        return "registered before"
+    return "registered"
+
+
+def _node_id_in_database(config: ServerConfig, path: Path) -> str:
+    """Of a key that the SuperLink knows and our table does not, as after a crash between the two. No command of
+    Flower's says it, so its database is read."""
+    key = serialization.load_ssh_public_key(path.read_bytes())
+    content = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{config.folder / DATABASE}?mode=ro", uri=True)) as database:
+            found = database.execute("SELECT node_id FROM node WHERE public_key = ?", (content,)).fetchone()
+    except sqlite3.Error as error:
+        raise ValueError(f"{config.folder / DATABASE} cannot be read: {error}") from None
+    if found is None:
+        raise ValueError(f"{path} is registered at this SuperLink, but {config.folder / DATABASE} does not have it")
+    return str(found[0] & 0xFFFFFFFFFFFFFFFF)  # stored as a signed number
 
 
 def revoke_node(config: ServerConfig, public_key: Path) -> str:
