@@ -6,6 +6,7 @@ missing, also after a crash, and a server certificate that has expired is made a
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import os
@@ -203,9 +204,13 @@ def _public_text(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def private_folder(folder: Path) -> None:
-    """Makes the folder, or closes it to everybody but its owner if it is there."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.chmod(0o700)
+    """Makes the folder, or closes it to everybody but its owner if it is there. Raises ValueError: it cannot be made."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"folder {folder} cannot be made: {error.strerror}") from None
+    with contextlib.suppress(PermissionError):  # a volume's folder may be another's: the files in it are closed, too
+        folder.chmod(0o700)
 
 
 def write_private(path: Path, content: bytes) -> None:
