@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 NOTE = " node: "
 """Marks the lines of a log that its reader passes on to the console."""
 STARTING, WAITING, CONNECTED = "starting", "waiting for the server", "connected"
+MAX_LETTERS = 500
 _NOTES = logging.getLogger("cg-fedllm.node")
 
 
@@ -29,7 +30,12 @@ def now() -> str:
 
 def note(text: str) -> None:
     """An event of this process, as one line of its log; silent in a process that is no node's."""
-    _NOTES.info(" ".join(text.split()))
+    _NOTES.info(_one_line(text))
+
+
+def _one_line(text: str) -> str:
+    """Without control characters, by which a server's words could reach the terminal's own."""
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())[:MAX_LETTERS]
 
 
 def round_line(server_round: int, done: Trained) -> str:
@@ -74,7 +80,7 @@ class PartitionConsole:
 
     def _event(self, line: str) -> str | None:
         if NOTE in line:
-            return line.split(NOTE, 1)[1]
+            return _one_line(line.split(NOTE, 1)[1])
         if "Connection attempt failed" in line and self.state != WAITING:
             self._before, self.state = self.state, WAITING
             return WAITING
