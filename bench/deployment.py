@@ -40,9 +40,9 @@ class Deployment:
 def node_command(folder: Path, partition: int, num_nodes: int, address: str, port: int) -> list[str]:
     """``python -m client`` for a node whose keys, memory and logs lie in the deployment's folder."""
     keys = ["--ca", str(folder / "ca.crt"), "--key", str(folder / f"node-{partition}")]
-    place = ["--partition", str(partition), "--partitions", str(num_nodes), "--gpus", "none"]
+    own = ["--partition", str(partition), "--partitions", str(num_nodes), "--gpus", "none"]
     kept = ["--memory", str(folder / f"memory-{partition}"), "--logs", str(folder / f"logs-{partition}")]
-    return [sys.executable, "-m", "client", "--server", address, "--port", str(port), *keys, *place, *kept]
+    return [sys.executable, "-m", "client", "--server", address, "--port", str(port), *keys, *own, *kept]
 
 
 @contextlib.contextmanager

@@ -14,11 +14,11 @@ import sys
 import tempfile
 
 from flwr.supercore.constant import TaskType
-from flwr.supercore.logger import update_console_handler
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 
 from client.own_app import CHECKOUT
+from client.supernode import log_with_times
 
 
 class OwnAppExecutor(SubprocessExecutor):
@@ -45,7 +45,7 @@ class OwnAppExecutor(SubprocessExecutor):
 
 
 def main() -> None:
-    update_console_handler(timestamps=True, colored=False)
+    log_with_times()
     runtime = importlib.import_module("flwr.supercore.superexec.run_superexec")
     assert hasattr(runtime, "get_executor"), "another release of Flower: it would run any app"
     setattr(runtime, "get_executor", lambda *_, **__: OwnAppExecutor())  # noqa: B010

@@ -81,10 +81,10 @@ def with_token(arguments: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    from flwr.supercore.logger import update_console_handler  # loads Flower, as the digests alone do not
+    from client.supernode import log_with_times  # loads Flower, as the digests alone do not
 
     write_notes()
-    update_console_handler(timestamps=True, colored=False)
+    log_with_times()
     own = json.loads(Path(os.environ[APP_VARIABLE]).read_text())
     runtime = importlib.import_module("flwr.supernode.runtime.run_clientapp")
     install = runtime.install_from_fab

@@ -58,7 +58,7 @@ def serve(path: Path, team: Team) -> None:
         path.chmod(0o600)
         listener.listen(8)
         listener.settimeout(1.0)
-        _LOG.info("the trainer listens at %s", path)
+        note("its trainer is up")
         while os.getppid() == parent:  # an orphan gives its GPU back
             with contextlib.suppress(TimeoutError):
                 connection, _ = listener.accept()
@@ -81,10 +81,10 @@ def _answer(connection: socket.socket, team: Team) -> None:
             answer, content = {"error": f"local training failed: {error!r}", "fatal": True}, b""
         send(connection, answer, content)
         if "fatal" in answer and team.size > 1:
-            sys.exit(
-                1
-            )  # the others may wait for gradients that never come: torchrun ends them, the node starts all anew
-    except (OSError, EOFError, ValueError) as error:
+            sys.exit(1)  # the others may wait for gradients in vain: torchrun ends them, the node starts all anew
+    except EOFError:
+        pass  # a client that was killed, or a health check, which asks nothing
+    except (OSError, ValueError) as error:
         _LOG.warning("a client went away: %s", error)
 
 
