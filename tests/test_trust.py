@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,8 +29,9 @@ from flwr.supercore.superexec.executor import ExecutionSpec
 from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
 
 import client.own_app
-from bench.deployment import free_ports
+from bench.deployment import free_ports, node_command, running, wait_for
 from client.executor import OwnAppExecutor
+from client.health import problems_of
 from client.own_app import app_digests, check_app, own_digests, with_token
 from conf.processes import end_all
 from server.bindings import DEPLOY_VARIABLE, bind, key_of, load_table, read_bindings, save_table
@@ -66,44 +68,81 @@ def test_only_who_holds_the_secret_is_let_in() -> None:
         assert plugin.validate_tokens_in_metadata(one) == (False, None)
 
 
-@pytest.mark.grpc
-@pytest.mark.parametrize("insecure", [False, True])
-def test_a_superlink_turns_strangers_away_and_binds_its_nodes(folder: Path, insecure: bool) -> None:
-    """The real SuperLink, spoken to by Flower's own commands."""
+@pytest.fixture(scope="module")
+def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerConfig]:
+    folder = tmp_path_factory.mktemp("superlink") / "deploy"
+    make_keys(folder, [], 4)
     fleet, control = free_ports(2)
-    config = ServerConfig(folder, f"127.0.0.1:{fleet}", control, insecure)
+    config = ServerConfig(folder, f"127.0.0.1:{fleet}", control)
+    children = start_server(config)
+    yield config
+    end_all(children)
+
+
+def strangers_words(config: ServerConfig, home: Path) -> str:
+    """What Flower's own command says to who knows where the SuperLink is, and has its CA, but not its secret."""
+    shutil.copytree(config.flwr_home, home)
+    (home / "credentials.yaml").unlink()
+    environment = {**config.environment(), "FLWR_HOME": str(home)}
+    done = subprocess.run(["flwr", "list", "cg-fedllm"], env=environment, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.grpc
+def test_a_superlink_turns_strangers_away(superlink: ServerConfig, tmp_path: Path) -> None:
+    assert refuses_strangers(superlink)
+    assert "Authentication failed" in strangers_words(superlink, tmp_path / "stranger")
+    assert [path for path in (superlink.folder, *superlink.folder.rglob("*")) if path.stat().st_mode & 0o077] == []
+
+
+@pytest.mark.grpc
+def test_so_does_one_without_tls(tmp_path: Path) -> None:
+    fleet, control = free_ports(2)
+    config = ServerConfig(tmp_path / "deploy", f"127.0.0.1:{fleet}", control, insecure=True)
     children = start_server(config)
     try:
         assert refuses_strangers(config)
-        stranger = {**config.environment(), "FLWR_HOME": str(folder / "stranger")}
-        shutil.copytree(config.flwr_home, folder / "stranger")
-        (folder / "stranger").chmod(0o700)
-        (folder / "stranger" / "credentials.yaml").unlink()
-        done = subprocess.run(["flwr", "list", "cg-fedllm"], env=stranger, capture_output=True, text=True)
-        assert "Authentication failed" in done.stdout + done.stderr
-        if insecure:
-            assert list_nodes(config) == []
-            return
-        first, second = (folder / f"node-{i}.pub" for i in range(2))
-        (new,) = register_nodes(config, [first])
-        assert new.startswith(f"registered {first}: node ")
-        again, other = register_nodes(config, [first, second])
-        assert again == new.replace("registered", "registered before")
-        assert len(list_nodes(config)) == 2
-        node_id = int(new.split("node ")[-1].split()[0])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(DEPLOY_VARIABLE, str(folder))
-            assert sorted(read_bindings().values()) == [0, 1]
-            assert read_bindings()[node_id] == 0
-            shutil.copy(first, folder / "copy.pub")
-            assert revoke_node(config, first) == str(node_id)
-            assert list(read_bindings().values()) == [1]
-        assert "stays out" in register_nodes(config, [folder / "copy.pub"])[0]
-        (folder / "nodes.json").unlink()  # Flower still knows
-        assert register_nodes(config, [second]) == [other.replace("registered", "registered before")]
-        assert [path for path in (folder, *folder.glob("*")) if path.stat().st_mode & 0o077] == []
+        assert "Authentication failed" in strangers_words(config, tmp_path / "stranger")
+        assert list_nodes(config) == []
     finally:
         end_all(children)
+
+
+@pytest.mark.grpc
+def test_nodes_are_let_in_bound_and_shut_out(superlink: ServerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = superlink.folder
+    first, second = (folder / f"node-{i}.pub" for i in range(2))
+    (new,) = register_nodes(superlink, [first])
+    assert new.startswith(f"registered {first}: node ")
+    again, other = register_nodes(superlink, [first, second])
+    assert again == new.replace("registered", "registered before")
+    node_id = int(new.split("node ")[-1].split()[0])
+    monkeypatch.setenv(DEPLOY_VARIABLE, str(folder))
+    assert sorted(read_bindings().values()) == [0, 1]
+    assert read_bindings()[node_id] == 0
+    shutil.copy(first, folder / "copy.pub")
+    assert revoke_node(superlink, first) == str(node_id)
+    assert list(read_bindings().values()) == [1]
+    assert "stays out" in register_nodes(superlink, [folder / "copy.pub"])[0]
+    (folder / "nodes.json").unlink()  # Flower still knows
+    assert register_nodes(superlink, [second]) == [other.replace("registered", "registered before")]
+
+
+@pytest.mark.grpc
+def test_nodes_of_one_host_say_how_they_are(superlink: ServerConfig, tmp_path: Path) -> None:
+    """Two that want the same local port, one of which dies; and one whose key nobody let in."""
+    folder, logs = superlink.folder, [tmp_path / f"node-{i}.log" for i in (2, 3)]
+    register_nodes(superlink, [folder / "node-2.pub"])
+    (port,) = free_ports(1)
+    commands = [[*node_command(folder, i, 4, superlink.fleet_address, port), "--no-trainer"] for i in (2, 3)]
+    with running(commands[0], logs[0]) as node:
+        wait_for("partition 2: connected as node", logs[0], node)
+        assert problems_of(folder / "logs-2") == []
+        with running(commands[1], logs[1]) as stranger:
+            assert stranger.wait(60) == 1
+        assert f"port {port} is taken by another program" in logs[1].read_text()
+        assert "the server refuses this key" in logs[1].read_text()
+    assert "its SuperNode does not answer" in problems_of(folder / "logs-2")[0]
 
 
 # which node holds which partition
