@@ -204,7 +204,7 @@ def _public_text(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def private_folder(folder: Path) -> None:
-    """Makes the folder, or closes one that is there to everybody but its owner. Raises ValueError: it cannot be made."""
+    """Makes the folder, or closes one that is there to all but its owner. Raises ValueError: it cannot be made."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
