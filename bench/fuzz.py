@@ -26,12 +26,13 @@ from rich.progress import track
 from rich.table import Table
 
 from conf.output import provenance, write_json
-from gradcodec.build import CODECS_FOR_ANY_LAYOUT, build_codec
+from gradcodec.build import build_codec
 from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
 from gradcodec.frame import HEADER_BYTES, Frame, pack, unpack
 from gradcodec.layout import Layout
+from gradcodec.registry import names_for_any_layout
 from gradcodec.settings import CodecSettings
 
 SHAPES = {
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=5.0, help="the longest that one decode may take")
-    parser.add_argument("--codecs", default=",".join(CODECS_FOR_ANY_LAYOUT), help="which codecs")
+    parser.add_argument("--codecs", default=",".join(names_for_any_layout()), help="which codecs")
     parser.add_argument("--artifact", default="assets/codec")
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()

@@ -17,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_lora, check_model, check_training
 from adapters.settings import is_hub_name as is_hub_model
+from conf.remedies import TRAIN_ONE
+from gradcodec.errors import ArtifactError, CodecError
 from gradcodec.settings import CodecSettings, FitSettings, check_codec
 from strategies.settings import StrategySettings, check_strategy
 from tasks.settings import TaskSettings, check_task
@@ -175,9 +177,18 @@ def check_settings(settings: Settings) -> None:
     check_task(settings.task)
     check_strategy(settings.strategy)
     if settings.arm == "coded":
-        check_codec(settings.codec)
+        _check_codec_group(settings.codec)
     if settings.backend.name == "simulation" and settings.arm in ("dense", "coded"):
         _check_simulation(settings.backend, settings.dry_run)
+
+
+def _check_codec_group(settings: CodecSettings) -> None:
+    """The library's check, with the names of this project's keys and commands."""
+    try:
+        check_codec(settings)
+    except CodecError as error:
+        remedy = f": {TRAIN_ONE}" if isinstance(error, ArtifactError) else ""
+        raise CodecError(f"codec.{error}{remedy}") from None
 
 
 def _check_simulation(backend: BackendSettings, dry_run: bool) -> None:

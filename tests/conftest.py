@@ -15,10 +15,11 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from gradcodec.autoencoder.fit_learned import Sample, fit_learned
-from gradcodec.autoencoder.learned import LearnedCodec, LearnedTables
 from gradcodec.gauge import principal_axes
 from gradcodec.layout import Layout
+from gradcodec.learned.codec import LearnedCodec
+from gradcodec.learned.fit import Sample, fit_learned
+from gradcodec.learned.tables import LearnedTables
 
 TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # outside a Flower process Message() needs them
 

@@ -12,9 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradcodec.autoencoder.learned import LearnedCodec, LearnedTables
-from gradcodec.autoencoder.networks import ResnetAutoencoder
-from gradcodec.autoencoder.resnet import ResnetCodec, fit_resnet, picture_shape
 from gradcodec.codec import Codec, IdentityCodec
 from gradcodec.errors import BudgetError, CodecError
 from gradcodec.exchange import (
@@ -29,6 +26,12 @@ from gradcodec.fidelity import fidelity, gaussian_bound_cosine
 from gradcodec.frame import HEADER_BYTES, Frame, pack
 from gradcodec.gauge import principal_axes, rotate, unrotate
 from gradcodec.layout import Layout
+from gradcodec.learned.codec import LearnedCodec
+from gradcodec.learned.tables import LearnedTables
+from gradcodec.paper.fit import fit_resnet
+from gradcodec.paper.networks import ResnetAutoencoder
+from gradcodec.paper.picture import picture_shape
+from gradcodec.paper.resnet import ResnetCodec
 
 RATES = (0.1, 0.25, 0.5, 1.0, 2.0)
 

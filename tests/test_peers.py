@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradcodec.artifact import Artifact
-from gradcodec.autoencoder.networks import ARCHITECTURES
-from gradcodec.autoencoder.resnet import ResnetCodec, fit_resnet
 from gradcodec.build import build_codec, byte_budget
 from gradcodec.codec import Codec
 from gradcodec.errors import BudgetError, CodecError
@@ -23,6 +21,9 @@ from gradcodec.fidelity import fidelity, gaussian_bound_cosine
 from gradcodec.frame import HEADER_BYTES, Frame, pack
 from gradcodec.gauge import principal_axes
 from gradcodec.layout import Layout
+from gradcodec.paper.fit import fit_resnet
+from gradcodec.paper.networks import ARCHITECTURES
+from gradcodec.paper.resnet import ResnetCodec
 from gradcodec.peers.casts import NF4_RUN, NF4_TABLE
 from gradcodec.peers.eden import rotate_randomly, unrotate_randomly
 from gradcodec.peers.packing import gaussian_codebook, nearest, pack_indices, unpack_indices

@@ -23,9 +23,10 @@ from conf.output import open_output, provenance, write_json, write_text
 from conf.schema import TgapRun, check_settings, register_schemas, tgap_run_of
 from gradcodec.artifact import save_artifact
 from gradcodec.build import codec_of
-from gradcodec.recording import load_recording
-from gradcodec.settings import TRAINABLE
-from gradcodec.training import Row, measure, rows_to_json, train_codec
+from gradcodec.registry import entry_of, trainable_names
+from gradcodec.training.fit import Fitting, train_codec
+from gradcodec.training.measure import Row, measure, rows_to_json
+from gradcodec.training.recording import load_recording
 from tgap.report import print_table, training_bar
 
 register_schemas()
@@ -44,17 +45,22 @@ def main(config: DictConfig) -> None:
 def run(settings: TgapRun) -> list[Row]:
     """Records, trains, measures, writes. Raises ValueError: something cannot be done as asked for."""
     tgap = settings.tgap
-    if unknown := sorted(set(tgap.codecs) - set(TRAINABLE)):
-        raise ValueError(f"tgap.codecs holds {unknown[0]!r}, which is none of {', '.join(TRAINABLE)}")
+    if unknown := sorted(set(tgap.codecs) - set(trainable_names())):
+        raise ValueError(f"tgap.codecs holds {unknown[0]!r}, which is none of {', '.join(trainable_names())}")
     for key, least in (("directions", 0), ("passes", 1), ("network_steps", 1)):
         if getattr(tgap, key) < least:
             raise ValueError(f"tgap.{key}={getattr(tgap, key)} must be at least {least}")
     check_settings(settings)
     open_output(Path(tgap.artifact).parent)
     output = open_output(Path(settings.output))
+    if tgap.record is not None and not Path(tgap.record).is_file():
+        raise ValueError(f"tgap.record={tgap.record} is no file: make one with `python -m tgap record=FILE`")
     path = Path(tgap.record) if tgap.record is not None else record(settings)
     recording = load_recording(path)
-    train, heldout = recording.split(tgap.heldout_rounds, tgap.heldout_clients)
+    try:
+        train, heldout = recording.split(tgap.heldout_rounds, tgap.heldout_clients)
+    except ValueError as error:
+        raise ValueError(f"tgap.{error}") from None
     made_of = {
         "model": Path(settings.model.path).name,
         "task": settings.task.name,
@@ -67,13 +73,11 @@ def run(settings: TgapRun) -> list[Row]:
     rows: list[Row] = []
     for name in tgap.codecs:
         with training_bar(name) as progress:
-            artifact = train_codec(
-                name, recording, train, made_of, settings=tgap, seed=settings.seed, progress=progress
-            )
+            artifact = train_codec(name, Fitting(recording, train, made_of, tgap, settings.seed, progress))
         folder = Path(tgap.artifact if name == "learned" else f"{tgap.artifact}-{name}")
         save_artifact(artifact, folder)
         print(f"{name}: artifact in {folder}, digest {artifact.digest[:16]}")
-        rates = list(tgap.bits) if name == "learned" else [None]
+        rates = list(tgap.bits) if entry_of(artifact.kind).has_rate else [None]
         rows += measure(name, codec_of(artifact, recording.layout), recording, heldout, rates)
     print_table(rows)
     write_json({"fidelity": rows_to_json(rows), "trained_on": made_of}, output / "report.json")

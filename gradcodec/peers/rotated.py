@@ -28,7 +28,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradcodec.autoencoder.transform import Transform
 from gradcodec.codec import codec_id
 from gradcodec.errors import BudgetError, CodecError
 from gradcodec.frame import Codes
@@ -36,6 +35,7 @@ from gradcodec.gauge import principal_axes
 from gradcodec.layout import Layout
 from gradcodec.peers.levels import MAX_LEVEL, Classes, Columns, Levels, Model, fit, pack_levels, unpack_levels
 from gradcodec.peers.packing import Floats, budget_of, finite
+from gradcodec.transform import Transform
 
 PRICE_OF_A_BIT = 0.115
 """In squared steps: ln(2) / 6, at which uniform thresholds trade at a high rate; lower rates mind it little."""
