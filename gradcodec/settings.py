@@ -1,7 +1,7 @@
 """The settings of codecs and of their training, and their checks. Loads no torch.
 
 A check names a key as it stands in its dataclass (``bits``); who keeps the group under a name of its own puts that in
-front (``codec.bits``).
+front.
 """
 
 from __future__ import annotations

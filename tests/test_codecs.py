@@ -255,7 +255,7 @@ def test_resnet_learns_one_picture(layout: Layout) -> None:
     """The network and its training are able to carry something: one smooth picture, seen again and again."""
     smooth = torch.sin(torch.linspace(0, 3, layout.num_parameters))
     blocks = layout.unflatten(smooth)
-    network = fit_resnet([blocks], layout, literal=False, steps=150, seed=0, batch=1)
+    network = fit_resnet([blocks], layout, name="resnet", steps=150, seed=0, batch=1)
     codec = ResnetCodec(layout, network, False, b"x")
     decoded = codec.decode(codec.encode(blocks, None, None), None)
     assert fidelity(blocks, decoded).cosine > 0.8

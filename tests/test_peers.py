@@ -317,11 +317,10 @@ def test_the_papers_autoencoders_have_one_rate_and_learn(architecture: str, layo
     network = fit_resnet(
         [blocks],
         layout,
-        literal=False,
+        name=architecture,
         steps=200,
         seed=0,
         batch=1,
-        architecture=architecture,
         progress=lambda step, steps, loss: losses.append(loss),
     )
     assert losses[-1] < 0.6 * losses[0]

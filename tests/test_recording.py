@@ -26,7 +26,7 @@ def path(tmp_path: Path) -> Path:
 def test_a_recording_is_written_whole_or_not_at_all(path: Path, layout: Layout) -> None:
     save_recording({(1, 0): heavy_tailed_update(0)}, layout.parts, path)
     before = path.read_bytes()
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="expected torch"):
         save_recording({(1, 0): {"x": object()}}, {}, path)  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="cannot be written"):
         save_recording({(1, 0): heavy_tailed_update(0)}, {}, path.parent / "nowhere" / "file")

@@ -115,9 +115,11 @@ class LearnedCodec:
         reader = SymbolReader(data[_HEADER.size :])
         plan = _Plan(step, shift, self._spectrum.unpack(reader))
         for row, levels_C in enumerate(self._spectrum.levels(plan.corrections)):
-            for symbol_class, places_N in _places(levels_C, shift):
-                integers_N = torch.from_numpy(self._quantizer.unpack(reader, len(places_N), symbol_class))
-                coefficients_RC[row, places_N] = self._quantizer.restore(integers_N.to(places_N.device), symbol_class)
+            for symbol_class, positions_N in _positions(levels_C, shift):
+                integers_N = torch.from_numpy(self._quantizer.unpack(reader, len(positions_N), symbol_class))
+                coefficients_RC[row, positions_N] = self._quantizer.restore(
+                    integers_N.to(positions_N.device), symbol_class
+                )
         coefficients_RC *= _width_of(step)
         return self._transform.synthesise(coefficients_RC, side)
 
@@ -172,14 +174,14 @@ class _Encoder:
     def _finest(self, max_bytes: int, num_bytes: Callable[[int], float], near: int | None = None) -> int:
         """The finest step that fits, sought outwards from one that is near it; finer steps take more, nearly always."""
         low, high = max(self._coarsest - _OCTAVES * _STEPS_PER_OCTAVE, _FINEST), self._coarsest
-        place, reach = near, 1
+        candidate, reach = near, 1
         while high - low > 1:
-            middle = (low + high) // 2 if place is None else min(max(place, low + 1), high - 1)
+            middle = (low + high) // 2 if candidate is None else min(max(candidate, low + 1), high - 1)
             fits = num_bytes(middle) <= max_bytes
             low, high = (low, middle) if fits else (middle, high)
-            if place is not None and near is not None:
+            if candidate is not None and near is not None:
                 turned = middle != near and fits != (middle < near)
-                place, reach = (None if turned else middle - reach if fits else middle + reach), 2 * reach
+                candidate, reach = (None if turned else middle - reach if fits else middle + reach), 2 * reach
         return high
 
     def _on_all(self, frozen: _Plan, step: int, max_bytes: int) -> int:
@@ -202,14 +204,14 @@ class _Encoder:
     def _pilot(self, plan: _Plan) -> Iterator[_Classified]:
         """Every so many-th column, all rows together: enough to judge a step by."""
         levels_N = torch.cat([*self._spectrum.levels(plan.corrections, self._stride)])
-        for symbol_class, places_N in _places(levels_N, plan.shift):
-            yield symbol_class, self._pilot_N[places_N]
+        for symbol_class, positions_N in _positions(levels_N, plan.shift):
+            yield symbol_class, self._pilot_N[positions_N]
 
     def _all(self, plan: _Plan) -> Iterator[_Classified]:
         """Every coefficient, in the order of the codes. A row at a time, so that memory stays that of a row."""
         for row, levels_C in enumerate(self._spectrum.levels(plan.corrections)):
-            for symbol_class, places_N in _places(levels_C, plan.shift):
-                yield symbol_class, self._coefficients_RC[row, places_N]
+            for symbol_class, positions_N in _positions(levels_C, plan.shift):
+                yield symbol_class, self._coefficients_RC[row, positions_N]
 
     def _num_bytes(self, plan: _Plan, judged: Iterable[_Classified], share: float = 1.0) -> float:
         """What the codes take, judged by a share of all coefficients."""
@@ -239,7 +241,7 @@ class _Encoder:
             yield from self._quantizer.pack(on_host[start:stop], symbol_class)
 
 
-def _places(levels_N: Tensor, shift: int) -> Iterator[tuple[int, Tensor]]:
+def _positions(levels_N: Tensor, shift: int) -> Iterator[tuple[int, Tensor]]:
     """Levels, which are used up -> from the lowest class to the highest where its coefficients are; silent ones are
     left out."""
     lowest = MIN_CLASS - 1  # silent

@@ -124,8 +124,8 @@ def _expected(parts: Sequence[Tensor], num_leading: int) -> Expected:
     squares_RW = torch.stack([part.double().square() for part in parts]).mean(0)
     columns_W = squares_RW.mean(0)
     overall = max(float(columns_W.mean()), 1e-30)
-    place_K = torch.log(torch.arange(num_leading) + 4.0).double()
-    kernel_KK = torch.exp(-((place_K[:, None] - place_K) / _SMOOTHING).square())
+    log_number_K = torch.log(torch.arange(num_leading) + 4.0).double()
+    kernel_KK = torch.exp(-((log_number_K[:, None] - log_number_K) / _SMOOTHING).square())
     leading_K = (kernel_KK / kernel_KK.sum(1, keepdim=True)) @ columns_W[:num_leading]
     tail = columns_W[num_leading:].mean()[None]
     columns = _levels(torch.cat([leading_K, tail]) / overall)

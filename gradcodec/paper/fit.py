@@ -16,17 +16,16 @@ from gradcodec.training.fit import Fitting
 
 def train(name: str, fitting: Fitting) -> Artifact:
     """``resnet``, ``cnn1d`` or ``uformer``, or with ``-literal`` behind it the paper's to the letter: a ``Trainer``."""
-    architecture, _, literal = name.partition("-")
     network = fit_resnet(
         [update.blocks_RC for update in fitting.updates],
         fitting.recording.layout,
-        literal=bool(literal),
-        architecture=architecture,
+        name=name,
         steps=fitting.settings.network_steps,
         seed=fitting.seed,
         progress=fitting.progress,
     )
-    settings = {"layout": fitting.recording.layout.id.hex(), "literal": bool(literal)}
+    architecture, literal = _variant(name)
+    settings = {"layout": fitting.recording.layout.id.hex(), "literal": literal}
     return Artifact(architecture, network.state_dict(), {"codec": settings, "trained": fitting.provenance})
 
 
@@ -34,14 +33,24 @@ def fit_resnet(
     samples: Sequence[Tensor],
     layout: Layout,
     *,
-    literal: bool,
+    name: str,
     steps: int,
     seed: int,
     batch: int = 4,
-    architecture: str = "resnet",
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Autoencoder:
-    """Trains on recorded blocks ``[R, C]``: mean squared error, Adam at 2e-4 (the paper, section 3.1)."""
+    """Trains on recorded blocks ``[R, C]``: mean squared error, Adam at 2e-4 (the paper, section 3.1).
+
+    Args:
+        samples: what the network is trained on.
+        layout: theirs.
+        name: of the architecture, with ``-literal`` behind it for unscaled blocks and a Tanh at the end.
+        steps: of the optimizer.
+        seed: of the first weights and of the order.
+        batch: pictures a step.
+        progress: called after each step, with the loss.
+    """
+    architecture, literal = _variant(name)
     pictures = torch.stack([to_picture(b, scales_of(b, layout, literal), layout) for b in samples])[:, None]
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -57,3 +66,9 @@ def fit_resnet(
         if progress is not None:
             progress(step, steps, float(loss.detach()))
     return network
+
+
+def _variant(name: str) -> tuple[str, bool]:
+    """Architecture, and whether the paper's to the letter."""
+    architecture, _, literal = name.partition("-")
+    return architecture, bool(literal)

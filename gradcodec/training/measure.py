@@ -83,4 +83,5 @@ def _measured(
 
 
 def rows_to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows as JSON objects, a field each."""
     return [asdict(row) for row in rows]
