@@ -4,9 +4,9 @@
 
 Real deployments on loopback (gRPC, TLS, node keys, two nodes) carry one run after the other, and any of their processes
 is killed at random moments: SuperLink, executor, server app, SuperNodes, trainers, the processes of single messages, and
-the programs that a user started. What a user started is started again, as an init system would; a run that ended is gone
-on with by ``resume``. Every run must end with the held-out losses of the undisturbed one, to the bit; a round counts when
-all its clients answered (``federation.min_replies``), so that a lost reply costs a try, not a client's share.
+the programs that a user started. What a user started is started again, as an init system would; a run that ended is
+gone on with by ``resume``. Every run must end with the held-out losses of the undisturbed one, to the bit; a round counts
+when all its clients answered (``federation.min_replies``), so that a lost reply costs a try, not a client's share.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ SMALL = (
     "task.heldout_windows=4",
 )
 KINDS = {
-    "flower-superlink": "SuperLink",
-    "flower-superexec": "executor",
+    "server.control": "SuperLink",
+    "flower-superexec": "server's executor",
     "flwr-serverapp": "server app",
-    "flower-supernode": "SuperNode",
+    "client.supernode": "SuperNode",
+    "client.executor": "node's executor",
     "flwr-clientapp": "client app",
     "client.resident": "trainer",
 }
@@ -151,11 +152,13 @@ class Kills:
                 process.kill()
             except psutil.NoSuchProcess:
                 return
+            process.wait(10)
             self.left -= 1
             self.tally.killed[kind] += 1
             self.done.append(kind)
             self._next = time.monotonic() + self.draw.uniform(0, LONGEST_PAUSE)
-            self.running.start_what_was_killed()
+        if self.done:
+            self.running.start_again()
 
     def _victim(self) -> tuple[str, psutil.Process] | None:
         """A kind first, then a process: there are more of some than of others."""
