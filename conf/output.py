@@ -99,7 +99,8 @@ def provenance() -> dict[str, str]:
     made_with = {name: version(name) for name in names} | {"python": platform.python_version()}
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        made_with["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        found = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        made_with["commit"] = os.environ.get("GIT_COMMIT", "unknown")  # a copy without its history
+        found = "unknown"
+    made_with["commit"] = os.environ.get("GIT_COMMIT", found)  # for a copy that has not its own history
     return made_with | {"date": datetime.now(UTC).date().isoformat()}

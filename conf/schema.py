@@ -18,7 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_lora, check_model, check_training
 from adapters.settings import is_hub_name as is_hub_model
-from gradcodec.settings import TRAINED, CodecSettings, FitSettings, check_codec
+from conf.remedies import TRAIN_ONE
+from gradcodec.errors import ArtifactError, CodecError
+from gradcodec.registry import entry_of
+from gradcodec.settings import CodecSettings, FitSettings, check_codec
 from strategies.settings import StrategySettings, check_strategy
 from tasks.settings import TaskSettings, check_task
 from tasks.settings import is_hub_name as is_hub_dataset
@@ -187,7 +190,7 @@ def check_settings(settings: Settings) -> None:
     check_task(settings.task)
     check_strategy(settings.strategy)
     if settings.arm == "coded":
-        check_codec(settings.codec)
+        _check_codec_group(settings.codec)
     if settings.backend.name == "simulation" and settings.arm in ("dense", "coded"):
         _check_simulation(settings.backend, settings.dry_run)
 
@@ -214,7 +217,7 @@ def check_files(settings: Settings) -> None:
         raise ValueError(f"task.path={task.path!r} is not here: give a file, a folder, or owner/name of a data set")
     if start is not None and not (Path(start) / "adapter_config.json").is_file():
         raise ValueError(f"lora.start={start!r} holds no adapter_config.json: give a PEFT adapter directory")
-    if settings.arm == "coded" and settings.codec.name in TRAINED:
+    if settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact:
         _check_artifact(Path(settings.codec.artifact or ""), settings.codec.name)
 
 
@@ -232,6 +235,15 @@ def _check_artifact(folder: Path, name: str) -> None:
         raise ValueError(f"codec.artifact: {folder / 'codec.json'} is damaged: train the codec again") from None
     if kind != name:
         raise ValueError(f"codec.artifact: {folder} holds a codec of kind {kind!r}; codec.name asks for {name!r}")
+
+
+def _check_codec_group(settings: CodecSettings) -> None:
+    """The library's check, with the names of this project's keys and commands."""
+    try:
+        check_codec(settings)
+    except CodecError as error:
+        remedy = f": {TRAIN_ONE}" if isinstance(error, ArtifactError) else ""
+        raise CodecError(f"codec.{error}{remedy}") from None
 
 
 def _check_simulation(backend: BackendSettings, dry_run: bool) -> None:

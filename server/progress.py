@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from conf.console import Display, bytes_text, display, printable, seconds_text
 from conf.schema import Settings
-from gradcodec.settings import CODECS_WITH_A_RATE
+from gradcodec.registry import entry_of
 from server.events import Event, EventLog, RunStatus
 
 
@@ -19,7 +19,7 @@ def label(settings: Settings) -> str:
     """What kind of run it is: its arm, and the codec where there is one."""
     if settings.arm != "coded":
         return settings.arm
-    has_rate = settings.codec.bits is not None and settings.codec.name in CODECS_WITH_A_RATE
+    has_rate = settings.codec.bits is not None and entry_of(settings.codec.name).has_rate
     rate = f" at {settings.codec.bits:g} bits" if has_rate else ""
     return f"coded ({settings.codec.name}{rate})"
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from adapters.model import adapter_parts, adapter_shapes
 from adapters.settings import num_examples
 from conf.output import OutputError, open_output, write_json
+from conf.remedies import TRAIN_ONE, codec_remedies
 from conf.schema import Settings, check_settings
 from gradcodec.artifact import load_artifact
 from gradcodec.build import build_codec, byte_budget
 from gradcodec.layout import Layout
-from gradcodec.settings import TRAINED
+from gradcodec.registry import entry_of
 from server.alive import alive
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.evaluate import Evaluator
@@ -76,9 +77,10 @@ class _Run:
     def __init__(
         self, grid: Grid, settings: Settings, output: Path, events: EventLog, before: Checkpoint | None
     ) -> None:
-        if settings.arm == "coded" and settings.codec.name in TRAINED:
+        if settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact:
             assert settings.codec.artifact is not None
-            settings.codec.digest = load_artifact(Path(settings.codec.artifact), settings.codec.name).digest
+            with codec_remedies(TRAIN_ONE):
+                settings.codec.digest = load_artifact(Path(settings.codec.artifact), settings.codec.name).digest
         self.grid = grid
         self.settings = settings
         self.output = output
@@ -133,7 +135,8 @@ class _Run:
         self.recording = RecordingStrategy(self.inner, self.layout) if settings.record is not None else None
         self.coded: CodedStrategy | None = None
         if settings.arm == "coded":
-            codec = build_codec(settings.codec, self.layout, self.evaluator.model.device)
+            with codec_remedies(TRAIN_ONE):
+                codec = build_codec(settings.codec, self.layout, self.evaluator.model.device)
             budget = byte_budget(settings.codec, self.layout)
             self.coded = CodedStrategy(self.inner, codec, federation.min_replies, budget)
         receiving = self.coded or DenseStrategy(self.recording or self.inner, federation.min_replies)

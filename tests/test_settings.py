@@ -68,7 +68,7 @@ def test_every_option_of_every_group_composes(group: str) -> None:
         ("arm=fast", "arm='fast' is none of base, centralised, dense, coded"),
         ("codec.name=zip", "codec.name='zip' is none of identity, learned, resnet"),
         ("codec.bits=-1", "codec.bits=-1.0"),
-        ("codec.artifact=null", "codec.name=learned needs codec.artifact"),
+        ("codec.artifact=null", "codec.artifact=null: the codec learned needs"),
         ("codec.feedback=2", "codec.feedback=2.0"),
         ("model.path=nowhere", "nowhere' is no directory"),
         ("strategy.name=sum", "strategy.name='sum' is none of fedavg"),
@@ -220,7 +220,7 @@ def test_settings_from_a_stranger_are_checked_for_keys_and_types() -> None:
         ("server.federate", "arm=fast", "error: arm='fast'"),
         ("server.federate", "codec.artifact=/nowhere", "/nowhere holds no codec artifact"),
         ("tgap", "tgap.codecs=[zip]", "error: tgap.codecs holds 'zip'"),
-        ("tgap", "tgap.record=/nowhere", "recording /nowhere is no file"),
+        ("tgap", "tgap.record=/nowhere", "tgap.record=/nowhere is no file"),
     ],
 )
 def test_the_programs_say_it_in_one_line_and_fail(tmp_path: Path, module: str, override: str, said: str) -> None:

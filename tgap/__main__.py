@@ -25,10 +25,10 @@ from conf.arguments import run_program
 from conf.console import printable, say
 from conf.output import open_output, provenance, write_json, write_text
 from conf.schema import TgapRun, check_files, check_settings, register_schemas, tgap_run_of
-from gradcodec.settings import TRAINABLE
+from gradcodec.registry import entry_of, trainable_names
 
 if TYPE_CHECKING:  # slow to import, and not needed to refuse a setting
-    from gradcodec.training import Row
+    from gradcodec.training.measure import Row
 
 register_schemas()
 OPTIONS = {"--artifact": "tgap.artifact", "--recording": "tgap.record", "--record": "record"}
@@ -47,8 +47,8 @@ def main(config: DictConfig) -> None:
 def check(settings: TgapRun) -> None:
     """Raises ValueError naming the first key that cannot be served, before any work."""
     tgap = settings.tgap
-    if unknown := sorted(set(tgap.codecs) - set(TRAINABLE)):
-        raise ValueError(f"tgap.codecs holds {unknown[0]!r}, which is none of {', '.join(TRAINABLE)}")
+    if unknown := sorted(set(tgap.codecs) - set(trainable_names())):
+        raise ValueError(f"tgap.codecs holds {unknown[0]!r}, which is none of {', '.join(trainable_names())}")
     for key, least in (("directions", 0), ("passes", 1), ("network_steps", 1)):
         if getattr(tgap, key) < least:
             raise ValueError(f"tgap.{key}={getattr(tgap, key)} must be at least {least}")
@@ -76,13 +76,17 @@ def train(settings: TgapRun, path: Path, output: Path) -> list[Row]:
     """Trains every codec on the recording and measures it. Raises ValueError: the recording does not serve."""
     from gradcodec.artifact import save_artifact
     from gradcodec.build import codec_of
-    from gradcodec.recording import load_recording
-    from gradcodec.training import measure, rows_to_json, train_codec
+    from gradcodec.training.fit import Fitting, train_codec
+    from gradcodec.training.measure import measure, rows_to_json
+    from gradcodec.training.recording import load_recording
     from tgap.report import print_table, training_shown
 
     tgap = settings.tgap
     recording = load_recording(path)
-    updates, heldout = recording.split(tgap.heldout_rounds, tgap.heldout_clients)
+    try:
+        updates, heldout = recording.split(tgap.heldout_rounds, tgap.heldout_clients)
+    except ValueError as error:
+        raise ValueError(f"tgap.{error}") from None
     made_of = {
         "model": Path(settings.model.path).name,
         "task": settings.task.name,
@@ -95,13 +99,11 @@ def train(settings: TgapRun, path: Path, output: Path) -> list[Row]:
     rows: list[Row] = []
     for name in tgap.codecs:
         with training_shown(name) as progress:
-            artifact = train_codec(
-                name, recording, updates, made_of, settings=tgap, seed=settings.seed, progress=progress
-            )
+            artifact = train_codec(name, Fitting(recording, updates, made_of, tgap, settings.seed, progress))
         folder = Path(tgap.artifact if name == "learned" else f"{tgap.artifact}-{name}")
         save_artifact(artifact, folder)
         print(f"{name}: artifact in {folder}, digest {artifact.digest[:16]}")
-        rates = list(tgap.bits) if name == "learned" else [None]
+        rates = list(tgap.bits) if entry_of(artifact.kind).has_rate else [None]
         rows += measure(name, codec_of(artifact, recording.layout), recording, heldout, rates)
     print_table(rows)
     write_json({"fidelity": rows_to_json(rows), "trained_on": made_of}, output / "report.json")

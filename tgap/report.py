@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from conf.console import steps
-from gradcodec.training import Progress as OnStep
-from gradcodec.training import Row
+from gradcodec.training.fit import Progress as OnStep
+from gradcodec.training.measure import Row
 
 
 @contextmanager
