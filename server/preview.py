@@ -24,6 +24,7 @@ from adapters.base import max_positions
 from adapters.finetune import Windows
 from adapters.model import load_tokenizer
 from adapters.settings import check_training, num_steps
+from conf.arguments import run_program
 from conf.schema import Settings, register_schemas, settings_of
 from server.quiet import quiet
 from tasks.partitions import value_of
@@ -144,4 +145,4 @@ def example_text(windows: Windows, tokenizer: PreTrainedTokenizerBase) -> Text:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, output=False)
