@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from conf.output import open_output
 from conf.schema import Settings
-from server.quiet import quiet
+from server.quiet import engine_log, quiet
 from server.rounds import run_federation
 
 app = ServerApp()
@@ -18,4 +21,6 @@ def main(grid: Grid, context: Context) -> None:
     text = str(context.run_config.get("settings", ""))
     if not text:
         raise ValueError("the run has no settings: start it with `python -m server.federate backend=superlink`")
-    run_federation(grid, Settings.from_json(text))
+    settings = Settings.from_json(text)
+    engine_log(open_output(Path(settings.output)))
+    run_federation(grid, settings)

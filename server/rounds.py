@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping
@@ -15,17 +16,19 @@ from torch import Tensor
 
 from adapters.model import adapter_parts, adapter_shapes
 from adapters.settings import num_examples
-from conf.output import open_output, write_json
+from conf.output import OutputError, open_output, write_json
+from conf.remedies import TRAIN_ONE, codec_remedies
 from conf.schema import Settings, check_settings
 from gradcodec.artifact import load_artifact
 from gradcodec.build import build_codec, byte_budget
 from gradcodec.layout import Layout
-from gradcodec.settings import TRAINED
+from gradcodec.registry import entry_of
+from server.alive import alive
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.evaluate import Evaluator
 from server.events import EventLog
 from server.metrics import serve_metrics
-from server.progress import bytes_text, progress_bar
+from server.progress import shown
 from server.results import RunResults
 from strategies.build import build_inner
 from strategies.coded import CodedStrategy
@@ -49,16 +52,22 @@ def run_federation(grid: Grid, settings: Settings) -> RunResults:
     """
     check_settings(settings)
     output = open_output(Path(settings.output))
+    with alive(output, settings.run_id):
+        return _run(grid, settings, output)
+
+
+def _run(grid: Grid, settings: Settings, output: Path) -> RunResults:
     before = load_checkpoint(Path(settings.resume)) if settings.resume is not None else None
     if settings.record is not None:
         open_output(Path(settings.record).parent)
     (output / "results.json").unlink(missing_ok=True)  # of an earlier run in the same folder, or of fewer rounds
     events = EventLog(output, keep=before is not None)
     try:
-        with serve_metrics(settings.federation.metrics_port, events):
+        with shown(events), serve_metrics(settings.federation.metrics_port, events):
             return _Run(grid, settings, output, events, before).go()
     except Exception as error:
-        events.write("run_failed", reason=str(error) if isinstance(error, ValueError) else repr(error))
+        with contextlib.suppress(OutputError):  # a full disk, which is what the error says
+            events.write("run_failed", reason=str(error) if isinstance(error, ValueError) else repr(error))
         raise
 
 
@@ -68,9 +77,10 @@ class _Run:
     def __init__(
         self, grid: Grid, settings: Settings, output: Path, events: EventLog, before: Checkpoint | None
     ) -> None:
-        if settings.arm == "coded" and settings.codec.name in TRAINED:
+        if settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact:
             assert settings.codec.artifact is not None
-            settings.codec.digest = load_artifact(Path(settings.codec.artifact), settings.codec.name).digest
+            with codec_remedies(TRAIN_ONE):
+                settings.codec.digest = load_artifact(Path(settings.codec.artifact), settings.codec.name).digest
         self.grid = grid
         self.settings = settings
         self.output = output
@@ -90,27 +100,27 @@ class _Run:
         self.done = 0 if before is None else before.server_round
         self.evaluates_apart = settings.backend.name == "superlink"  # a simulation's clients share its machine
         self.started = time.monotonic() - self.results.seconds
-        self.progress = progress_bar()
+        self.here = -1  # nodes, as long as some are waited for
 
     def go(self) -> RunResults:
         federation = self.settings.federation
         config = ConfigRecord({SETTINGS: self.settings.to_json()})
         started = "run_started" if self.before is None else "run_resumed"
-        self.events.write(started, arm=self.settings.arm, rounds=federation.rounds, run_id=self.settings.run_id)
-        with self.progress:
-            total, done = (n * federation.clients_per_round for n in (federation.rounds, self.done))
-            self.bar = self.progress.add_task("waiting for clients", total=total, completed=done, note="")
-            roster = call_roll(self.grid, federation.num_clients, config, federation.wait_seconds, self._waiting)
-            self.events.write("nodes", count=len(roster))
-            self._build(roster)
-            for server_round in range(self.done + 1, federation.rounds + 1):
-                if not self.evaluates_apart:
-                    self._evaluate()
-                self.adapter = from_record(self._round(server_round, config))
-                self.done = server_round
-                self.events.write("round_finished", server_round=server_round)
-                self._save(roster)
-            self._evaluate()
+        codec = self.settings.codec.name if self.settings.arm == "coded" else ""
+        self.events.write(
+            started, arm=self.settings.arm, codec=codec, rounds=federation.rounds, run_id=self.settings.run_id
+        )
+        roster = call_roll(self.grid, federation.num_clients, config, federation.wait_seconds, self._waiting)
+        self.events.write("nodes", count=len(roster))
+        self._build(roster)
+        for server_round in range(self.done + 1, federation.rounds + 1):
+            if not self.evaluates_apart:
+                self._evaluate()
+            self.adapter = from_record(self._round(server_round, config))
+            self.done = server_round
+            self.events.write("round_finished", server_round=server_round)
+            self._save(roster)
+        self._evaluate()
         if self.recording is not None and self.settings.record is not None:
             self.recording.save(Path(self.settings.record))
         self.evaluator.save(self.adapter, self.results.facts(), self.output / "adapter")
@@ -125,7 +135,8 @@ class _Run:
         self.recording = RecordingStrategy(self.inner, self.layout) if settings.record is not None else None
         self.coded: CodedStrategy | None = None
         if settings.arm == "coded":
-            codec = build_codec(settings.codec, self.layout, self.evaluator.model.device)
+            with codec_remedies(TRAIN_ONE):
+                codec = build_codec(settings.codec, self.layout, self.evaluator.model.device)
             budget = byte_budget(settings.codec, self.layout)
             self.coded = CodedStrategy(self.inner, codec, federation.min_replies, budget)
         receiving = self.coded or DenseStrategy(self.recording or self.inner, federation.min_replies)
@@ -187,10 +198,6 @@ class _Run:
         self.results.heldout_loss.append(loss)
         self.results.seconds = time.monotonic() - self.started
         self.events.write("evaluated", server_round=self.done, heldout_loss=loss)
-        sent = f"{bytes_text(self.results.payload_bytes_per_client_round)} a client and round, " if self.done else ""
-        self.progress.update(
-            self.bar, description=f"{self.settings.arm}, round {self.done}", note=f"{sent}loss {loss:.3f}"
-        )
 
     def _save(self, roster: Roster) -> None:
         self.results.seconds = time.monotonic() - self.started
@@ -210,14 +217,13 @@ class _Run:
         save_checkpoint(checkpoint, self.output)
 
     def _waiting(self, num_nodes: int) -> None:
-        self.progress.update(
-            self.bar, description=f"waiting for clients: {num_nodes} of {self.settings.federation.num_clients}"
-        )
+        if num_nodes != self.here:
+            self.here = num_nodes
+            self.events.write("waiting", count=num_nodes, of=self.settings.federation.num_clients)
 
     def _uplink(self, uplink: Uplink) -> None:
         self.results.uplinks.append(uplink)
         self.events.write("uplink", **dataclasses.asdict(uplink))
-        self.progress.update(self.bar, advance=1)
 
     def _fault(self, fault: Fault) -> None:
         self.results.faults.append(fault)
