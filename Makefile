@@ -3,16 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 SEEDS ?= 1
 JOBS ?= 2
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-grpc test check bench clean
+.PHONY: help install demo demo-grpc test check coverage hooks bench clean
 
 help:
 	@echo "make demo [SEEDS=3]  train the codec, run base, centralised, dense and coded, print a table"
 	@echo "make demo-grpc       the coded federation as a real deployment on loopback: gRPC, TLS, node keys"
 	@echo "make test            the test suite"
 	@echo "make check           ruff, mypy, import contracts, tests: what CI runs"
+	@echo "make coverage        the tests with their line coverage, in outputs/coverage"
+	@echo "make hooks           ruff, mypy and import contracts before every commit"
 	@echo "make bench           how fast the codec encodes and decodes here"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -29,14 +32,20 @@ demo-grpc: $(STAMP)
 	$(BIN)/python -m bench.demo_grpc
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(PARALLEL)
+
+coverage: $(STAMP)
+	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term --cov-report=html:outputs/coverage
+
+hooks: $(STAMP)
+	$(BIN)/pre-commit install
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.speed

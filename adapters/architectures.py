@@ -36,11 +36,51 @@ _GATE_UP = "gate_up_proj"
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Full names of all linear layers but the output head, in the model's order."""
-    head = model.get_output_embeddings()
+    """Full names of all linear layers that text passes, without the output head, in the model's order.
+
+    Of a model of several modalities these are the layers of its language model: text alone is trained on, so that an
+    adapter in a vision tower would get no gradient.
+    """
+    head, text = model.get_output_embeddings(), _text_part(model)
     return [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and name.startswith(text)
     ]
+
+
+def fused_experts(model: PreTrainedModel) -> dict[str, int]:
+    """Name -> number of values of the parameters that hold the matrices of several experts in one tensor.
+
+    They are no layers: ``all-linear`` leaves them out. (PEFT's ``target_parameters`` could take them, in tensors that
+    neither vLLM nor a codec of LoRA pairs reads: they stay frozen.)
+    """
+    return {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and ".experts." in f".{name}." and ".lora_" not in name
+    }
+
+
+def left_out(model: PreTrainedModel, wanted: Sequence[str]) -> str | None:
+    """What a user would expect of ``lora.target_modules`` and does not get, in one line; None: nothing."""
+    experts = fused_experts(model)
+    if ALL_LINEAR not in wanted or not experts:
+        return None
+    share = sum(experts.values()) / sum(parameter.numel() for parameter in model.parameters())
+    names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in experts))
+    return (
+        f"lora.target_modules=[{ALL_LINEAR}] leaves out the experts ({names}: {len(experts)} tensors, {share:.0%} of "
+        "the model's parameters): each holds all experts of a layer in one tensor and stays as it is"
+    )
+
+
+def _text_part(model: PreTrainedModel) -> str:
+    """How the names of the language model's modules begin; empty where the model is nothing else."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
 
 
 def attention_layers(model: PreTrainedModel) -> list[str]:
@@ -60,6 +100,8 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
         ValueError: one of them is no linear layer of this model.
     """
     layers = linear_layers(model)
+    everywhere = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    others = sorted({*everywhere} - {*layers})
     groups = {ATTENTION: attention_layers(model), ALL_LINEAR: layers}
     targets: list[str] = []
     for name in wanted:
@@ -67,8 +109,12 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
         if not found:
             leaves = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
             raise ValueError(f"lora.target_modules: {name!r} is no linear layer of this model, which has {leaves}")
-        targets += _shortest_ends(found, layers) if name in groups else [name]
+        targets += _shortest_ends(found, everywhere) if name in groups or _also_in(others, name) else [name]
     return list(dict.fromkeys(targets))
+
+
+def _also_in(others: Iterable[str], end: str) -> bool:
+    return any(f".{layer}".endswith(f".{end}") for layer in others)
 
 
 def fused_parts(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Parts]:
@@ -97,6 +143,7 @@ def _parts(config: PreTrainedConfig, layer: str, num_rows: int) -> Parts | None:
     interleaved = _INTERLEAVED.get(config.model_type) == layer
     if not interleaved and _STACKED.get(config.model_type) != layer:
         return None
+    config = config.get_text_config()
     num_heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     num_kv_heads = (num_rows // width - num_heads) // 2

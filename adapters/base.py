@@ -83,6 +83,16 @@ def max_positions(settings: ModelSettings) -> int | None:
     return None if found is None else int(found)
 
 
+def check_vocabulary(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError: the tokenizer gives ids for which the model has no embedding."""
+    rows = getattr(load_config(settings).get_text_config(), "vocab_size", None)
+    if rows is not None and (largest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
+        raise ValueError(
+            f"model.path={settings.path!r}: the tokenizer's largest token id is {largest}, the model's embedding has "
+            f"{rows} rows: are the tokenizer's files those of this model?"
+        )
+
+
 def load_base(settings: ModelSettings) -> PreTrainedModel:
     """The base model with its weights: on the CPU, or if quantised where ``model.device`` says.
 

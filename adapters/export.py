@@ -8,8 +8,14 @@ files and the model that an adapter belongs to; must not know runs: what a card 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
+import math
+import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -17,21 +23,31 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from adapters.model import Adapter, adapter_shapes, set_adapter
 from adapters.settings import LoraSettings
+from adapters.text import one_line
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
-def save_adapter(adapter: Mapping[str, Tensor], config: LoraConfig, facts: Mapping[str, str], folder: Path) -> None:
-    """Writes the adapter as a PEFT directory with a model card.
+def save_adapter(
+    adapter: Mapping[str, Tensor],
+    config: LoraConfig,
+    facts: Mapping[str, str],
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    served_by_vllm: bool = True,
+) -> None:
+    """Writes the adapter as a PEFT directory with a model card; its files' modes follow the umask.
 
     Args:
         adapter: as ``get_adapter`` gives it.
         config: that of its model, ``model.peft_config["default"]``.
         facts: what the card tells of the run, label -> text.
+        tokenizer: of the base model, written beside the adapter; None: there is none at hand.
+        served_by_vllm: as ``served_by_vllm`` says; else the card warns.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.copy(config)
@@ -40,30 +56,37 @@ def save_adapter(adapter: Mapping[str, Tensor], config: LoraConfig, facts: Mappi
     config.base_model_name_or_path = public_name(str(config.base_model_name_or_path))
     save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, folder / WEIGHTS, {"format": "pt"})
     config.save_pretrained(str(folder))
-    how = _LOAD_ADAPTER.format(base=config.base_model_name_or_path, rank=config.r)
-    _card("LoRA adapter", config.base_model_name_or_path, "peft", facts, how).save(folder / CARD)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    base = one_line(config.base_model_name_or_path)
+    vllm = _VLLM.format(base=shlex.quote(base), rank=config.r) if served_by_vllm else _NO_VLLM
+    how = _LOAD_ADAPTER.format(base=json.dumps(base, ensure_ascii=False)) + vllm
+    _card("LoRA adapter", base, "peft", facts, how).save(folder / CARD)
+    _follow_umask(folder)
 
 
 def load_adapter(folder: Path) -> tuple[LoraConfig, Adapter]:
-    """Inverse of ``save_adapter``, for plain LoRA from anywhere: its configuration and its tensors.
+    """Inverse of ``save_adapter``, for plain LoRA from anywhere: its configuration and its tensors, in float32.
+
+    A rank-stabilised adapter comes as plain LoRA with the alpha of the same scale.
 
     Raises:
-        ValueError: a file is missing or damaged, or it is no plain LoRA.
+        ValueError: a file is missing or damaged, holds NaN or infinity, or is no plain LoRA.
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             what = f"holds no {name}" if folder.is_dir() else "is no directory"
             raise ValueError(f"{folder} {what}: give a PEFT adapter directory, or the output folder of a finished run")
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # a broken JSON, an unknown kind, a key that this PEFT does not know
-        raise ValueError(f"{folder / CONFIG} cannot be read: {error}".split("\n")[0]) from None
+    config = _read_config(folder / CONFIG)
     if (beyond := _beyond_plain_lora(config)) is not None:
-        raise ValueError(f"{folder} is no plain LoRA adapter: {beyond} is not served")
+        raise ValueError(f"{folder} is no plain LoRA adapter: {one_line(beyond)} is not served")
+    _without_rank_scale(config)
     try:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged: {error}; copy it again") from None
+    if broken := next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None):
+        raise ValueError(f"{folder / WEIGHTS} holds NaN or infinity in {one_line(broken)!r}: its training diverged")
     return config, {name: tensor.float() for name, tensor in tensors.items()}
 
 
@@ -111,6 +134,7 @@ def save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, facts: Map
     merged.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     _card("Merged LoRA", base_name, "transformers", facts, _LOAD_MERGED).save(folder / CARD)
+    _follow_umask(folder)
 
 
 def lora_settings(config: LoraConfig) -> LoraSettings:
@@ -123,6 +147,17 @@ def lora_settings(config: LoraConfig) -> LoraSettings:
     )
 
 
+def served_by_vllm(config: PreTrainedConfig, names: Iterable[str]) -> bool:
+    """Whether vLLM finds the layers of an adapter by its tensors' names.
+
+    vLLM serves a model by the architecture that config.json names. Where that is one of several modalities, it maps the
+    names ``model.language_model...`` of that architecture to its own (``WeightsMapper`` in ``vllm/model_executor``);
+    ``AutoModelForCausalLM`` takes the text part alone of some (Qwen3.5, Llama 4), and its names have no such part.
+    """
+    whole = any(name.endswith("ForConditionalGeneration") for name in config.architectures or ())
+    return not whole or any(".language_model." in name for name in names)
+
+
 def public_name(path: str) -> str:
     """A base model's name as others can use it: its name on the hub where the path shows it, else its path, relative
     to the current directory if it lies below it."""
@@ -133,24 +168,69 @@ def public_name(path: str) -> str:
     return path
 
 
+_PLAIN = {
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",  # as a list: checked apart
+    "fan_in_fan_out",  # PEFT sets it anew from the layers that it finds
+    "use_rslora",  # a scale, which alpha can say as well
+    "init_lora_weights",  # some values of it change the base, too: checked apart
+    "task_type",  # checked apart
+    "inference_mode",
+    "base_model_name_or_path",
+    "revision",
+    "peft_type",
+    "peft_version",
+    "auto_mapping",
+}
+"""The fields of PEFT's ``LoraConfig`` that plain LoRA uses. Any other, of a later PEFT too, is refused unless it has
+its default."""
+_INITIAL_VALUES = (True, False, None, "gaussian", "orthogonal")
+"""Of ``init_lora_weights``: those that draw A and B and leave the base as it is (PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA
+train beside a changed base; MiCA and EVA choose directions that loading would choose again)."""
+
+
+def _read_config(path: Path) -> PeftConfig:
+    """Raises ValueError: it is no PEFT configuration, or says something that the installed PEFT does not know."""
+    try:
+        config = PeftConfig.from_pretrained(str(path.parent))
+        said = json.loads(path.read_text())
+    except Exception as error:  # a broken JSON, an unknown kind, a value that its checks refuse
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
+    if not isinstance(config, LoraConfig):
+        return config
+    known = {field.name for field in dataclasses.fields(config)}
+    if unknown := next((key for key, value in said.items() if key not in known and value), None):  # PEFT drops them
+        raise ValueError(f"{path} says {one_line(unknown)!r}, which peft {version('peft')} does not know: not served")
+    return config
+
+
 def _beyond_plain_lora(config: PeftConfig) -> str | None:
     """The first thing of an adapter that changes more than plain LoRA does."""
     if not isinstance(config, LoraConfig):
         return f"peft_type={config.peft_type}"
     if not isinstance(config.target_modules, (list, set)):
         return f"target_modules={config.target_modules!r}"
-    if config.bias != "none":
-        return f"bias={config.bias}"
-    more = (
-        "modules_to_save",
-        "use_dora",
-        "use_rslora",
-        "lora_bias",
-        "rank_pattern",
-        "alpha_pattern",
-        "layer_replication",
-    )
-    return next((f"{key}={value}" for key in more if (value := getattr(config, key))), None)
+    if config.task_type not in (None, "CAUSAL_LM"):
+        return f"task_type={config.task_type}"
+    if config.init_lora_weights not in _INITIAL_VALUES:
+        return (
+            f"init_lora_weights={config.init_lora_weights!r} (PEFT's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...) makes plain LoRA of some such adapters)"
+        )
+    plain = LoraConfig()
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), getattr(plain, field.name, None)
+        if field.name not in _PLAIN and value != default and (value or default):  # older releases wrote null for {}
+            return f"{field.name}={value}"
+    return None
+
+
+def _without_rank_scale(config: LoraConfig) -> None:
+    """Rank-stabilised LoRA (Kalajdzievski 2023) scales by alpha / sqrt(r): plain LoRA of another alpha."""
+    if config.use_rslora:
+        config.use_rslora, config.lora_alpha = False, config.lora_alpha * math.sqrt(config.r)
 
 
 def _modules(names: Iterable[str]) -> list[str]:
@@ -166,8 +246,23 @@ def _card(title: str, base: str, library: str, facts: Mapping[str, str], how: st
         pipeline_tag="text-generation",
         tags=["lora", "federated-learning"],
     )
-    rows = "".join(f"| {label} | {text} |\n" for label, text in {"base model": f"`{base}`", **facts}.items())
-    return ModelCard(f"---\n{header.to_yaml()}\n---\n\n# {title} for {base}\n\n| | |\n|---|---|\n{rows}\n{how}")
+    rows = "".join(f"| {_escaped(key)} | {_escaped(text)} |\n" for key, text in {"base model": base, **facts}.items())
+    return ModelCard(
+        f"---\n{header.to_yaml()}\n---\n\n# {title} for {_escaped(base)}\n\n| | |\n|---|---|\n{rows}\n{how}"
+    )
+
+
+def _escaped(text: str) -> str:
+    """Text of a foreign file as text of a Markdown table: no markup, no HTML, no end of a cell or line."""
+    return re.sub(r"([\\`*\[\]|!])", r"\\\1", one_line(text).replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def _follow_umask(folder: Path) -> None:
+    """safetensors makes files that their owner alone can read."""
+    os.umask(umask := os.umask(0))
+    for file in folder.iterdir():
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~umask)
 
 
 _LOAD_ADAPTER = """\
@@ -177,14 +272,18 @@ _LOAD_ADAPTER = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
-
+"""
+_VLLM = """
 With vLLM: `vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules name=path/to/this/folder`, where the
 rank is the next of those that vLLM offers (8, 16, 32, 64 ...).
 """
 
+_NO_VLLM = """
+vLLM does not apply this adapter: it holds the text part's names of a model that vLLM serves whole. Merge it instead.
+"""
 _LOAD_MERGED = """\
 ## Loading
 

@@ -25,6 +25,10 @@ IGNORED = -100
 """The label of a token that does not count; ``cross_entropy`` leaves it out."""
 
 
+class DivergedError(ValueError):
+    """Training left the numbers that a float holds: the loss is NaN or infinite, and no later step can mend it."""
+
+
 @dataclass(frozen=True)
 class Windows:
     """What is trained and evaluated on: token ids, and which of them count in the loss.
@@ -98,6 +102,9 @@ def finetune(
     Returns:
         The update (new adapter minus ``adapter``), float32 on the model's device, and the mean training loss in nats
         per token.
+
+    Raises:
+        DivergedError: the loss of a step is not finite; the model holds an adapter that is of no use.
     """
     assert len(windows) > 0, "empty client data is refused before training starts"
     set_adapter(model, adapter)
@@ -116,7 +123,10 @@ def finetune(
                 loss = next_token_loss(model, micro_batch.trimmed().to(device)) * share
                 loss.backward()
                 step_loss += float(loss.detach())
-            total_loss += team.add_up(parameters, step_loss)
+            step_loss = team.add_up(parameters, step_loss)
+            if not math.isfinite(step_loss):
+                raise DivergedError(f"training diverged: the loss is {step_loss} in step {step + 1}: lower train.lr")
+            total_loss += step_loss
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * _schedule(settings, step, steps)
@@ -158,8 +168,11 @@ def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) ->
 
 
 def _schedule(settings: TrainSettings, step: int, steps: int) -> float:
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
+    """The share of ``train.lr`` that a step takes, step counted from 0: what ``get_constant_schedule_with_warmup`` and
+    ``get_cosine_schedule_with_warmup`` of transformers give, so that the first step of a warm-up takes none."""
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return step / warmup
     if settings.schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * step / steps))
+    return max(0.0, 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))

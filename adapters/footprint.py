@@ -62,7 +62,7 @@ def estimate_evaluation(
     """What ``heldout_loss`` needs of the device's memory: a forward pass that keeps nothing of its layers, which are
     done when the logits are made. As ``estimate_memory``."""
     step = estimate_memory(for_evaluation(settings), lora, training, window)
-    config = empty_base(settings).config
+    config = empty_base(settings).config.get_text_config()
     of_a_layer = ceil(step.activations / config.num_hidden_layers)
     stream = training.micro_batch_size * window * config.hidden_size * _width(settings)
     activations = 3 * stream + max(0, of_a_layer - step.logits)  # the residual stream, its norm, a layer's output
@@ -81,6 +81,7 @@ def estimate_memory(
         ValueError: as ``load_model``.
     """
     base, model = empty_base(settings), empty_model(settings, lora)
+    config = base.config.get_text_config()
     num_tokens = training.micro_batch_size * window
     width = _width(settings)
     num_values = sum(prod(shape) for shape in adapter_shapes(model).values())
@@ -88,16 +89,16 @@ def estimate_memory(
     num_moments = 2 if training.update == "delta" else 0
     a_token = _kept_by_layers(base, settings) + _kept_by_adapter(model, settings)
     if base.config._attn_implementation == "eager":
-        a_token += base.config.num_hidden_layers * base.config.num_attention_heads * window * (width + _FLOAT)
+        a_token += config.num_hidden_layers * config.num_attention_heads * window * (width + _FLOAT)
     if settings.gradient_checkpointing:
-        num_layers = base.config.num_hidden_layers
-        a_token = num_layers * base.config.hidden_size * width + ceil(a_token / num_layers)
+        num_layers = config.num_hidden_layers
+        a_token = num_layers * config.hidden_size * width + ceil(a_token / num_layers)
     quantized = [] if settings.quantization == "none" else _linear(base)
     return MemoryEstimate(
         weights=_weights(base, settings),
         adapter=_FLOAT * (num_values + num_trained * (1 + num_moments)),
         activations=num_tokens * a_token,
-        logits=num_tokens * base.config.vocab_size * (width + 2 * _FLOAT),
+        logits=num_tokens * config.vocab_size * (width + 2 * _FLOAT),
         workspace=max((width * prod(_sizes(layer)) for layer in quantized), default=0),
     )
 

@@ -15,8 +15,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8", "nf4")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
 ATTENTION, ALL_LINEAR = "attention", "all-linear"
+DEVICES = ["cpu", "cuda", "mps", "xpu", "hpu", "npu"]
+"""What torch calls kinds of devices; a back end of one's own adds its name."""
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|npu)(:\d+)?")
 
 
 @dataclass
@@ -58,7 +59,7 @@ class TrainSettings:
     micro_batch_size: int = 8  # windows a pass; smaller needs less memory and gives the same gradients
     lr: float = 1.0
     schedule: str = "constant"  # constant | cosine (to 0 over the steps of a round)
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # of every round: linear from 0, so that the first step changes nothing
     weight_decay: float = 0.0  # delta only
     clip: float = 1.0  # maximal norm of a step's gradient
     threads: int = 1  # CPU threads a client; results are reproducible only for an equal number
@@ -88,7 +89,8 @@ def check_model(settings: ModelSettings) -> None:
 
 def check_device(name: str) -> None:
     """Raises ValueError: no such device exists anywhere. Whether it is here is not asked: a dry run serves any."""
-    if name != "auto" and _DEVICE.fullmatch(name) is None:
+    kind, _, index = name.partition(":")
+    if name != "auto" and not (kind in DEVICES and (index.isdigit() or name == kind)):
         raise ValueError(f"model.device={name!r} is no device: give auto, cpu, cuda or cuda:1")
 
 
@@ -103,6 +105,10 @@ def check_lora(settings: LoraSettings) -> None:
         raise ValueError(f"lora.train={settings.train!r} is none of both, b")
     if settings.rank < 1:
         raise ValueError(f"lora.rank={settings.rank} must be at least 1")
+    if not (math.isfinite(settings.alpha) and settings.alpha > 0):
+        raise ValueError(f"lora.alpha={settings.alpha} must be a number greater than 0")
+    if not 0 <= settings.dropout < 1:
+        raise ValueError(f"lora.dropout={settings.dropout} must be at least 0 and less than 1")
     if not settings.target_modules:
         raise ValueError(f"lora.target_modules is empty: try [{ATTENTION}]")
 
@@ -122,8 +128,23 @@ def check_training(settings: TrainSettings) -> None:
         sizes = f"train.batch_size={settings.batch_size}, train.micro_batch_size={settings.micro_batch_size}"
         raise ValueError(f"{sizes}: the first must be a multiple of the second")
     for key in ("lr", "clip"):
-        if not getattr(settings, key) > 0:
-            raise ValueError(f"train.{key}={getattr(settings, key)} must be greater than 0")
+        if not (math.isfinite(value := getattr(settings, key)) and value > 0):
+            raise ValueError(f"train.{key}={value} must be a number greater than 0")
+    if not (math.isfinite(settings.weight_decay) and settings.weight_decay >= 0):
+        raise ValueError(f"train.weight_decay={settings.weight_decay} must be a number, at least 0")
+    if settings.warmup_steps < 0:
+        raise ValueError(f"train.warmup_steps={settings.warmup_steps} must be at least 0")
+    if settings.epochs is None and settings.warmup_steps >= settings.steps:
+        raise ValueError(
+            f"train.warmup_steps={settings.warmup_steps} must be less than train.steps={settings.steps}: the whole "
+            "learning rate would never be reached"
+        )
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError: the generators take no such seed."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must lie between 0 and {2**32 - 1}")
 
 
 def num_examples(settings: TrainSettings, num_windows: int) -> int:

@@ -23,16 +23,17 @@ from torch import Tensor
 
 from bench.fidelity import rates_of, recording_parser, rounds_of, save_rows
 from gradcodec.artifact import load_artifact
-from gradcodec.autoencoder.fit_learned import Sample, fit_learned
-from gradcodec.autoencoder.learned import LearnedCodec, LearnedTables
-from gradcodec.autoencoder.quantizer import ClassCoder
-from gradcodec.autoencoder.spectrum import Expected
 from gradcodec.build import codec_of
 from gradcodec.codec import Codec, WithoutSideInformation
 from gradcodec.entropy import integer_table
-from gradcodec.recording import Recording, Update, load_recording
+from gradcodec.learned.codec import LearnedCodec
+from gradcodec.learned.fit import Sample, fit_learned
+from gradcodec.learned.quantizer import ClassCoder
+from gradcodec.learned.spectrum import Expected
+from gradcodec.learned.tables import LearnedTables
 from gradcodec.settings import FitSettings
-from gradcodec.training import Row, measure, sides_of
+from gradcodec.training.measure import Row, measure
+from gradcodec.training.recording import Recording, Update, load_recording, side_information_of
 
 ROUNDS = (1, 3, 10)
 
@@ -94,8 +95,8 @@ def variants(recording: Recording, rounds: Sequence[int], general: Path) -> Iter
 
 def _fitted(recording: Recording, updates: Sequence[Update], settings: FitSettings | None = None) -> LearnedTables:
     settings = settings or FitSettings()
-    sides = sides_of(recording)
-    samples = [Sample(update.blocks_RC, sides[update.round]) for update in updates]
+    known = side_information_of(recording)
+    samples = [Sample(update.blocks_RC, known[update.round]) for update in updates]
     return fit_learned(samples, recording.layout, directions=settings.directions, passes=settings.passes)
 
 

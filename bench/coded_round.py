@@ -32,9 +32,10 @@ from adapters.model import adapter_parts, adapter_shapes, get_adapter, load_mode
 from adapters.settings import QUANTIZATIONS, LoraSettings, ModelSettings, TrainSettings
 from bench.speed import device_name, peak_bytes, wait_for
 from conf.output import provenance, write_json
-from gradcodec.build import ENCODING_UPDATES, build_codec
+from gradcodec.build import build_codec
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
 from gradcodec.layout import Layout
+from gradcodec.registry import entry_of
 from gradcodec.settings import CodecSettings
 
 
@@ -154,7 +155,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         "peak_bytes_encoding": update_bytes + peak_bytes(device) - before_encoding,
         "estimated_bytes_weights": estimated.weights,
         "estimated_bytes_training": estimated.total,
-        "estimated_bytes_encoding": ENCODING_UPDATES * update_bytes,
+        "estimated_bytes_encoding": entry_of("learned").encoding_updates * update_bytes,
     }
 
 

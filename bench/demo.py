@@ -55,7 +55,8 @@ def run_seed(seed: int, output: Path, overrides: list[str]) -> dict[str, Any]:
     codec = output / "codec"
     shown = Console(stderr=True)
     shown.rule(f"seed {seed}: TGAP records gradients on D1 and trains the codec")
-    run_program("tgap", [f"seed={seed}", f"output={output / 'tgap'}", f"tgap.artifact={codec}", *overrides])
+    places = ["--output", str(output / "tgap"), "--artifact", str(codec)]
+    run_program("tgap", [f"seed={seed}", *places, *overrides])
     run: dict[str, Any] = {
         "seed": seed,
         "tgap": json.loads((output / "tgap" / "report.json").read_text())["fidelity"],
@@ -64,7 +65,7 @@ def run_seed(seed: int, output: Path, overrides: list[str]) -> dict[str, Any]:
     for arm in ARMS:
         shown.rule(f"seed {seed}: {arm}")
         place = output / arm
-        own = [f"arm={arm}", f"seed={seed}", f"output={place}", f"codec.artifact={codec}", f"hydra.run.dir={place}"]
+        own = [f"arm={arm}", f"seed={seed}", "--output", str(place), "--codec-artifact", str(codec)]
         run_program("server.federate", own + overrides)
         run[arm] = json.loads((place / "results.json").read_text())
     return run

@@ -97,7 +97,7 @@ def payload_digests(run: dict[str, Any]) -> list[str]:
 
 
 def federate(output: Path, overrides: list[str], flwr_home: Path | None = None) -> dict[str, Any]:
-    run_program("server.federate", [f"output={output}", f"hydra.run.dir={output}", *overrides], flwr_home)
+    run_program("server.federate", ["--output", str(output), *overrides], flwr_home)
     content: dict[str, Any] = json.loads((output / "results.json").read_text())
     return content
 

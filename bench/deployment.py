@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.namespaces import Namespaces
 from bench.relay import CountingRelay
@@ -30,6 +31,15 @@ class Deployment:
     server: subprocess.Popen[bytes]
     relays: list[CountingRelay]
     nodes: list[subprocess.Popen[bytes]]
+    stack: contextlib.ExitStack  # ends all of them
+
+    def start_again(self) -> None:
+        """Starts those of the programs that are gone, as an init system would."""
+        if self.server.poll() is not None:
+            self.server = self.stack.enter_context(running(self.server.args, self.folder / "server.log"))
+        for i, node in enumerate(self.nodes):
+            if node.poll() is not None:
+                self.nodes[i] = self.stack.enter_context(running(node.args, self.folder / f"node-{i}.log"))
 
     @property
     def flwr_home(self) -> Path:
@@ -40,9 +50,9 @@ class Deployment:
 def node_command(folder: Path, partition: int, num_nodes: int, address: str, port: int) -> list[str]:
     """``python -m client`` for a node whose keys, memory and logs lie in the deployment's folder."""
     keys = ["--ca", str(folder / "ca.crt"), "--key", str(folder / f"node-{partition}")]
-    place = ["--partition", str(partition), "--partitions", str(num_nodes), "--gpus", "none"]
+    own = ["--partition", str(partition), "--partitions", str(num_nodes), "--gpus", "none"]
     kept = ["--memory", str(folder / f"memory-{partition}"), "--logs", str(folder / f"logs-{partition}")]
-    return [sys.executable, "-m", "client", "--server", address, "--port", str(port), *keys, *place, *kept]
+    return [sys.executable, "-m", "client", "--server", address, "--port", str(port), *keys, *own, *kept]
 
 
 @contextlib.contextmanager
@@ -59,7 +69,7 @@ def deployment_on_hosts(folder: Path, num_nodes: int, hosts: Namespaces) -> Iter
         for i in range(num_nodes):
             command = node_command(folder, i, num_nodes, f"{hosts.server_address(i)}:{FLEET_PORT}", NODE_PORT)
             nodes.append(stack.enter_context(running(hosts.in_node(i, command), folder / f"node-{i}.log")))
-        yield Deployment(folder, FLEET_PORT, link, [], nodes)
+        yield Deployment(folder, FLEET_PORT, link, [], nodes, stack)
 
 
 @contextlib.contextmanager
@@ -78,13 +88,13 @@ def deployment(folder: Path, num_nodes: int, node_options: Sequence[str] = ()) -
         for i, relay in enumerate(relays):
             command = node_command(folder, i, num_nodes, f"127.0.0.1:{relay.port}", node_ports[i])
             nodes.append(stack.enter_context(running([*command, *node_options], folder / f"node-{i}.log")))
-        yield Deployment(folder, fleet_port, link, relays, nodes)
+        yield Deployment(folder, fleet_port, link, relays, nodes, stack)
 
 
 @contextlib.contextmanager
-def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(command: Any, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process and all that it starts, ended on every way out. It logs to a file, as a pipe could block it."""
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         yield process

@@ -24,16 +24,18 @@ from gradcodec.artifact import load_artifact
 from gradcodec.build import build_codec, codec_of
 from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
-from gradcodec.recording import Recording, Update, load_recording
-from gradcodec.settings import CODECS, CODECS_WITH_A_RATE, TRAINED, CodecSettings, FitSettings
-from gradcodec.training import Row, measure, rows_to_json, train_codec
+from gradcodec.registry import codec_names, entry_of, names_with_a_rate
+from gradcodec.settings import CodecSettings, FitSettings
+from gradcodec.training.fit import Fitting, train_codec
+from gradcodec.training.measure import Row, measure, rows_to_json
+from gradcodec.training.recording import Recording, Update, load_recording
 
 GENERAL = "learned (general)"
 
 
 def main() -> None:
     parser = recording_parser(__doc__ or "")
-    parser.add_argument("--codecs", default=",".join(CODECS), help="which codecs (default: all)")
+    parser.add_argument("--codecs", default=",".join(codec_names()), help="which codecs (default: all)")
     parser.add_argument("--network-steps", type=int, default=300, help="training of the paper's autoencoders")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -42,8 +44,8 @@ def main() -> None:
         recording = load_recording(args.updates)
         train, heldout = first_third(recording)
         names = args.codecs.split(",")
-        if unknown := sorted(set(names) - set(CODECS)):
-            raise ValueError(f"--codecs holds {unknown[0]!r}, which is none of {', '.join(CODECS)}")
+        if unknown := sorted(set(names) - set(codec_names())):
+            raise ValueError(f"--codecs holds {unknown[0]!r}, which is none of {', '.join(codec_names())}")
         rows = measure_all(names, recording, train, heldout, rates, args.artifact, args.network_steps)
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -114,7 +116,7 @@ def measure_all(
         bar = progress.add_task("", total=len(names) + 1)
         for name, codec in _codecs(names, recording, train, general, network_steps):
             progress.update(bar, description=name)
-            own = rates if name == GENERAL or name in CODECS_WITH_A_RATE else [None]
+            own = rates if name == GENERAL or name in names_with_a_rate() else [None]
             for rate in own:
                 try:
                     rows += measure(name, codec, recording, {"later rounds": heldout}, [rate])
@@ -129,8 +131,8 @@ def _codecs(
 ) -> Iterator[tuple[str, Codec]]:
     settings = FitSettings(network_steps=network_steps)
     for name in names:
-        if name in TRAINED:
-            artifact = train_codec(name, recording, train, {}, settings=settings, seed=0, progress=lambda *_: None)
+        if entry_of(name).needs_artifact:
+            artifact = train_codec(name, Fitting(recording, train, {}, settings, 0, lambda *_: None))
             yield name, codec_of(artifact, recording.layout)
         else:
             yield name, build_codec(CodecSettings(name=name), recording.layout)

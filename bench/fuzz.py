@@ -26,12 +26,13 @@ from rich.progress import track
 from rich.table import Table
 
 from conf.output import provenance, write_json
-from gradcodec.build import CODECS_FOR_ANY_LAYOUT, build_codec
+from gradcodec.build import build_codec
 from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
 from gradcodec.frame import HEADER_BYTES, Frame, pack, unpack
 from gradcodec.layout import Layout
+from gradcodec.registry import names_for_any_layout
 from gradcodec.settings import CodecSettings
 
 SHAPES = {
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=5.0, help="the longest that one decode may take")
-    parser.add_argument("--codecs", default=",".join(CODECS_FOR_ANY_LAYOUT), help="which codecs")
+    parser.add_argument("--codecs", default=",".join(names_for_any_layout()), help="which codecs")
     parser.add_argument("--artifact", default="assets/codec")
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
@@ -58,12 +59,35 @@ def main() -> None:
         codecs = {name: build_codec(CodecSettings(name, artifact=args.artifact), layout) for name in names}
     except ValueError as error:
         sys.exit(f"error: {error}")
-    chance = random.Random(args.seed)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rows = attack(codecs, args.cases, args.seed, args.seconds)
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    table = Table(title=f"{args.cases:,} hostile payloads; peak memory grew by {grown / 1e6:.0f} MB")
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+    if args.json is not None:
+        about = {"cases": args.cases, "seed": args.seed, "grown_bytes": grown}
+        write_json({"rows": rows, **about, "made_with": provenance()}, args.json)
+
+
+def attack(codecs: dict[str, Codec], num_cases: int, seed: int, most_seconds: float) -> list[dict[str, Any]]:
+    """Tries the codecs in turn and ends the program at the first payload that does what none may do.
+
+    Args:
+        codecs: by name.
+        num_cases: of all codecs together.
+        seed: of the payloads.
+        most_seconds: that one decode may take.
+    """
+    names = list(codecs)
+    chance = random.Random(seed)
     outcomes = {name: Counter[str]() for name in names}
     slowest = dict.fromkeys(names, 0.0)
     honest = {name: honest_payloads(codec) for name, codec in codecs.items()}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for number in track(range(args.cases), "fuzzing", console=Console(stderr=True), transient=True):
+    for number in track(range(num_cases), "fuzzing", console=Console(stderr=True), transient=True):
         name = names[number % len(names)]
         payload = hostile(chance, codecs[name], honest[name])
         start = time.perf_counter()
@@ -78,22 +102,12 @@ def main() -> None:
                 sys.exit(f"error: {name} decoded values that are not finite from payload {payload.hex()}")
             outcomes[name]["decoded"] += 1
         slowest[name] = max(slowest[name], time.perf_counter() - start)
-        if slowest[name] > args.seconds:
+        if slowest[name] > most_seconds:
             sys.exit(f"error: {name} took {slowest[name]:.1f} s for payload {payload.hex()}")
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    rows: list[dict[str, Any]] = [
+    return [
         {"codec": name, **{k: outcomes[name][k] for k in ("refused", "decoded")}, "slowest_ms": 1000 * slowest[name]}
         for name in names
     ]
-    table = Table(title=f"{args.cases:,} hostile payloads; peak memory grew by {grown / 1e6:.0f} MB")
-    for column in rows[0]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
-    if args.json is not None:
-        about = {"cases": args.cases, "seed": args.seed, "grown_bytes": grown}
-        write_json({"rows": rows, **about, "made_with": provenance()}, args.json)
 
 
 def hostile(chance: random.Random, codec: Codec, honest: list[bytes]) -> bytes:

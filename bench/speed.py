@@ -29,10 +29,11 @@ from rich.table import Table
 from torch import Tensor
 
 from conf.output import provenance, write_json
-from gradcodec.build import CODECS_FOR_ANY_LAYOUT, build_codec
+from gradcodec.build import build_codec
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
 from gradcodec.layout import Layout
-from gradcodec.settings import CODECS_WITH_A_RATE, CodecSettings
+from gradcodec.registry import names_for_any_layout, names_with_a_rate
+from gradcodec.settings import CodecSettings
 
 Result = TypeVar("Result")
 Widths = tuple[tuple[str, int, int], ...]
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--geometry", choices=GEOMETRIES, default="tiny")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--bits", default="0.1,0.5", help="budgets of the codecs that have a rate")
-    parser.add_argument("--codecs", default=",".join(CODECS_FOR_ANY_LAYOUT), help="which codecs")
+    parser.add_argument("--codecs", default=",".join(names_for_any_layout()), help="which codecs")
     parser.add_argument("--artifact", default="assets/codec")
     parser.add_argument("--device", default="cpu", help="where `learned` works, as torch says it: cpu, cuda")
     parser.add_argument("--repeats", type=int, default=3)
@@ -66,7 +67,7 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     try:
         for name in names:
-            for bits in [float(rate) for rate in args.bits.split(",")] if name in CODECS_WITH_A_RATE else [None]:
+            for bits in [float(rate) for rate in args.bits.split(",")] if name in names_with_a_rate() else [None]:
                 Console(stderr=True).print(f"{name}{'' if bits is None else f' at {bits:g} bits'} ...")
                 with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # a process each: peak memory never falls
                     one = partial(measure, name, layout, bits, args.artifact, args.repeats, args.threads, args.device)

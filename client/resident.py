@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.team import Team
+from client.console import note, write_notes
 from client.link import pack_trained, receive, send, unpack_work
 from client.trainer import Trainer, trainer_for
 from conf.processes import exit_on_sigterm
@@ -34,6 +35,7 @@ def main() -> None:
     team = Team.of_torchrun()
     if team.rank > 0:
         follow(team)
+    write_notes()
     exit_on_sigterm()
     try:
         serve(args.socket, team)
@@ -56,7 +58,7 @@ def serve(path: Path, team: Team) -> None:
         path.chmod(0o600)
         listener.listen(8)
         listener.settimeout(1.0)
-        print(f"trainer up at {path}", flush=True)
+        note("its trainer is up")
         while os.getppid() == parent:  # an orphan gives its GPU back
             with contextlib.suppress(TimeoutError):
                 connection, _ = listener.accept()
@@ -69,18 +71,20 @@ def _answer(connection: socket.socket, team: Team) -> None:
     try:
         head, body = receive(connection)
         try:
-            answer, content = _done(head, body, team)
+            answer, content = _work_on(head, body, team)
         except ValueError as error:
+            note(f"cannot take part: {error}")
             answer, content = {"error": str(error)}, b""
         except Exception as error:  # the node's ClientApp tells the server; the trainer lives on
+            note(f"training failed: {error!r}")
             _LOG.exception("a message failed")
             answer, content = {"error": f"local training failed: {error!r}", "fatal": True}, b""
         send(connection, answer, content)
         if "fatal" in answer and team.size > 1:
-            sys.exit(
-                1
-            )  # the others may wait for gradients that never come: torchrun ends them, the node starts all anew
-    except (OSError, EOFError, ValueError) as error:
+            sys.exit(1)  # the others may wait for gradients in vain: torchrun ends them, the node starts all anew
+    except EOFError:
+        pass  # a client that was killed, or a health check, which asks nothing
+    except (OSError, ValueError) as error:
         _LOG.warning("a client went away: %s", error)
 
 
@@ -101,13 +105,14 @@ def _take_part(question: dict[str, Any], body: bytes, team: Team) -> None:
         trainer.finetune(unpack_work(question, body), team)
 
 
-def _done(head: dict[str, Any], body: bytes, team: Team) -> tuple[dict[str, Any], bytes]:
+def _work_on(head: dict[str, Any], body: bytes, team: Team) -> tuple[dict[str, Any], bytes]:
     """One message's work."""
     team.tell(json.dumps(head).encode())
     team.tell(body)
     trainer = _trainer(head)
     if head["verb"] == "check":
         trainer.check(int(head["partition"]))
+        note("asked by a run: ready")
         return {}, b""
     return pack_trained(trainer.train(unpack_work(head, body), team))
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from conf.output import OutputError, replace_file
 from gradcodec.exchange import Residual
 from gradcodec.layout import Layout
 
@@ -49,15 +50,13 @@ def load_residual(folder: Path, partition: int, layout: Layout, server_round: in
 
 
 def save_residual(folder: Path, partition: int, layout: Layout, server_round: int, residual: Residual) -> None:
-    """Inverse of ``load_residual``; the last thing a client does before it replies.
+    """Inverse of ``load_residual``; the last thing a client does before it replies. Its owner alone can read it.
 
     Raises:
-        OSError: the disk is full or cannot be written; what was there before still is.
+        OutputError: the disk is full or cannot be written; what was there before still is.
     """
     last, before = _paths(folder, partition)
-    folder.mkdir(parents=True, exist_ok=True)
-    _prune(folder)
-    part = last.with_suffix(f".part{os.getpid()}")
+    _open_folder(folder, partition)
     target_RC, left_RC = residual.target_RC.cpu(), residual.left_RC.contiguous().cpu()
     metadata = {
         "layout": layout.id.hex(),
@@ -65,31 +64,46 @@ def save_residual(folder: Path, partition: int, layout: Layout, server_round: in
         "round": str(server_round),
         "checksum": _checksum(target_RC, left_RC),
     }
-    try:
+
+    def write(part: Path) -> None:
         save_file({"target": target_RC, "left": left_RC}, part, metadata)
-        if _round_of(last) < server_round:
-            os.replace(last, before)
-        os.replace(part, last)
-    except SafetensorError as error:  # its word for a full disk, too
-        raise OSError(f"the residual cannot be written to {folder}: {error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        part.chmod(0o600)
+
+    written = last.with_suffix(".next")  # whole and on the disk before any of the other two is touched
+    replace_file(written, write)
+    if _round_of(last) < server_round:
+        os.replace(last, before)
+    os.replace(written, last)
+
+
+def _open_folder(folder: Path, partition: int) -> None:
+    """Makes the run's folder its owner's alone, and removes what was left by others and by writers that were killed."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise OutputError(f"the residual cannot be written to {folder}: {error.strerror}") from None
+    for part in folder.glob(f"partition-{partition}.*part*"):
+        part.unlink(missing_ok=True)
+    _prune(folder)
 
 
 def _read(path: Path, layout: Layout) -> _Kept | None:
     if not path.is_file():
         return None
+    shape = [layout.rank, layout.num_columns]
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            parts = {name: file.get_slice(name) for name in ("target", "left")}
+            fits = all(one.get_shape() == shape and one.get_dtype() == "F32" for one in parts.values())
+            if not fits or metadata.get("layout") != layout.id.hex():  # before memory is taken for what it holds
+                _LOG.warning("the residual in %s is of another model or adapter and is dropped", path)
+                return None
             target_RC, left_RC = file.get_tensor("target"), file.get_tensor("left")
         kept = _Kept(int(metadata["round"]), Residual(target_RC, left_RC, metadata["digest"]))
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         _LOG.warning("the residual in %s cannot be read and is dropped: %r", path, error)
-        return None
-    if metadata.get("layout") != layout.id.hex():
-        _LOG.warning("the residual in %s is of another model or adapter and is dropped", path)
         return None
     if metadata.get("checksum") != _checksum(target_RC, left_RC):
         _LOG.warning("the residual in %s is damaged and is dropped", path)
@@ -123,6 +137,6 @@ def _prune(folder: Path) -> None:
     oldest = time.time() - KEEP_DAYS * 86400
     with contextlib.suppress(OSError):
         for other in folder.parent.iterdir():
-            files = list(other.glob("partition-*.safetensors")) if other.is_dir() and other != folder else []
+            files = list(other.glob("partition-*")) if other.is_dir() and other != folder else []
             if files and max(file.stat().st_mtime for file in files) < oldest:
                 shutil.rmtree(other, ignore_errors=True)

@@ -13,19 +13,22 @@ import time
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from adapters.base import max_positions, resolve_device
+from adapters.base import check_vocabulary, max_positions, resolve_device
 from adapters.finetune import finetune
 from adapters.footprint import check_fits
 from adapters.model import Adapter, adapter_parts, adapter_shapes, load_model, load_tokenizer, on_host
 from adapters.settings import is_hub_name, num_examples
 from adapters.team import Team
+from client.console import note, round_line
 from client.residuals import load_residual, save_residual
 from client.work import TRUST, Arrays, Overrides, Trained, Work
 from conf.footprint import client_memory
+from conf.remedies import COPY_IT, codec_remedies
 from conf.schema import Settings, check_settings
 from gradcodec.build import build_codec, byte_budget
 from gradcodec.codec import Codec
@@ -66,12 +69,17 @@ class Trainer:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._given[1] if self._given is not None else load_tokenizer(self.settings.model)
+        if self._given is not None:
+            return self._given[1]
+        tokenizer = load_tokenizer(self.settings.model)
+        check_vocabulary(self.settings.model, tokenizer)
+        return tokenizer
 
     @cached_property
     def codec(self) -> Codec:
         layout = Layout.of(adapter_shapes(self.model), adapter_parts(self.model))
-        return build_codec(self.settings.codec, layout, self.model.device)
+        with codec_remedies(COPY_IT):
+            return build_codec(self.settings.codec, layout, self.model.device)
 
     def shard(self, partition: int) -> Shard:
         if partition not in self._shards:
@@ -110,7 +118,7 @@ class Trainer:
         new: Arrays | None = None
         if payload is None:
             new = {name: work.adapter[name] + change.numpy() for name, change in on_host(update).items()}
-        return Trained(
+        done = Trained(
             adapter=new,
             payload=payload,
             num_examples=num_examples(settings.train, len(self.shard(work.partition).train)),
@@ -118,6 +126,8 @@ class Trainer:
             seconds_train=trained - start,
             seconds_encode=time.perf_counter() - trained,
         )
+        note(round_line(work.server_round, done))
+        return done
 
     def finetune(self, work: Work, team: Team) -> tuple[Adapter, float]:
         """The part of ``train`` that all of a team do: the update and the mean loss."""
@@ -137,23 +147,25 @@ class Trainer:
         carried = None
         if feedback > 0 and (old := load_residual(*whose, layout, work.server_round)) is not None:
             carried = old.carried(work.accepted, feedback)
-        payload, residual = encode_update(
-            update,
-            carried,
-            codec=self.codec,
-            max_bytes=byte_budget(self.settings.codec, layout),
-            snr_db=self.settings.codec.snr_db,
-            side=None if work.side is None else torch.from_numpy(work.side),
-            context=context_of(self.settings.run_id, work.server_round, work.partition),
-        )
+        with codec_remedies(COPY_IT):
+            payload, residual = encode_update(
+                update,
+                carried,
+                codec=self.codec,
+                max_bytes=byte_budget(self.settings.codec, layout),
+                snr_db=self.settings.codec.snr_db,
+                side=None if work.side is None else torch.from_numpy(work.side),
+                context=context_of(self.settings.run_id, work.server_round, work.partition),
+            )
         if feedback > 0:
             save_residual(*whose, layout, work.server_round, residual)
         return payload
 
 
 def training_seed(seed: int, server_round: int, partition: int) -> int:
-    """The same for the same run seed, round and partition, on every back end."""
-    return (seed * 1_000_003 + server_round) * 1_000_003 + partition
+    """The same for the same run seed, round and partition, on every back end; at least 0 and less than 2**63."""
+    sequence = np.random.SeedSequence([seed, server_round, partition])
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def trainer_for(settings_json: str, overrides: Overrides) -> Trainer:

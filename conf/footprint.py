@@ -6,24 +6,26 @@ import dataclasses
 
 from adapters.footprint import MemoryEstimate, estimate_evaluation, estimate_memory, num_adapter_values
 from conf.schema import Settings
-from gradcodec.build import DECODING_UPDATES, ENCODING_UPDATES
+from gradcodec.registry import entry_of
 
 
 def client_memory(settings: Settings) -> MemoryEstimate:
     """From config.json alone. Raises ValueError: the model cannot be served."""
     estimate = estimate_memory(settings.model, settings.lora, settings.train, settings.task.window)
-    return _with_codec(estimate, settings, ENCODING_UPDATES)
+    return _with_codec(estimate, settings, encoding=True)
 
 
 def server_memory(settings: Settings) -> MemoryEstimate:
     """Of the process that evaluates, and in the arm ``centralised`` trains. Raises ValueError: as ``client_memory``."""
     estimate = estimate_memory if settings.arm == "centralised" else estimate_evaluation
     needed = estimate(settings.model, settings.lora, settings.train, settings.task.window)
-    return _with_codec(needed, settings, DECODING_UPDATES)
+    return _with_codec(needed, settings, encoding=False)
 
 
-def _with_codec(estimate: MemoryEstimate, settings: Settings, num_updates: int) -> MemoryEstimate:
+def _with_codec(estimate: MemoryEstimate, settings: Settings, encoding: bool) -> MemoryEstimate:
     if settings.arm != "coded":
         return estimate
+    entry = entry_of(settings.codec.name)
+    num_updates = entry.encoding_updates if encoding else entry.decoding_updates
     update_bytes = 4 * num_adapter_values(settings.model, settings.lora)
     return dataclasses.replace(estimate, codec=num_updates * update_bytes)

@@ -14,56 +14,82 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+TRIAL_BYTES = 64 * 1024
+
+
+class OutputError(ValueError):
+    """A file or folder cannot be written: no space, no permission, no such place. The message names it."""
+
 
 def open_output(folder: Path) -> Path:
-    """The folder, made and tried. Raises ValueError: it cannot be written to."""
+    """The folder, made and tried with a few bytes. Raises OutputError: it cannot be written to."""
+    trial = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / ".writable"
-        trial.touch()
-        trial.unlink()
+        try:
+            with trial.open("wb") as file:
+                file.write(bytes(TRIAL_BYTES))
+                os.fsync(file.fileno())
+        finally:
+            trial.unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(f"output={str(folder)!r} cannot be written to: {error.strerror}") from None
+        raise OutputError(f"output={str(folder)!r} cannot be written to: {error.strerror}") from None
     return folder
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes a file whole or not at all: what was there before stays until the new one is on the disk.
+    """Writes a file whole or not at all, so that not even a loss of power leaves half of it or an empty one.
 
-    Args:
-        write: writes the file that it is given, a new one beside ``path``.
+    ``write`` gets a temporary path beside it; the file there is flushed to the disk, takes the place of ``path``, and
+    so does its entry in the folder. What a killed process left of the temporary file is written over.
 
     Raises:
-        OSError: it cannot be written; ``write`` raises what it will. Nothing is left behind.
+        OutputError: the disk is full, or the place cannot be written to; ``path`` is as it was.
     """
     part = path.with_name(path.name + ".part")
     try:
         write(part)
-        _sync(part)
+        _flush(part)
         os.replace(part, path)
-        _sync(path.parent)
-    finally:
+        _flush(path.parent)
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise OutputError(f"{path} cannot be written: {reason}") from error
 
 
-def _sync(path: Path) -> None:
-    """Has the disk hold a file's content, or a folder's names."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """To the disk: a file's bytes, or a folder's entries."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(handle)
     finally:
-        os.close(descriptor)
+        os.close(handle)
+
+
+def _reason(error: BaseException) -> str | None:
+    """Why a file cannot be written, if that is what the error says; libraries of their own kinds say it in words."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = str(error)
+    words = ("No space left", "Disk quota", "Permission denied", "Read-only file system", "File too large")
+    return " ".join(text.split()) if isinstance(error, Exception) and any(word in text for word in words) else None
 
 
 def write_text(text: str, path: Path) -> None:
-    def write(part: Path) -> None:
-        part.write_text(text, encoding="utf-8")
+    """UTF-8, whole or not at all. Raises OutputError as ``replace_file`` does."""
+    replace_file(path, lambda part: _write(part, text))
 
-    replace_file(path, write)
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def write_json(content: Any, path: Path) -> None:
+    """As ``write_text``."""
     write_text(json.dumps(content, indent=1) + "\n", path)
 
 
@@ -73,7 +99,8 @@ def provenance() -> dict[str, str]:
     made_with = {name: version(name) for name in names} | {"python": platform.python_version()}
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        made_with["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        found = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        made_with["commit"] = "unknown"
+        found = "unknown"
+    made_with["commit"] = os.environ.get("GIT_COMMIT", found)  # for a copy that has not its own history
     return made_with | {"date": datetime.now(UTC).date().isoformat()}

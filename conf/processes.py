@@ -36,6 +36,7 @@ class Child:
     folder: Path | None = None
     may_refuse: bool = False  # an exit with an error soon after the first start is final; a kill never is
     explain: Callable[[Path], str] = lambda log: ""  # what its log says of why it ended
+    umask: int = -1  # of the files that it makes; -1: as ours
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0
     _short_lives: int = field(default=0, repr=False)
@@ -45,7 +46,7 @@ class Child:
     def start(self) -> None:
         # a file, not a pipe: a grandchild that outlives it would keep a pipe open. A session of its own, so that
         # Ctrl-C reaches the parent alone, and so that all that it started ends with it.
-        with self.log.open("ab") as output:
+        with os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
             self.process = subprocess.Popen(
                 self.command,
                 cwd=self.folder,
@@ -53,6 +54,7 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                umask=self.umask,
                 preexec_fn=_end_with_parent,
             )
         self._started = time.monotonic()
@@ -101,9 +103,19 @@ def last_line(log: Path) -> str:
     return " ".join(log.read_text(errors="replace").strip().splitlines()[-1:]) if log.is_file() else ""
 
 
-def stay_up(children: Sequence[Child], poll_seconds: float = 0.5) -> None:
-    """Keeps all of them running until SIGTERM or Ctrl-C, or until one fails for good; then ends all, last first. What
-    happens to them is told on standard error.
+def stay_up(
+    children: Sequence[Child],
+    report: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    watch: Callable[[], None] = lambda: None,
+    poll_seconds: float = 0.5,
+) -> None:
+    """Keeps all of them running until SIGTERM or Ctrl-C, or until one fails for good; then ends all, last first.
+
+    Args:
+        children: what runs.
+        report: gets a line of what happens to them.
+        watch: is called at every poll.
+        poll_seconds: between two polls.
 
     Raises:
         ValueError: a child failed for good.
@@ -112,7 +124,8 @@ def stay_up(children: Sequence[Child], poll_seconds: float = 0.5) -> None:
     try:
         while True:
             for child in children:
-                child.watch(lambda text: print(text, file=sys.stderr, flush=True))
+                child.watch(report)
+            watch()
             time.sleep(poll_seconds)
     finally:
         end_all(children)

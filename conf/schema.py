@@ -7,16 +7,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_lora, check_model, check_training
+from adapters.settings import (
+    LoraSettings,
+    ModelSettings,
+    TrainSettings,
+    check_lora,
+    check_model,
+    check_seed,
+    check_training,
+)
 from adapters.settings import is_hub_name as is_hub_model
+from conf.remedies import TRAIN_ONE
+from gradcodec.errors import ArtifactError, CodecError
+from gradcodec.registry import entry_of
 from gradcodec.settings import CodecSettings, FitSettings, check_codec
 from strategies.settings import StrategySettings, check_strategy
 from tasks.settings import TaskSettings, check_task
@@ -25,6 +37,8 @@ from tasks.settings import is_hub_name as is_hub_dataset
 Run = TypeVar("Run", bound="Settings")
 ARMS = ("base", "centralised", "dense", "coded")
 BACKENDS = ("simulation", "superlink")
+CHECKOUT = Path(__file__).resolve().parents[1]
+"""Where the model and the codec that ship with the project lie."""
 
 
 @dataclass
@@ -80,11 +94,14 @@ class Settings:
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
-        """Inverse of ``to_json``. Raises ValueError: no JSON, an unknown or ill-typed key, or an interpolation, by
-        which a peer could read this machine's environment."""
+        """Inverse of ``to_json``. Raises ValueError: no JSON, JSON too deep, an unknown or ill-typed key, or an
+        interpolation, by which a peer could read this machine's environment."""
         if "${" in text:
             raise ValueError("settings from a peer hold an interpolation (${...}): they must be resolved")
-        return _typed(cls, OmegaConf.create(json.loads(text)))
+        try:
+            return _typed(cls, OmegaConf.create(json.loads(text)))
+        except RecursionError:
+            raise ValueError("settings from a peer are nested too deeply: they are no settings of ours") from None
 
 
 @dataclass
@@ -131,12 +148,18 @@ def changed(settings: Settings, overrides: Sequence[str]) -> Settings:
 
 def tgap_run_of(config: DictConfig) -> TgapRun:
     run = _absolute(_typed(TgapRun, config))
-    run.tgap.artifact = str(Path(run.tgap.artifact).absolute())
+    if run.tgap.record is not None:
+        run.tgap.record = _located(run.tgap.record)
+    run.tgap.artifact = str(Path(run.tgap.artifact).expanduser().absolute())
     return run
 
 
 def check_settings(settings: Settings) -> None:
     """Raises ValueError naming the first key that cannot be served, before any work; a dry run needs no GPU."""
+    _check_numbers(settings)
+    for key, seed in (("seed", settings.seed), ("task.partition_seed", settings.task.partition_seed)):
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"{key}={seed} must lie between 0 and {2**32 - 1}")
     if settings.arm not in ARMS:
         raise ValueError(f"arm={settings.arm!r} is none of {', '.join(ARMS)}")
     if settings.backend.name not in BACKENDS:
@@ -178,15 +201,67 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(f"resume=... needs arm=dense or arm=coded, not arm={settings.arm}")
     if settings.record is not None and settings.arm != "dense":
         raise ValueError(f"record=... needs arm=dense, not arm={settings.arm}: payloads are no updates")
+    check_seed(settings.seed)
     check_model(settings.model)
     check_lora(settings.lora)
     check_training(settings.train)
     check_task(settings.task)
     check_strategy(settings.strategy)
     if settings.arm == "coded":
-        check_codec(settings.codec)
+        _check_codec_group(settings.codec)
     if settings.backend.name == "simulation" and settings.arm in ("dense", "coded"):
         _check_simulation(settings.backend, settings.dry_run)
+
+
+def _check_numbers(settings: Any, head: str = "") -> None:
+    """Raises ValueError: a setting is NaN or infinite, which no comparison finds."""
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        if dataclasses.is_dataclass(value):
+            _check_numbers(value, f"{head}{entry.name}.")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{head}{entry.name}={number} must be a finite number")
+
+
+def check_files(settings: Settings) -> None:
+    """What a run reads is on this host, as far as its names tell. Not for a node, which has its own.
+
+    Raises:
+        ValueError: a file or folder is missing; the message names its key.
+    """
+    task, start = settings.task, settings.lora.start
+    if task.path is not None and not Path(task.path).exists() and not is_hub_dataset(task.path):
+        raise ValueError(f"task.path={task.path!r} is not here: give a file, a folder, or owner/name of a data set")
+    if start is not None and not (Path(start) / "adapter_config.json").is_file():
+        raise ValueError(f"lora.start={start!r} holds no adapter_config.json: give a PEFT adapter directory")
+    if settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact:
+        _check_artifact(Path(settings.codec.artifact or ""), settings.codec.name)
+
+
+def _check_artifact(folder: Path, name: str) -> None:
+    """By its head alone: ``gradcodec.artifact`` reads the rest."""
+    missing = [file for file in ("codec.json", "codec.safetensors") if not (folder / file).is_file()]
+    if missing:
+        raise ValueError(
+            f"codec.artifact: {folder} holds no codec artifact ({' and '.join(missing)} missing): train one with "
+            f"`python -m tgap`, or choose a codec that needs none, such as codec=rotated"
+        )
+    try:
+        kind = json.loads((folder / "codec.json").read_text(encoding="utf-8"))["kind"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"codec.artifact: {folder / 'codec.json'} is damaged: train the codec again") from None
+    if kind != name:
+        raise ValueError(f"codec.artifact: {folder} holds a codec of kind {kind!r}; codec.name asks for {name!r}")
+
+
+def _check_codec_group(settings: CodecSettings) -> None:
+    """The library's check, with the names of this project's keys and commands."""
+    try:
+        check_codec(settings)
+    except CodecError as error:
+        remedy = f": {TRAIN_ONE}" if isinstance(error, ArtifactError) else ""
+        raise CodecError(f"codec.{error}{remedy}") from None
 
 
 def _check_simulation(backend: BackendSettings, dry_run: bool) -> None:
@@ -206,6 +281,8 @@ def _check_simulation(backend: BackendSettings, dry_run: bool) -> None:
 
 def _typed(schema: type[Run], config: Any) -> Run:
     try:
+        if isinstance(config, DictConfig):
+            _check_keys(OmegaConf.to_container(config), schema)
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
     except Exception as error:  # OmegaConf has a dozen kinds, all of them about one key
         key = getattr(error, "full_key", None)
@@ -214,13 +291,32 @@ def _typed(schema: type[Run], config: Any) -> Run:
     return typed
 
 
+def _check_keys(config: Any, schema: Any, head: str = "") -> None:
+    """Raises ValueError: a key that no schema has, which ``+key=value`` adds and OmegaConf drops without a word."""
+    types = get_type_hints(schema)
+    for key, value in config.items():
+        if key not in types:
+            raise ValueError(f"{head}{key} is no setting of ours: --cfg job lists them")
+        if dataclasses.is_dataclass(types[key]) and isinstance(value, dict):
+            _check_keys(value, types[key], f"{head}{key}.")
+
+
 def _absolute(settings: Run) -> Run:
-    settings.output = str(Path(settings.output).absolute())
-    if not is_hub_model(settings.model.path):
-        settings.model.path = str(Path(settings.model.path).absolute())
-    if settings.task.path is not None and not is_hub_dataset(settings.task.path):
-        settings.task.path = str(Path(settings.task.path).absolute())
-    for holder, key in ((settings, "record"), (settings.lora, "start"), (settings.codec, "artifact")):
+    """All paths absolute. What a run reads may lie in the checkout: its defaults do, wherever it is started."""
+    settings.output = str(Path(settings.output).expanduser().absolute())
+    settings.model.path = _located(settings.model.path, is_hub_model)
+    if settings.task.path is not None:
+        settings.task.path = _located(settings.task.path, is_hub_dataset)
+    if settings.record is not None:
+        settings.record = str(Path(settings.record).expanduser().absolute())
+    for holder, key in ((settings.lora, "start"), (settings.codec, "artifact")):
         if getattr(holder, key) is not None:
-            setattr(holder, key, str(Path(getattr(holder, key)).absolute()))
+            setattr(holder, key, _located(getattr(holder, key)))
     return settings
+
+
+def _located(path: str, is_hub_name: Callable[[str], bool] = lambda path: False) -> str:
+    here = Path(path).expanduser()
+    if not here.exists() and (CHECKOUT / here).exists():
+        return str(CHECKOUT / here)
+    return path if is_hub_name(path) else str(here.absolute())

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +20,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from gradcodec.errors import CodecError
+from gradcodec.errors import ArtifactError
+from gradcodec.files import replace_folder
 
 FORMAT = 1
 WEIGHTS, SETTINGS = "codec.safetensors", "codec.json"
+MAX_SETTINGS_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,12 @@ def save_artifact(artifact: Artifact, folder: Path) -> None:
     """Writes the folder, replacing an older artifact; an interruption leaves the older one or the new one, whole.
 
     Raises:
-        CodecError: the place cannot be written to, or holds something that is no artifact.
+        ArtifactError: the folder cannot be written to, or holds something that is no artifact.
     """
     if folder.exists() and not folder.is_dir():
-        raise CodecError(f"{folder} is a file: the codec artifact needs a folder")
+        raise ArtifactError(f"{folder} is a file: the codec artifact needs a folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / SETTINGS).is_file():
-        raise CodecError(f"{folder} exists and is no codec artifact: choose another folder")
+        raise ArtifactError(f"{folder} exists and is no codec artifact: choose another folder")
     weights = save_tensors({name: tensor.contiguous() for name, tensor in artifact.tensors.items()})
     head = {
         "format": FORMAT,
@@ -62,54 +61,47 @@ def save_artifact(artifact: Artifact, folder: Path) -> None:
         "sha256": hashlib.sha256(weights).hexdigest(),
         "settings": artifact.settings,
     }
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise CodecError(f"cannot write the codec artifact to {folder}: {error.strerror}") from None
-    try:
+
+    def write(part: Path) -> None:
         (part / WEIGHTS).write_bytes(weights)
         (part / SETTINGS).write_text(json.dumps(head, indent=2, sort_keys=True) + "\n")
-        part.chmod(0o755)
-        if folder.exists():
-            old = part.with_name(part.name + "-old")
-            os.replace(folder, old)
-            try:
-                os.replace(part, folder)
-            except BaseException:
-                os.replace(old, folder)
-                raise
-            shutil.rmtree(old)
-        else:
-            os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+
+    try:
+        replace_folder(folder, write)
+    except OSError as error:
+        raise ArtifactError(f"cannot write the codec artifact to {folder}: {error.strerror}") from None
 
 
 def load_artifact(folder: Path, kind: str) -> Artifact:
     """Inverse of ``save_artifact``.
 
     Raises:
-        CodecError: nothing there, another kind or format, or bytes that do not match the digest.
+        ArtifactError: nothing there, another kind or format, or bytes that do not match the digest.
     """
     if not (folder / SETTINGS).is_file() or not (folder / WEIGHTS).is_file():
-        raise CodecError(f"{folder} holds no codec artifact ({SETTINGS}, {WEIGHTS}): train one with `python -m tgap`")
+        raise ArtifactError(f"{folder} holds no codec artifact ({SETTINGS}, {WEIGHTS})")
+    if (folder / SETTINGS).stat().st_size > MAX_SETTINGS_BYTES:
+        raise ArtifactError(f"{folder / SETTINGS} is larger than {MAX_SETTINGS_BYTES:,} bytes: it is no codec's")
     try:
         head = json.loads((folder / SETTINGS).read_text())
         found = (head["format"], head["kind"], head["sha256"], head["digest"], dict(head["settings"]))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CodecError(f"{folder / SETTINGS} is damaged: {error!r}") from None
+        raise ArtifactError(f"{folder / SETTINGS} is damaged: {error!r}") from None
     if found[0] != FORMAT:
-        raise CodecError(f"{folder} has artifact format {found[0]}, this version reads {FORMAT}: train it again")
+        raise ArtifactError(f"{folder} has artifact format {found[0]}, this version reads {FORMAT}: train it again")
     if found[1] != kind:
-        raise CodecError(f"{folder} holds a codec of kind {found[1]!r}; codec.name asks for {kind!r}")
+        raise ArtifactError(f"{folder} holds a codec of kind {found[1]!r}, not {kind!r}")
     weights = (folder / WEIGHTS).read_bytes()
     if hashlib.sha256(weights).hexdigest() != found[2]:
-        raise CodecError(f"{folder / WEIGHTS} does not match its digest in {SETTINGS}: the artifact is damaged")
+        raise ArtifactError(f"{folder / WEIGHTS} does not match its digest in {SETTINGS}: the artifact is damaged")
     try:
         artifact = Artifact(kind, load_tensors(weights), found[4])
     except (SafetensorError, KeyError) as error:  # KeyError: a type that torch does not have
-        raise CodecError(f"{folder / WEIGHTS} is no safetensors file: {error}") from None
-    if artifact.digest != found[3]:
-        raise CodecError(f"{folder} does not match its digest: settings or weights were changed by hand")
+        raise ArtifactError(f"{folder / WEIGHTS} is no safetensors file: {error}") from None
+    try:
+        matches = artifact.digest == found[3]
+    except RecursionError:  # what JSON is read may be nested too deep to be written
+        matches = False
+    if not matches:
+        raise ArtifactError(f"{folder} does not match its digest: settings or weights were changed by hand")
     return artifact

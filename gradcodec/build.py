@@ -1,80 +1,68 @@
-"""Settings -> codec."""
+"""Settings -> codec, and what its payloads will take."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from gradcodec.artifact import Artifact, load_artifact
-from gradcodec.autoencoder.learned import LearnedCodec
-from gradcodec.autoencoder.resnet import ResnetCodec
-from gradcodec.codec import Codec, IdentityCodec
-from gradcodec.errors import CodecError
+from gradcodec.codec import Codec, OneRate
+from gradcodec.errors import ArtifactError
 from gradcodec.exchange import max_payload_bytes
+from gradcodec.frame import packed_bytes
 from gradcodec.layout import Layout
-from gradcodec.peers.b_only import BOnlyCodec
-from gradcodec.peers.casts import Bf16Codec, Int8Codec, Nf4Codec, SignCodec
-from gradcodec.peers.eden import EdenCodec
-from gradcodec.peers.powersgd import PowersgdCodec
-from gradcodec.peers.rotated import RotatedCodec
-from gradcodec.peers.topk import TopkCodec
-from gradcodec.settings import CODECS_WITH_A_RATE, CodecSettings, check_codec
-
-_UNTRAINED: dict[str, Callable[[Layout], Codec]] = {
-    "identity": IdentityCodec,
-    "bf16": Bf16Codec,
-    "int8": Int8Codec,
-    "nf4": Nf4Codec,
-    "sign": SignCodec,
-    "eden": EdenCodec,
-    "topk": TopkCodec,
-    "powersgd": PowersgdCodec,
-    "b-only": BOnlyCodec,
-    "rotated": RotatedCodec,
-}
-CODECS_FOR_ANY_LAYOUT = ("learned", *_UNTRAINED)
-"""Those that need no artifact of one geometry."""
-
-
-ENCODING_UPDATES, DECODING_UPDATES = 6, 3
-"""Memory that ``learned`` takes on its device, in fp32 updates, the update itself included. The other codecs take the
-host's, most of them more."""
+from gradcodec.registry import codec_names, entry_of, loaded
+from gradcodec.settings import CodecSettings, check_codec
 
 
 def build_codec(settings: CodecSettings, layout: Layout, device: torch.device | str = "cpu") -> Codec:
     """The codec for a layout.
 
     Args:
+        settings: name, artifact and digest count.
+        layout: of the adapter whose updates are coded.
         device: where ``learned`` works; all others work on the CPU.
 
     Raises:
-        CodecError: unknown name, no or another artifact than ``settings.digest`` says, an artifact that does not
-            serve this layout.
+        CodecError: unknown name.
+        ArtifactError: none, another one than ``settings.digest`` says, or one that does not serve this layout.
     """
     check_codec(settings)
-    if settings.name in _UNTRAINED:
-        return _UNTRAINED[settings.name](layout)
+    entry = entry_of(settings.name)
+    if not entry.needs_artifact:
+        codec: Codec = loaded(entry.codec)(layout)
+        return codec
     assert settings.artifact is not None
     artifact = load_artifact(Path(settings.artifact), settings.name)
     if settings.digest is not None and artifact.digest != settings.digest:
-        raise CodecError(
-            f"codec artifact {settings.artifact} has digest {artifact.digest[:16]}, the run uses "
-            f"{settings.digest[:16]}: copy the server's artifact to this node"
+        raise ArtifactError(
+            f"codec artifact {settings.artifact} has digest {artifact.digest[:16]}, the other end's has "
+            f"{settings.digest[:16]}: both need a copy of the same artifact"
         )
     return codec_of(artifact, layout, device)
 
 
 def codec_of(artifact: Artifact, layout: Layout, device: torch.device | str = "cpu") -> Codec:
-    """The codec that an artifact holds. Raises CodecError: it does not serve this layout."""
-    if artifact.kind == "learned":
-        return LearnedCodec.from_artifact(artifact, layout, device)
-    return ResnetCodec.from_artifact(artifact, layout)
+    """The codec that an artifact holds. Raises ArtifactError: no such codec, or it does not serve this layout."""
+    if artifact.kind not in codec_names() or not entry_of(artifact.kind).needs_artifact:
+        raise ArtifactError(f"an artifact of kind {artifact.kind!r}: no trained codec of that name is registered")
+    codec: Codec = loaded(entry_of(artifact.kind).codec).from_artifact(artifact, layout, device)
+    return codec
 
 
 def byte_budget(settings: CodecSettings, layout: Layout) -> int | None:
-    """Bytes that one payload may take; None where the codec has no rate to choose."""
-    if settings.bits is None or settings.name not in CODECS_WITH_A_RATE:
+    """Bytes that one payload may take; None where the codec has no rate to choose, or is left its own."""
+    if settings.bits is None or not entry_of(settings.name).has_rate:
         return None
     return max_payload_bytes(settings.bits, layout.num_parameters)
+
+
+def payload_bytes(settings: CodecSettings, layout: Layout) -> int | None:
+    """What one payload takes, known before there is an update: exactly, to the byte, if the codec has one rate; at
+    most, if it has a budget. None: the codec takes what an update needs."""
+    entry = entry_of(settings.name)
+    if entry.has_rate:
+        return byte_budget(settings, layout)
+    codec: type[OneRate] = loaded(entry.codec)
+    return packed_bytes(codec.stream_bytes(layout))

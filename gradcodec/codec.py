@@ -62,6 +62,15 @@ class Codec(Protocol):
         ...
 
 
+class OneRate(Codec, Protocol):
+    """A codec whose payloads of one layout are all of the same size."""
+
+    @classmethod
+    def stream_bytes(cls, layout: Layout) -> tuple[int, ...]:
+        """Size of every stream of its codes, to the byte."""
+        ...
+
+
 def codec_id(*parts: bytes | str) -> bytes:
     """4 bytes that stand for a codec: digest of its kind, settings and weights."""
     digest = hashlib.sha256()
@@ -98,6 +107,10 @@ class IdentityCodec(WithoutSideInformation):
     layout: Layout
     id: bytes = codec_id("identity/1")
     num_streams: int = 1
+
+    @classmethod
+    def stream_bytes(cls, layout: Layout) -> tuple[int, ...]:
+        return (4 * layout.num_parameters,)
 
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
         return (floats_to_bytes(self.layout.flatten(blocks_RC)),)

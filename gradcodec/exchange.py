@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gradcodec.codec import Codec
-from gradcodec.errors import BudgetError, CodecError
+from gradcodec.errors import BudgetError, CodecError, DivergedError
 from gradcodec.fidelity import inner_product, squared_distance
 from gradcodec.frame import HEADER_BYTES, Frame, pack, unpack
 from gradcodec.rate import codes_for_snr
@@ -81,7 +81,7 @@ def encode_update(
     if carried_RC is not None:
         target_RC += carried_RC.to(target_RC.device)
     if not all(map(math.isfinite, map(float, torch.aminmax(target_RC)))):  # NaN comes through
-        raise CodecError("the update holds NaN or infinity: local training diverged (lower train.lr)")
+        raise DivergedError("the update holds NaN or infinity: training diverged")
     if max_bytes is not None and max_bytes <= HEADER_BYTES:
         raise BudgetError(f"{max_bytes} bytes a payload: the frame's header alone takes {HEADER_BYTES}")
     most_bytes = None if max_bytes is None else max_bytes - HEADER_BYTES

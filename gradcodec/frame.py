@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gradcodec.errors import CodecError
@@ -116,6 +117,11 @@ def _pack_length(length: int) -> bytes:
         length >>= 7
     packed.append(length)
     return bytes(packed)
+
+
+def packed_bytes(stream_bytes: Sequence[int]) -> int:
+    """Size of the payload that ``pack`` makes of streams of these sizes."""
+    return HEADER_BYTES + sum(stream_bytes) + sum(len(_pack_length(size)) for size in stream_bytes[:-1])
 
 
 def _unpack_length(body: bytes, offset: int) -> tuple[int, int]:

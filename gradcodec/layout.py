@@ -86,7 +86,7 @@ class Layout:
                 theirs.
         """
         if not shapes:
-            raise CodecError("the adapter has no tensors: nothing to encode (check lora.target_modules)")
+            raise CodecError("the adapter has no tensors: nothing to encode")
         unplaced = [
             block for name in shapes for block in _blocks_of(name, tuple(shapes[name]), (parts or {}).get(name))
         ]
@@ -202,10 +202,16 @@ def _blocks_of(name: str, shape: tuple[int, ...], parts: Mapping[str, Rows] | No
         raise CodecError(f"tensor {name!r} has shape {shape}: LoRA factors are non-empty matrices")
     rows, columns = shape
     transposed = columns < rows or (columns == rows and ".lora_B." in name)
-    if parts is None or not transposed or any(sum(map(len, runs)) < columns for runs in parts.values()):
+    if parts is None or not transposed:
         yield Block(name, (rows, columns), transposed, 0, name)
         return
-    if sorted(row for runs in parts.values() for run in runs for row in run) != list(range(rows)):
+    ranges = [run for runs in parts.values() for run in runs]
+    within = all(0 <= end < rows for run in ranges if run for end in (run[0], run[-1]))
+    if within and any(sum(map(len, runs)) < columns for runs in parts.values()):
+        yield Block(name, (rows, columns), transposed, 0, name)
+        return
+    # counted before they are listed: ranges from a file may be of any length
+    if not within or sum(map(len, ranges)) != rows or len({row for run in ranges for row in run}) != rows:
         raise CodecError(f"tensor {name!r} has {rows} rows; its parts {', '.join(parts)} do not share them out")
     for part, runs in parts.items():
         yield Block(f"{name}#{part}", (sum(map(len, runs)), columns), transposed, 0, name, runs)

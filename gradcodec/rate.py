@@ -24,9 +24,11 @@ def codes_for_snr(codec: Codec, target_RC: Tensor, snr_db: float, most_bytes: in
     Bisects the budget, so it encodes about ten times. If ``most_bytes`` do not reach the ratio, the codes take those.
 
     Args:
+        codec: one that has a rate.
         target_RC: finite blocks.
         snr_db: in dB, greater than 0.
         most_bytes: upper bound of the codes' bytes.
+        side: the side information of this round, or None.
 
     Raises:
         BudgetError: the codec makes no codes of ``most_bytes``.

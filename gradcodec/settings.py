@@ -1,16 +1,15 @@
-"""The settings of codecs and of their training, and their checks. Loads no torch."""
+"""The settings of codecs and of their training, and their checks. Loads no torch.
+
+A check names a key as it stands in its dataclass (``bits``); who keeps the group under a name of its own puts that in
+front.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gradcodec.errors import CodecError
-
-TRAINED = ("learned", "resnet", "cnn1d", "uformer")
-"""Codecs that need an artifact."""
-CODECS_WITH_A_RATE = ("learned", "eden", "topk", "powersgd", "b-only", "rotated")
-CODECS = ("identity", *TRAINED, "bf16", "int8", "nf4", "sign", "eden", "topk", "powersgd", "b-only", "rotated")
-TRAINABLE = ("learned", "resnet", "resnet-literal", "cnn1d", "uformer")
+from gradcodec.errors import ArtifactError, CodecError
+from gradcodec.registry import codec_names, entry_of, names_with_a_rate
 
 
 @dataclass
@@ -20,7 +19,7 @@ class CodecSettings:
     name: str = "learned"
     bits: float | None = 0.5  # bits per parameter of the whole payload, at most; null: the codec's own rate
     snr_db: float | None = None  # the cheapest payload of this signal-to-noise ratio, still of at most `bits`
-    artifact: str | None = None  # folder made by `python -m tgap`, for codecs that are trained
+    artifact: str | None = None  # folder of a trained codec, for those that are trained
     digest: str | None = None  # set by the server: the artifact that both ends must have
     feedback: float = 0.5  # share of the residual that goes into the next target; 0: no error feedback, 1: no leak
 
@@ -35,21 +34,23 @@ class FitSettings:
 
 
 def check_codec(settings: CodecSettings) -> None:
-    """Raises CodecError naming the first key that cannot be served."""
-    if settings.name not in CODECS:
-        raise CodecError(f"codec.name={settings.name!r} is none of {', '.join(CODECS)}")
+    """Raises CodecError whose text begins with the first key that cannot be served, as ``<key>=<value>``."""
+    if settings.name not in codec_names():
+        raise CodecError(f"name={settings.name!r} is none of {', '.join(codec_names())}")
+    entry = entry_of(settings.name)
     if settings.bits is not None and not 0 < settings.bits <= 64:
-        raise CodecError(f"codec.bits={settings.bits} bits per parameter: choose more than 0 and at most 64, or null")
+        raise CodecError(f"bits={settings.bits} bits per parameter: choose more than 0 and at most 64, or null")
     if settings.snr_db is not None:
         if not 0 < settings.snr_db <= 60:
-            raise CodecError(f"codec.snr_db={settings.snr_db} dB: choose more than 0 and at most 60, or null")
-        if settings.name not in CODECS_WITH_A_RATE:
+            raise CodecError(f"snr_db={settings.snr_db} dB: choose more than 0 and at most 60, or null")
+        if not entry.has_rate:
             raise CodecError(
-                f"codec.snr_db: codec.name={settings.name} has one rate; {', '.join(CODECS_WITH_A_RATE)} have more"
+                f"snr_db={settings.snr_db}: the codec {entry.name} has one rate; {', '.join(names_with_a_rate())} "
+                "have more"
             )
         if settings.bits is None:
-            raise CodecError("codec.snr_db needs codec.bits, the most that it may take")
+            raise CodecError(f"snr_db={settings.snr_db} needs bits, too: the most that a payload may take")
     if not 0 <= settings.feedback <= 1:
-        raise CodecError(f"codec.feedback={settings.feedback} must lie between 0 and 1")
-    if settings.name in TRAINED and settings.artifact is None:
-        raise CodecError(f"codec.name={settings.name} needs codec.artifact: train one with `python -m tgap`")
+        raise CodecError(f"feedback={settings.feedback} must lie between 0 and 1")
+    if entry.needs_artifact and settings.artifact is None:
+        raise ArtifactError(f"artifact=null: the codec {entry.name} needs the folder of a trained artifact")

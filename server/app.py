@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from conf.output import open_output
 from conf.schema import Settings
 from server.bindings import read_bindings
-from server.quiet import quiet
+from server.quiet import engine_log, quiet
 from server.rounds import run_federation
 
 app = ServerApp()
@@ -19,4 +22,6 @@ def main(grid: Grid, context: Context) -> None:
     text = str(context.run_config.get("settings", ""))
     if not text:
         raise ValueError("the run has no settings: start it with `python -m server.federate backend=superlink`")
-    run_federation(grid, Settings.from_json(text), read_bindings())
+    settings = Settings.from_json(text)
+    engine_log(open_output(Path(settings.output)))
+    run_federation(grid, settings, read_bindings())

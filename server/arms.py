@@ -52,6 +52,7 @@ def read_arm(path: str, overrides: Sequence[str] = ()) -> Arm:
     results = read_results(run) if run is not None and (run / "results.json").is_file() else None
     base = ModelSettings(path=str(config.base_model_name_or_path))
     settings = results.settings if results is not None else Settings(model=base)
+    settings.model = replace(settings.model, trust_remote_code=False)  # whose folder it is may not say so: --set does
     settings = changed(replace(settings, lora=lora_settings(config)), overrides)
     name = results.settings.arm if results is not None else "adapter"
     return Arm(name, path, config, adapter, settings, results)

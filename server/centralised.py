@@ -5,20 +5,24 @@ Where ``train.epochs`` gives the clients different numbers of steps, their mean 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import os
 import time
 from pathlib import Path
 
 import torch
 
-from adapters.finetune import Windows, finetune
-from adapters.model import add, on_host
+from adapters.finetune import DivergedError, Windows, finetune
+from adapters.model import get_adapter, on_host
 from adapters.settings import num_steps
-from conf.output import open_output, write_json
+from conf.output import OutputError, open_output, write_json
 from conf.schema import Settings, check_settings
+from server.alive import alive
 from server.evaluate import Evaluator
-from server.progress import progress_bar
+from server.events import EventLog
+from server.progress import shown
 from server.results import RunResults
 
 
@@ -27,37 +31,82 @@ def run_alone(settings: Settings) -> RunResults:
 
     Raises:
         ValueError: a setting or file is not as the run needs it.
+        DivergedError: training diverged; the results and the adapter of the last round with a finite held-out loss are
+            written before.
     """
     check_settings(settings)
     output = open_output(Path(settings.output))
+    with alive(output, settings.run_id):
+        events = EventLog(output)
+        try:
+            with shown(events):
+                return _run(settings, output, events)
+        except Exception as error:
+            with contextlib.suppress(OutputError):  # a full disk, which is what the error says
+                events.write("run_failed", reason=str(error) if isinstance(error, ValueError) else repr(error))
+            raise
+
+
+def _run(settings: Settings, output: Path, events: EventLog) -> RunResults:
+    federation = settings.federation
+    rounds = federation.rounds if settings.arm == "centralised" else 0
+    events.write("run_started", arm=settings.arm, rounds=rounds, run_id=settings.run_id)
     evaluator = Evaluator(settings)
-    num_parameters = sum(tensor.numel() for tensor in evaluator.initial.values())
-    results = RunResults(settings, num_parameters)
+    results = RunResults(settings, sum(tensor.numel() for tensor in evaluator.initial.values()))
     start = time.monotonic()
     results.heldout_loss.append(evaluator.loss(evaluator.initial))
-    adapter = evaluator.initial
+    events.write("evaluated", server_round=0, heldout_loss=results.heldout_loss[0])
+    pooled = _Pooled(evaluator, results, events)
+    diverged: DivergedError | None = None
     if settings.arm == "centralised":
-        federation = settings.federation
-        pooled = Windows.cat([shard.train for shard in evaluator.shards])
-        steps = [num_steps(settings.train, len(shard.train)) for shard in evaluator.shards]
+        try:
+            pooled.train(settings)
+        except DivergedError as error:
+            diverged = error
+    results.seconds = time.monotonic() - start
+    kept = f"after round {len(results.heldout_loss) - 1} of {federation.rounds}"
+    facts = results.facts() | ({"diverged": f"this adapter is that {kept}"} if diverged is not None else {})
+    evaluator.save(pooled.adapter, facts, output / "adapter")
+    write_json(results.to_json(), output / "results.json")
+    if diverged is not None:
+        raise DivergedError(f"{diverged}; the adapter {kept} and the results until then are in {output}")
+    events.write("run_finished", seconds=results.seconds)
+    return results
+
+
+class _Pooled:
+    """Training on the data of all clients at once; ``adapter`` is that of the last round with a finite loss."""
+
+    def __init__(self, evaluator: Evaluator, results: RunResults, events: EventLog) -> None:
+        self.adapter = evaluator.initial
+        self._evaluator = evaluator
+        self._results = results
+        self._events = events
+
+    def train(self, settings: Settings) -> None:
+        """All rounds. Raises DivergedError: a loss is not finite."""
+        federation, shards = settings.federation, self._evaluator.shards
+        steps = [num_steps(settings.train, len(shard.train)) for shard in shards]
         steps_a_round = round(federation.clients_per_round * sum(steps) / len(steps))
         lr = settings.train.lr if settings.train.update == "delta" else settings.strategy.lr
         training = dataclasses.replace(
             settings.train, update="delta", lr=lr, steps=steps_a_round * federation.rounds, epochs=None
         )
         torch.set_num_threads(os.cpu_count() or 1)  # alone on the machine
-        with progress_bar() as progress:
-            bar = progress.add_task("centralised", total=training.steps, note="")
+        self._events.write("round_started", server_round=1, clients=0, bytes_down=0)
 
-            def on_step(step: int) -> None:
-                progress.update(bar, advance=1)
-                if step % steps_a_round == 0:
-                    results.heldout_loss.append(evaluator.loss_as_it_is())
-                    progress.update(bar, note=f"loss {results.heldout_loss[-1]:.3f}")
+        def on_step(step: int) -> None:
+            if step % steps_a_round == 0:
+                self._round_done(step // steps_a_round)
 
-            update, _ = finetune(evaluator.model, adapter, pooled, training, settings.seed, on_step)
-            adapter = add(adapter, on_host(update))
-    results.seconds = time.monotonic() - start
-    evaluator.save(adapter, results.facts(), output / "adapter")
-    write_json(results.to_json(), output / "results.json")
-    return results
+        pooled = Windows.cat([shard.train for shard in shards])
+        finetune(self._evaluator.model, self.adapter, pooled, training, settings.seed, on_step)
+
+    def _round_done(self, server_round: int) -> None:
+        loss = self._evaluator.loss_as_it_is()
+        if not math.isfinite(loss):
+            raise DivergedError(f"training diverged: the held-out loss is {loss} after round {server_round}")
+        self.adapter = on_host(get_adapter(self._evaluator.model))
+        self._results.heldout_loss.append(loss)
+        self._events.write("round_finished", server_round=server_round)
+        self._events.write("evaluated", server_round=server_round, heldout_loss=loss)

@@ -46,7 +46,7 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """Replaces the one before it in the folder, which becomes the previous one.
 
     Raises:
-        OSError: the disk is full or cannot be written; both that were there still are.
+        OutputError: the disk is full or cannot be written; both that were there still are.
     """
     rest = {
         "settings": checkpoint.settings.to_json(),
@@ -60,10 +60,7 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     metadata = {"format": _FORMAT, "sha256": _digest(tensors)}
 
     def write(part: Path) -> None:
-        try:
-            save_file(tensors, part, metadata)
-        except SafetensorError as error:  # its word for a full disk, too
-            raise OSError(f"{folder / NAME} cannot be written: {error}") from None
+        save_file(tensors, part, metadata)
         _keep_previous(folder)
 
     replace_file(folder / NAME, write)

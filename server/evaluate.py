@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from adapters.base import max_positions, resolve_device
-from adapters.export import load_start, save_adapter
+from adapters.architectures import left_out
+from adapters.base import check_vocabulary, load_config, max_positions, resolve_device
+from adapters.export import load_start, save_adapter, served_by_vllm
 from adapters.finetune import Windows
 from adapters.footprint import check_fits
-from adapters.model import Adapter, get_adapter, load_model, load_tokenizer, on_host, set_adapter
+from adapters.model import Adapter, adapter_shapes, get_adapter, load_model, load_tokenizer, on_host, set_adapter
 from adapters.settings import for_evaluation
 from conf.footprint import server_memory
 from conf.schema import Settings
@@ -35,7 +37,8 @@ class Evaluator:
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.train.threads)
         check_window(settings.task, max_positions(settings.model))
-        tokenizer = load_tokenizer(settings.model)
+        self.tokenizer = tokenizer = load_tokenizer(settings.model)
+        check_vocabulary(settings.model, tokenizer)
         num_clients = settings.federation.num_clients
         self.shards: list[Shard] = list(load_shards(settings.task, tokenizer, range(num_clients), num_clients))
         for warning in what_is_lost(self.shards, settings.task):
@@ -44,6 +47,12 @@ class Evaluator:
         check_fits(server_memory(settings), resolve_device(settings.model), training=settings.arm == "centralised")
         model_settings = settings.model if settings.arm == "centralised" else for_evaluation(settings.model)
         self.model: PeftModel = load_model(model_settings, settings.lora, settings.seed)
+        base: PreTrainedModel = self.model.get_base_model()
+        if (missed := left_out(base, settings.lora.target_modules)) is not None:
+            _LOG.warning(missed)
+        self.served_by_vllm = served_by_vllm(load_config(settings.model), adapter_shapes(self.model))
+        if not self.served_by_vllm:
+            _LOG.warning("vLLM does not apply adapters of the text part of this model by name: export it with --merged")
         self.batch_size = settings.train.micro_batch_size  # what fits into memory in training fits here
         start = settings.lora.start
         self.initial: Adapter = (
@@ -61,4 +70,5 @@ class Evaluator:
 
     def save(self, adapter: Mapping[str, Tensor], facts: Mapping[str, str], folder: Path) -> None:
         """Writes the adapter as a PEFT directory, its card telling the facts of the run."""
-        save_adapter(adapter, self.model.peft_config["default"], facts, folder)
+        config = self.model.peft_config["default"]
+        save_adapter(adapter, config, facts, folder, self.tokenizer, self.served_by_vllm)

@@ -15,8 +15,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from adapters.export import save_adapter, save_merged
-from adapters.model import load_tokenizer
+from adapters.base import load_config, load_tokenizer
+from adapters.export import save_adapter, save_merged, served_by_vllm
+from adapters.text import one_line
 from conf.output import open_output
 from server.arms import read_arm
 from server.quiet import quiet
@@ -37,7 +38,7 @@ def main() -> None:
     try:
         export(args.arm, args.output, args.merged, args.set)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error, 2000)}")
     except KeyboardInterrupt:
         sys.exit("stopped")
     print(f"{'merged model' if args.merged else 'adapter'} in {args.output}")
@@ -57,7 +58,16 @@ def export(path: str, output: Path, merged: bool, overrides: list[str]) -> None:
         save_merged(arm.load_model(), load_tokenizer(arm.settings.model), facts, output)
     else:
         arm.config.base_model_name_or_path = arm.settings.model.path
-        save_adapter(arm.adapter, arm.config, facts, output)
+        try:
+            tokenizer, config = load_tokenizer(arm.settings.model), load_config(arm.settings.model)
+        except ValueError as error:
+            print(f"no tokenizer is written beside the adapter: {one_line(error)}", file=sys.stderr)
+            save_adapter(arm.adapter, arm.config, facts, output)
+            return
+        by_vllm = served_by_vllm(config, arm.adapter)
+        if not by_vllm:
+            print("vLLM does not apply this adapter by its names: use --merged for it", file=sys.stderr)
+        save_adapter(arm.adapter, arm.config, facts, output, tokenizer, by_vllm)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """One whole federated run, composed by Hydra.
 
 python -m server.federate [arm=coded|dense|centralised|base] [codec=learned|identity|rotated|...] [key=value ...]
+python -m server.federate --data PATH --model PATH --output PATH     # paths with any characters
 python -m server.federate -m codec=learned,identity seed=0,1        # a sweep
 python -m server.federate backend=superlink                          # on a running SuperLink, over gRPC
 python -m server.federate resume=outputs/federate/2026-01-31/12-00-00  # a run that did not end, bit for bit
+python -m server.federate resume=latest                              # the one that was started last
 python -m server.federate +experiment=llama7b_dolly dry_run=true      # what a run would do: steps, bytes, memory, time
 python -m server.federate --cfg job                                  # every setting and its value
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import uuid
 from collections.abc import Sequence
@@ -18,55 +21,81 @@ from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from adapters.settings import is_hub_name
+from conf.arguments import run_program
+from conf.console import printable, say
 from conf.output import open_output
-from conf.schema import Settings, changed, check_settings, register_schemas, settings_of
+from conf.schema import Settings, changed, check_files, check_settings, register_schemas, settings_of
+from server.alive import check_free
+from server.places import CHECKPOINT, continuation, found, remember
+from server.progress import label
 from server.quiet import quiet
+from server.sweep import Sweep, register_resolver
 
 if TYPE_CHECKING:  # slow to import, and not needed to refuse a setting
     from server.plan import Plan
     from server.results import RunResults
 
 register_schemas()
+register_resolver()
 
 FIXED = ("federation.num_clients", "federation.clients_per_round")
 """Of the settings of a federation, those that a resumed run cannot change."""
+TRUST = "model.trust_remote_code"
+"""Whether code that comes with a model is run: a resumed run's folder does not decide that."""
+OPTIONS = {"--resume": "resume"}
+SWEEP = Sweep()
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="federate")
 def main(config: DictConfig) -> float:
     """Returns the final held-out loss, for Hydra's sweepers."""
     quiet()
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return SWEEP.job(HydraConfig.get(), config, one)
     try:
         settings = settings_of(config)
         if settings.resume is not None:
-            settings = resumed(Path(settings.resume), HydraConfig.get().overrides.task, settings.from_round)
-        else:
-            settings.run_id = uuid.uuid4().hex[:12]
-        if settings.dry_run:
-            from server.plan import print_plan
-
-            print_plan(planned(settings))
-            return 0.0
-        results = run(settings)
+            settings = resumed(found(settings.resume), HydraConfig.get().overrides.task, settings.from_round)
+        try:
+            results = one(settings)
+        except KeyboardInterrupt as stop:
+            sys.exit(str(stop) or f"stopped; {continuation(Path(settings.output))}")
     except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+        sys.exit(f"error: {printable(error, 2000)}")
+    return results.heldout_loss[-1] if results is not None else math.nan
+
+
+def one(settings: Settings) -> RunResults | None:
+    """Runs what the settings ask for, and says how it ended. None: a dry run.
+
+    Raises:
+        ValueError: it cannot be done as asked for.
+    """
+    if settings.dry_run:
+        from server.plan import print_plan
+
+        print_plan(planned(settings))
+        return None
+    if not settings.run_id:
+        settings.run_id = uuid.uuid4().hex[:12]
+    results = run(settings)
     losses = results.heldout_loss
     print(
-        f"{settings.arm}: held-out loss {losses[0]:.4f} -> {losses[-1]:.4f} (perplexity "
+        f"{label(settings)}: held-out loss {losses[0]:.4f} -> {losses[-1]:.4f} (perplexity "
         f"{results.heldout_perplexity[0]:.2f} -> {results.heldout_perplexity[-1]:.2f}), "
         f"{results.payload_bytes_per_client_round:.0f} payload bytes a client and round, "
         f"{results.seconds:.0f} s, results in {settings.output}"
     )
-    return losses[-1]
+    return results
 
 
 def planned(settings: Settings) -> Plan:
     """``plan_of``; where the model is not here, the error says what serves a dry run as well."""
+    check_settings(settings)
     from server.plan import plan_of
 
     try:
@@ -80,9 +109,17 @@ def planned(settings: Settings) -> Plan:
 def resumed(folder: Path, overrides: Sequence[str], from_round: int | None = None) -> Settings:
     """The settings of a run that did not end, those of ``federation`` and ``backend`` changed as asked for.
 
+    Code that comes with the model runs only if the command line says so again, whatever the folder says.
+
     Raises:
-        ValueError: there is no checkpoint, or an override would make it another run.
+        ValueError: there is no checkpoint, another process runs in the folder, or an override would make it another
+            run.
     """
+    check_free(folder)
+    if not (folder / CHECKPOINT).is_file():  # said before torch is loaded
+        raise ValueError(
+            f"resume={folder}: there is no {CHECKPOINT}: the run ended before its first round, or is no run"
+        )
     from server.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(folder, from_round)
@@ -91,8 +128,9 @@ def resumed(folder: Path, overrides: Sequence[str], from_round: int | None = Non
     own = [text for text in overrides if text.split("=")[0] not in ("resume", "from_round", "output") and text != same]
     for text in own:
         key = text.split("=")[0]
-        if not key.startswith(("federation.", "backend.")) or key in FIXED:
+        if (not key.startswith(("federation.", "backend.")) and key != TRUST) or key in FIXED:
             raise ValueError(f"resume={folder} goes on with the settings of that run: {text} cannot be changed")
+    settings.model.trust_remote_code = False
     settings = changed(settings, own)
     settings.resume = settings.output = str(folder.absolute())
     settings.from_round = from_round
@@ -100,14 +138,18 @@ def resumed(folder: Path, overrides: Sequence[str], from_round: int | None = Non
         raise ValueError(
             f"resume={folder}: all {settings.federation.rounds} rounds are done; federation.rounds=N adds some"
         )
-    print(f"resuming {folder} after round {checkpoint.server_round} of {settings.federation.rounds}", file=sys.stderr)
+    say(f"resuming {folder} after round {checkpoint.server_round} of {settings.federation.rounds}")
     return settings
 
 
 def run(settings: Settings) -> RunResults:
     """Runs one arm on the back end of the settings. Raises ValueError: it cannot run as asked for."""
     check_settings(settings)
-    open_output(Path(settings.output))
+    check_files(settings)
+    output = open_output(Path(settings.output))
+    check_free(output)
+    remember(output)
+    say(f"{label(settings)}, seed {settings.seed}, in {output}")
     if settings.arm in ("base", "centralised"):
         from server.centralised import run_alone
 
@@ -122,4 +164,7 @@ def run(settings: Settings) -> RunResults:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        run_program(main, OPTIONS)
+    finally:
+        SWEEP.end()

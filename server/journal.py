@@ -1,54 +1,41 @@
-"""What a run notes as it goes: in its results, in its event log and on the screen."""
+"""What a run notes as it goes: in its results and in its event log, from which it is shown."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from logging import WARNING
-from types import TracebackType
 from typing import Any
 
 from flwr.supercore import log
 
+from conf.output import OutputError
 from server.events import EventLog
-from server.progress import bytes_text, progress_bar
 from server.results import NodeRefusal, RunResults
 from strategies.outcomes import Fault, Uplink
 
 
 class Journal:
-    """The observer of a run's strategies, and its clock. To be entered while the run lasts."""
+    """The observer of a run's strategies, and its clock."""
 
     def __init__(self, results: RunResults, events: EventLog) -> None:
         self.results = results
         self._events = events
         self._started = time.monotonic() - results.seconds
-        self._progress = progress_bar()
-        federation = results.settings.federation
-        self._bar = self._progress.add_task(
-            "waiting for clients", total=federation.rounds * federation.clients_per_round, note=""
-        )
-
-    def __enter__(self) -> Journal:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
+        self._here = -1  # nodes, as long as some are waited for
 
     def event(self, event: str, **fields: Any) -> None:
         """A line of the event log. A full disk costs the line, not the run."""
         try:
             self._events.write(event, **fields)
-        except OSError as error:
+        except OutputError as error:
             log(WARNING, "the event %s is not logged: %s", event, error)
 
     def waiting(self, num_nodes: int) -> None:
         """Nodes are missing at the roll call."""
-        wanted = self.results.settings.federation.num_clients
-        self._progress.update(self._bar, description=f"waiting for clients: {num_nodes} of {wanted}")
+        if num_nodes != self._here:
+            self._here = num_nodes
+            self.event("waiting", count=num_nodes, of=self.results.settings.federation.num_clients)
 
     def round_started(self, server_round: int, num_clients: int, num_bytes: int) -> None:
         self.results.downlink_bytes += num_bytes
@@ -64,19 +51,9 @@ class Journal:
         self.results.heldout_loss.append(loss)
         self._tick()
         self.event("evaluated", server_round=server_round, heldout_loss=loss)
-        size = self.results.payload_bytes_per_client_round
-        sent = f"{bytes_text(size)} a client and round, " if server_round else ""
-        done = server_round * self.results.settings.federation.clients_per_round
-        self._progress.update(
-            self._bar,
-            completed=done,
-            description=f"{self.results.settings.arm}, round {server_round}",
-            note=f"{sent}loss {loss:.3f}",
-        )
 
     def uplink(self, uplink: Uplink) -> None:
         self.event("uplink", **dataclasses.asdict(uplink))
-        self._progress.update(self._bar, advance=1)
 
     def fault(self, fault: Fault) -> None:
         self.results.faults.append(fault)

@@ -1,42 +1,51 @@
-"""Starts a SuperLink with TLS, node keys and a database, and its executor; lets nodes in and out.
+"""Starts a SuperLink with TLS, node keys and a database, and its executor.
 
 The executor (``flower-superexec``), which runs the ServerApp, is a process of its own: so a SuperLink that is killed
-comes back, and the run goes on without losing a round.
+comes back, and the run goes on without losing a round. Two secrets in the folder, which its owner alone can read, close
+the SuperLink's port on loopback to the other users of the host: one for its operator (``server.control``), one for the
+executor.
 """
 
 from __future__ import annotations
 
+import base64
+import http.client
 import json
 import os
 import secrets
 import socket
-import subprocess
+import ssl
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from conf.output import write_json
 from conf.processes import Child, end_all, last_line, path_with_binaries
-from server.keys import CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY, write_private
+from server.bindings import DEPLOY_VARIABLE
+from server.keys import CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY, private_folder, write_private
 from server.quiet import ENVIRONMENT
 
 CONNECTION = "cg-fedllm"
-SECRET, NODE_IDS = "superexec.secret", "nodes.json"
+CONTROL_SECRET, EXECUTOR_SECRET = "control.secret", "superexec.secret"
+SECRET_VARIABLE = "CG_FEDLLM_CONTROL_SECRET"
+"""Names the file of the control secret to the SuperLink's process."""
+DATABASE = "state.db"
 START_SECONDS = 60.0
+CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
-class ServerPlace:
-    """Where a SuperLink listens and keeps its files: keys, database, logs, and Flower's own home."""
+class ServerConfig:
+    """Where a SuperLink listens and keeps its files: keys, secrets, database, logs, and Flower's own home."""
 
     folder: Path
     fleet_address: str = "0.0.0.0:9092"  # gRPC, for the nodes
-    control_port: int = 8000  # HTTPS on loopback only: it has no user authentication
+    control_port: int = 8000  # HTTPS on loopback only
     insecure: bool = False  # no TLS and no node keys: for closed networks and experiments
 
     @property
     def flwr_home(self) -> Path:
+        """Flower's home for every command that speaks to this SuperLink."""
         return self.folder / "flwr"
 
     def environment(self) -> dict[str, str]:
@@ -44,38 +53,33 @@ class ServerPlace:
         return {**os.environ, **ENVIRONMENT, "FLWR_HOME": str(self.flwr_home), "PATH": path_with_binaries()}
 
 
-def start_server(place: ServerPlace) -> list[Child]:
+def start_server(config: ServerConfig) -> list[Child]:
     """Starts SuperLink and executor and waits until the SuperLink's ports answer.
 
     Raises:
         ValueError: keys are missing, a port is taken, or it ended at once (its log's last line is in the message).
     """
-    needed = () if place.insecure else (CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY)
+    needed = () if config.insecure else (CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY)
     for name in needed:
-        if not (place.folder / name).is_file():
-            raise ValueError(f"{place.folder / name} is missing: make keys with `python -m server keys`")
-    fleet_host, _, fleet_port = place.fleet_address.rpartition(":")
-    if not fleet_host or not fleet_port.isdigit():
-        raise ValueError(f"--fleet-address {place.fleet_address!r}: HOST:PORT is expected, as 0.0.0.0:9092")
-    for host, port in ((fleet_host, int(fleet_port)), ("127.0.0.1", place.control_port)):
+        if not (config.folder / name).is_file():
+            raise ValueError(f"{config.folder / name} is missing: make keys with `python -m server keys`")
+    fleet = _host_and_port(config.fleet_address)
+    control = ("127.0.0.1", config.control_port)
+    for option, (host, port) in (("--fleet-address", fleet), ("--control-port", control)):
         if _answers(host, port):
-            raise ValueError(f"port {port} on {host} is taken: choose another one")
-    place.flwr_home.mkdir(parents=True, exist_ok=True)
-    trust = "insecure = true" if place.insecure else f'root-certificates = "{place.folder.absolute() / CA_CERTIFICATE}"'
-    (place.flwr_home / "config.toml").write_text(
-        f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{place.control_port}"\n{trust}\n'
-    )
-    (place.folder / SECRET).unlink(missing_ok=True)
-    write_private(place.folder / SECRET, secrets.token_bytes(32))
-    superlink, executor = children = [_superlink(place), _executor(place)]
+            raise ValueError(f"port {port} on {host} is taken by another program: choose one with {option}")
+    _write_connection(config)
+    superlink, executor = children = [_superlink(config), _executor(config)]
     try:
         superlink.start()
         deadline = time.monotonic() + START_SECONDS
-        while not (_answers(fleet_host, int(fleet_port)) and _answers("127.0.0.1", place.control_port)):
+        while not (_answers(*fleet) and _answers(*control)):
             assert superlink.process is not None
             if superlink.process.poll() is not None or time.monotonic() > deadline:
                 raise ValueError(f"the SuperLink did not start; {superlink.log} ends with: {last_line(superlink.log)}")
             time.sleep(0.2)
+        if not refuses_strangers(config):
+            raise ValueError(f"the control port {config.control_port} lets in who has no secret: it is not started")
         executor.start()
     except BaseException:  # also Ctrl-C and SIGTERM: nothing is left running
         end_all(children)
@@ -83,87 +87,76 @@ def start_server(place: ServerPlace) -> list[Child]:
     return children
 
 
-def _superlink(place: ServerPlace) -> Child:
-    tls = ["--ssl-ca-certfile", CA_CERTIFICATE, "--ssl-certfile", SERVER_CERTIFICATE, "--ssl-keyfile", SERVER_KEY]
-    command = [
-        *("flower-superlink", "--host", "127.0.0.1", "--port", str(place.control_port)),
-        *("--fleet-api-address", place.fleet_address),
-        *(["--insecure"] if place.insecure else [*tls, "--enable-supernode-auth"]),
-        *("--isolation", "process", "--superexec-auth-secret-file", SECRET),
-        *("--database", "state.db", "--disable-runtime-dependency-installation"),
-    ]
-    return Child("the SuperLink", command, place.folder / "superlink.log", place.environment(), place.folder)
-
-
-def _executor(place: ServerPlace) -> Child:
-    command = [
-        *("flower-superexec", "--runtime-api-address", f"127.0.0.1:{place.control_port}"),
-        *(["--insecure"] if place.insecure else ["--root-certificates", CA_CERTIFICATE]),
-        *("--superexec-auth-secret-file", SECRET),
-    ]
-    return Child("the executor", command, place.folder / "superexec.log", place.environment(), place.folder)
-
-
-def register_node(place: ServerPlace, public_key: Path) -> None:
-    """Lets the node with this public key in. Raises ValueError: the SuperLink refuses the key."""
-    try:
-        answer = _supernode(place, "register", str(public_key))
-    except ValueError as error:
-        if "already" not in str(error):
-            raise
+def refuses_strangers(config: ServerConfig) -> bool:
+    """Whether the control port turns away a request without the secret."""
+    if config.insecure:
+        connection = http.client.HTTPConnection("127.0.0.1", config.control_port, timeout=10)
     else:
-        write_json({**_node_ids(place), _key_of(public_key): str(answer["node-id"])}, place.folder / NODE_IDS)
-
-
-def revoke_node(place: ServerPlace, public_key: Path) -> str:
-    """Shuts the node with this public key out, now and from now on; gives its node id.
-
-    The file becomes ``NODE.pub.revoked``, so that ``python -m server start`` does not let it in again.
-
-    Raises:
-        ValueError: no node of that key is registered.
-    """
-    known = _node_ids(place)
-    node_id = known.pop(_key_of(public_key), None)
-    if node_id is None:
-        raise ValueError(f"no node with the key {public_key} is registered at this SuperLink")
-    _supernode(place, "unregister", node_id)
-    write_json(known, place.folder / NODE_IDS)
-    public_key.rename(public_key.with_name(public_key.name + ".revoked"))
-    return node_id
-
-
-def _node_ids(place: ServerPlace) -> dict[str, str]:
-    """Flower's node id by public key: its own list names no keys."""
-    path = place.folder / NODE_IDS
-    found: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
-    return found
-
-
-def _key_of(public_key: Path) -> str:
-    return " ".join(public_key.read_text().split()[:2])
-
-
-def list_nodes(place: ServerPlace) -> list[dict[str, Any]]:
-    """The registered nodes as Flower lists them: ``node-id``, ``status`` and times."""
-    nodes = _supernode(place, "list").get("nodes", [])
-    assert isinstance(nodes, list)
-    return nodes
-
-
-def _supernode(place: ServerPlace, verb: str, *arguments: str) -> dict[str, Any]:
-    if not (place.flwr_home / "config.toml").is_file():
-        raise ValueError(f"{place.folder} is no folder of a SuperLink: `python -m server start --folder ...` makes one")
-    command = ["flwr", "supernode", verb, *arguments, CONNECTION, "--format", "json"]
-    done = subprocess.run(command, env=place.environment(), capture_output=True, text=True, timeout=60)
+        trust = ssl.create_default_context(cafile=str(config.folder / CA_CERTIFICATE))
+        connection = http.client.HTTPSConnection("127.0.0.1", config.control_port, timeout=10, context=trust)
     try:
-        answer = json.loads(done.stdout)
-    except json.JSONDecodeError:
-        answer = {}
-    if done.returncode != 0 or not isinstance(answer, dict) or not answer.get("success", False):
-        reason = answer.get("error-message") if isinstance(answer, dict) else None
-        raise ValueError(f"`flwr supernode {verb}` failed: {reason or (done.stdout + done.stderr).strip()}")
-    return answer
+        connection.request("POST", "/v1/control/list-nodes", headers={"Content-Type": "application/x-protobuf"})
+        return connection.getresponse().status == http.client.UNAUTHORIZED
+    except OSError as error:
+        raise ValueError(f"the control port {config.control_port} does not answer: {error}") from None
+    finally:
+        connection.close()
+
+
+def _write_connection(config: ServerConfig) -> None:
+    """All that ``flwr`` commands and the executor need to speak to the SuperLink: address, CA, secrets."""
+    private_folder(config.folder)
+    private_folder(config.flwr_home)
+    address = f"127.0.0.1:{config.control_port}"
+    trust = "insecure = true" if config.insecure else f'root-certificates = "{config.folder / CA_CERTIFICATE}"'
+    text = f'[superlink.{CONNECTION}]\naddress = "{address}"\n{trust}\n'
+    write_private(config.flwr_home / "config.toml", text.encode())
+    for name in (CONTROL_SECRET, EXECUTOR_SECRET):
+        if not (config.folder / name).is_file():
+            write_private(config.folder / name, secrets.token_urlsafe(48).encode())
+    token = (config.folder / CONTROL_SECRET).read_text()
+    # as `flwr login` would write it: YAML, of which JSON is a part, and every value in base64
+    account = f"flower.account-auth.{address}."
+    values = {"authn-type": "oidc", "oidc-access-token": token, "oidc-refresh-token": token}
+    store = {account + key: base64.b64encode(value.encode()).decode() for key, value in values.items()}
+    write_private(config.flwr_home / "credentials.yaml", json.dumps(store).encode())
+
+
+def _superlink(config: ServerConfig) -> Child:
+    tls = [
+        *("--ssl-ca-certfile", str(config.folder / CA_CERTIFICATE)),
+        *("--ssl-certfile", str(config.folder / SERVER_CERTIFICATE)),
+        *("--ssl-keyfile", str(config.folder / SERVER_KEY)),
+    ]
+    command = [
+        *(sys.executable, "-m", "server.control"),
+        *("--host", "127.0.0.1", "--port", str(config.control_port)),
+        *("--fleet-api-address", config.fleet_address),
+        *(["--insecure"] if config.insecure else [*tls, "--enable-supernode-auth"]),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(config.folder / EXECUTOR_SECRET)),
+        *("--database", str(config.folder / DATABASE), "--disable-runtime-dependency-installation"),
+    ]
+    environment = {**config.environment(), SECRET_VARIABLE: str(config.folder / CONTROL_SECRET)}
+    return Child("the SuperLink", command, config.folder / "superlink.log", environment, CHECKOUT, umask=0o077)
+
+
+def _executor(config: ServerConfig) -> Child:
+    command = [
+        *("flower-superexec", "--runtime-api-address", f"127.0.0.1:{config.control_port}"),
+        *(["--insecure"] if config.insecure else ["--root-certificates", CA_CERTIFICATE]),
+        *("--superexec-auth-secret-file", EXECUTOR_SECRET),
+    ]
+    environment = config.environment()
+    if not config.insecure:  # the ServerApp's process inherits it
+        environment[DEPLOY_VARIABLE] = str(config.folder)
+    return Child("the executor", command, config.folder / "superexec.log", environment, config.folder)
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"--fleet-address {address!r}: HOST:PORT is expected, as 0.0.0.0:9092")
+    return host, int(port)
 
 
 def _answers(host: str, port: int) -> bool:

@@ -12,20 +12,18 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from adapters.base import empty_base, max_positions
 from adapters.footprint import MemoryEstimate
 from adapters.model import adapter_parts, adapter_shapes, empty_model
 from adapters.settings import num_steps
+from conf.console import bytes_text, printable
 from conf.footprint import client_memory, server_memory
 from conf.schema import Settings, check_settings
-from gradcodec.autoencoder.resnet import picture_shape
-from gradcodec.build import byte_budget
-from gradcodec.frame import HEADER_BYTES
+from gradcodec.build import payload_bytes
 from gradcodec.layout import Layout
-from gradcodec.peers.casts import INT8_RUN, NF4_RUN
-from gradcodec.settings import CODECS_WITH_A_RATE
-from server.progress import bytes_text
+from gradcodec.registry import entry_of
 from tasks.settings import check_window
 from tasks.shards import client_records
 
@@ -85,28 +83,11 @@ def plan_of(settings: Settings) -> Plan:
         num_records=num_records,
         records_here=here,
         steps=_mean_steps(settings, num_records),
-        payload_bytes=_payload_bytes(settings, layout) if settings.arm == "coded" else dense,
+        payload_bytes=payload_bytes(settings.codec, layout) if settings.arm == "coded" else dense,
         dense_bytes=dense,
         client_memory=client_memory(settings),
         server_memory=server_memory(settings),
     )
-
-
-def _payload_bytes(settings: Settings, layout: Layout) -> int | None:
-    """Of one client and round: the budget, or what a codec of one rate takes, to the byte."""
-    name = settings.codec.name
-    if name in CODECS_WITH_A_RATE:
-        return byte_budget(settings.codec, layout)
-    num_values, scales = layout.num_parameters, 4 * len(layout.blocks)
-    codes = {
-        "identity": 4 * num_values,
-        "bf16": 2 * num_values,
-        "int8": num_values + 4 * ceil(num_values / INT8_RUN),
-        "nf4": ceil(num_values / 2) + 4 * ceil(num_values / NF4_RUN),
-        "sign": ceil(num_values / 8) + scales,
-    }
-    of_a_picture = ceil(scales.bit_length() / 7) + scales + prod(picture_shape(num_values)) // 16  # resnet and its like
-    return HEADER_BYTES + codes.get(name, of_a_picture)
 
 
 def _count_records(settings: Settings) -> tuple[int | None, bool]:
@@ -134,7 +115,7 @@ def print_plan(plan: Plan) -> None:
     table.add_column(no_wrap=True, style="bold")
     table.add_column()
     for name, text in _lines(plan).items():
-        table.add_row(name, text)
+        table.add_row(name, Text(printable(text)))
     Console().print(table)
 
 
@@ -210,7 +191,7 @@ def _codec_line(settings: Settings) -> str:
     codec = settings.codec
     if settings.arm != "coded":
         return f"none (arm={settings.arm}): float32"
-    if codec.name not in CODECS_WITH_A_RATE or codec.bits is None:
+    if not entry_of(codec.name).has_rate or codec.bits is None:
         return codec.name
     return f"{codec.name}, at most {codec.bits:g} bits a parameter"
 

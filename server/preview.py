@@ -20,26 +20,29 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from adapters.base import max_positions
+from adapters.base import check_vocabulary, max_positions
 from adapters.finetune import Windows
 from adapters.model import load_tokenizer
 from adapters.settings import check_training, num_steps
+from conf.arguments import run_program
 from conf.schema import Settings, register_schemas, settings_of
 from server.quiet import quiet
+from tasks.partitions import value_of
 from tasks.settings import check_task, check_window
-from tasks.shards import Shard, client_records, shard_of
+from tasks.shards import Shard, client_records, shard_of, what_is_lost
 
 register_schemas()
 
 MOST_FREQUENT = 2
 """So many values of the partition's column are shown."""
+_CONTROLS = frozenset(map(chr, (*range(32), *range(127, 160)))) - {"\n", "\t"}
 
 
 @dataclass(frozen=True)
 class Holding:
     """One client's data."""
 
-    num_records: int
+    num_records: int  # without those that `task.on_bad_record=skip` left out
     values: Counter[str]  # of the column that the partition goes by
     shard: Shard
 
@@ -53,11 +56,14 @@ def main(config: DictConfig) -> None:
         check_training(settings.train)
         check_window(settings.task, max_positions(settings.model))
         tokenizer = load_tokenizer(settings.model)
+        check_vocabulary(settings.model, tokenizer)
         holdings = holdings_of(settings, tokenizer)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {visible(str(error))}")
     console = Console()
     console.print(holdings_table(settings, holdings))
+    for warning in what_is_lost([holding.shard for holding in holdings], settings.task):
+        console.print(Text(f"warning: {visible(warning)}", style="yellow"))
     console.print("\nOne example of client 0; what counts in the loss is green and in brackets:\n")
     console.print(example_text(holdings[0].shard.train, tokenizer))
 
@@ -71,24 +77,27 @@ def holdings_of(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[
     holdings = []
     for client in range(num_clients):
         records = records_of(client)
-        values = Counter(map(str, records[task.partition_by])) if task.partition_by is not None else Counter()
-        holdings.append(Holding(len(records), values, shard_of(task, tokenizer, records, client, num_clients)))
+        column = task.partition_by
+        values = Counter() if column is None else Counter(value_of(record, column) for record in records)
+        shard = shard_of(task, tokenizer, records, client, num_clients)
+        holdings.append(Holding(len(records) - len(shard.bad), values, shard))
     return holdings
 
 
 def holdings_table(settings: Settings, holdings: Sequence[Holding]) -> Table:
     """One row a client and one of all.
 
-    Records are ``cut`` that are longer than a window, ``empty`` if no token that counts is left, and ``over`` if
-    ``task.max_windows`` leaves them out, whole or in part; ``windows``, ``counted`` tokens and ``steps`` a round are
-    those of ``task.split``, ``held out`` are windows.
+    Records are ``bad`` if ``task.on_bad_record=skip`` left them out, ``cut`` that are longer than a window, ``empty``
+    if their answer is or no token that counts is left, and ``over`` if ``task.max_windows`` leaves them out, whole or
+    in part; ``windows``, ``counted`` tokens and ``steps`` a round are those of ``task.split``, ``held out`` are
+    windows.
     """
     task = settings.task
     table = Table(title=f"{task.name}, windows of {task.window} tokens, split {task.split}", box=None, pad_edge=False)
-    for name in ("client", "records", "cut", "empty", "over", "windows", "counted", "steps", "held out"):
+    for name in ("client", "records", "bad", "cut", "empty", "over", "windows", "counted", "steps", "held out"):
         table.add_column(name, justify="right", no_wrap=True)
     if task.partition_by is not None:
-        table.add_column(task.partition_by)
+        table.add_column(Text(visible(task.partition_by)))
     rows = [_figures(settings, holding) for holding in holdings]
     for client, (row, holding) in enumerate(zip(rows, holdings, strict=True)):
         table.add_row(str(client), *(f"{figure:,}" for figure in row), _mix(holding.values))
@@ -104,6 +113,7 @@ def _figures(settings: Settings, holding: Holding) -> list[int]:
     steps = num_steps(settings.train, windows)
     return [
         holding.num_records,
+        len(shard.bad),
         shard.num_cut,
         shard.num_empty,
         shard.num_over,
@@ -114,9 +124,14 @@ def _figures(settings: Settings, holding: Holding) -> list[int]:
     ]
 
 
-def _mix(values: Counter[str]) -> str:
-    shown = [f"{value} {count / values.total():.0%}" for value, count in values.most_common(MOST_FREQUENT)]
-    return ", ".join([*shown, f"{len(values) - MOST_FREQUENT} more"] if len(values) > MOST_FREQUENT else shown)
+def _mix(values: Counter[str]) -> Text:
+    shown = [f"{visible(value)} {count / values.total():.0%}" for value, count in values.most_common(MOST_FREQUENT)]
+    return Text(", ".join([*shown, f"{len(values) - MOST_FREQUENT} more"] if len(values) > MOST_FREQUENT else shown))
+
+
+def visible(text: str) -> str:
+    """With control characters, such as a terminal's escape, spelt out."""
+    return "".join(f"\\x{ord(char):02x}" if char in _CONTROLS else char for char in text)
 
 
 def example_text(windows: Windows, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -125,10 +140,10 @@ def example_text(windows: Windows, tokenizer: PreTrainedTokenizerBase) -> Text:
     text = Text()
     tokens = zip(window.ids[0].tolist(), window.counted[0].tolist(), strict=True)
     for counts, run in groupby(tokens, key=lambda token: token[1]):
-        decoded = tokenizer.decode([token for token, _ in run])
+        decoded = visible(tokenizer.decode([token for token, _ in run]))
         text.append(f"[{decoded}]" if counts else decoded, style="green" if counts else "dim")
     return text
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, output=False)

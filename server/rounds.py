@@ -20,17 +20,20 @@ from torch import Tensor
 
 from adapters.model import adapter_parts, adapter_shapes
 from adapters.settings import num_examples
-from conf.output import open_output, write_json
+from conf.output import OutputError, open_output, write_json
+from conf.remedies import TRAIN_ONE, codec_remedies
 from conf.schema import Settings, check_settings
 from gradcodec.artifact import load_artifact
 from gradcodec.build import build_codec, byte_budget
 from gradcodec.layout import Layout
-from gradcodec.settings import TRAINED
+from gradcodec.registry import entry_of
+from server.alive import alive
 from server.checkpoint import Checkpoint, go_back, load_checkpoint, save_checkpoint
 from server.evaluate import Evaluator
 from server.events import EventLog
 from server.journal import Journal
 from server.metrics import serve_metrics
+from server.progress import shown
 from server.results import RunResults
 from strategies.build import build_inner
 from strategies.coded import CodedReceiver
@@ -60,6 +63,11 @@ def run_federation(grid: Grid, settings: Settings, bound: Mapping[int, int] | No
     """
     check_settings(settings)
     output = open_output(Path(settings.output))
+    with alive(output, settings.run_id):
+        return _run(grid, settings, output, bound)
+
+
+def _run(grid: Grid, settings: Settings, output: Path, bound: Mapping[int, int] | None) -> RunResults:
     before = load_checkpoint(Path(settings.resume), settings.from_round) if settings.resume is not None else None
     if before is not None:
         go_back(output, before.server_round)
@@ -68,10 +76,10 @@ def run_federation(grid: Grid, settings: Settings, bound: Mapping[int, int] | No
     (output / "results.json").unlink(missing_ok=True)  # of an earlier run in the same folder, or of fewer rounds
     events = EventLog(output, keep=before is not None)
     try:
-        with serve_metrics(settings.federation.metrics_port, events):
+        with shown(events), serve_metrics(settings.federation.metrics_port, events):
             return prepare(grid, settings, events, before, bound).run()
     except Exception as error:
-        with contextlib.suppress(OSError):  # a full disk, perhaps: the error itself says more
+        with contextlib.suppress(OutputError):  # a full disk, perhaps: the error itself says more
             events.write("run_failed", reason=str(error) if isinstance(error, ValueError) else repr(error))
         raise
 
@@ -84,9 +92,10 @@ def prepare(
     bound: Mapping[int, int] | None = None,
 ) -> Federation:
     """Loads model and data, and puts the parts of a run together; nobody has been asked anything yet."""
-    if settings.arm == "coded" and settings.codec.name in TRAINED:
+    if settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact:
         assert settings.codec.artifact is not None
-        settings.codec.digest = load_artifact(Path(settings.codec.artifact), settings.codec.name).digest
+        with codec_remedies(TRAIN_ONE):
+            settings.codec.digest = load_artifact(Path(settings.codec.artifact), settings.codec.name).digest
     evaluator = Evaluator(settings)
     layout = Layout.of(adapter_shapes(evaluator.model), adapter_parts(evaluator.model))
     results = before.results if before is not None else RunResults(settings, layout.num_parameters)
@@ -124,7 +133,8 @@ def prepare(
 def _receiver(settings: Settings, layout: Layout, evaluator: Evaluator) -> Receiver:
     if settings.arm != "coded":
         return DenseReceiver()
-    codec = build_codec(settings.codec, layout, evaluator.model.device)
+    with codec_remedies(TRAIN_ONE):
+        codec = build_codec(settings.codec, layout, evaluator.model.device)
     num_clients, budget = settings.federation.num_clients, byte_budget(settings.codec, layout)
     return CodedReceiver(codec, settings.run_id, num_clients, budget)
 
@@ -174,14 +184,16 @@ class Federation:
         """The rounds that remain."""
         federation = self.settings.federation
         started = "run_resumed" if self.done else "run_started"
-        self.journal.event(started, arm=self.settings.arm, rounds=federation.rounds, run_id=self.settings.run_id)
-        with self.journal:
-            places = call_roll(self.strategy.roll, self.journal.waiting, federation.min_clients)
-            self.journal.event("nodes", count=len(places))
-            try:
-                self._run_rounds()
-            except Diverged as error:
-                raise ValueError(self._kept(error)) from None
+        codec = self.settings.codec.name if self.settings.arm == "coded" else ""
+        self.journal.event(
+            started, arm=self.settings.arm, codec=codec, rounds=federation.rounds, run_id=self.settings.run_id
+        )
+        places = call_roll(self.strategy.roll, self.journal.waiting, federation.min_clients)
+        self.journal.event("nodes", count=len(places))
+        try:
+            self._run_rounds()
+        except Diverged as error:
+            raise ValueError(self._kept(error)) from None
         self._write_results()
         self.journal.event("run_finished", seconds=self.results.seconds)
         return self.results
@@ -193,7 +205,7 @@ class Federation:
                 self.recording.save(Path(self.settings.record))
             self.evaluator.save(self.adapter, self.results.facts(), self.output / "adapter")
             write_json(self.results.to_json(), self.output / "results.json")
-        except (OSError, SafetensorError) as error:
+        except (OSError, OutputError, SafetensorError) as error:
             raise ValueError(
                 f"the results cannot be written to output={self.output}: {error}. Make room there, then "
                 f"resume={self.output} writes them"
@@ -268,7 +280,7 @@ class Federation:
         checkpoint = Checkpoint(self.settings, self.done, dict(self.adapter), self.results, self.strategy.state())
         try:
             save_checkpoint(checkpoint, self.output)
-        except OSError as error:
+        except OutputError as error:
             reason = f"no checkpoint of round {self.done} in output={self.output}: {error}"
             log(WARNING, "%s. The run goes on, and tries again after the next round: make room on that disk", reason)
             self.journal.event("checkpoint_failed", server_round=self.done, reason=reason)

@@ -32,10 +32,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from adapters.model import load_tokenizer
 from adapters.settings import for_evaluation
+from adapters.text import one_line
 from conf.output import open_output, provenance, write_json
 from server.arms import Arm, read_arm
 
@@ -75,7 +77,7 @@ def main() -> None:
     try:
         score(args)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error, 2000)}")
     except KeyboardInterrupt:
         sys.exit("stopped")
 
@@ -192,7 +194,9 @@ def print_scores(benchmark: Benchmark, rows: Sequence[Row]) -> None:
         scores = [score_of(values_of(row, benchmark, category)) for category in benchmark.categories]
         loss = row.heldout_loss
         heldout = ("", "") if loss is None else (f"{loss:.4f}", f"{math.exp(loss):.2f}")
-        table.add_row(row.name, *(f"{100 * s.mean:.1f} ± {100 * s.stderr:.1f}" for s in scores), *heldout)
+        table.add_row(
+            Text(one_line(row.name)), *(f"{100 * s.mean:.1f} ± {100 * s.stderr:.1f}" for s in scores), *heldout
+        )
     print_wide(table)
 
 
@@ -205,7 +209,11 @@ def print_comparisons(benchmark: Benchmark, rows: Sequence[Row]) -> None:
     for first, second, c in comparisons(benchmark, rows):
         difference = f"{100 * c.difference:+.1f} ± {100 * c.stderr:.1f}"
         table.add_row(
-            first.name, second.name, difference, str(c.num_first_better), str(c.num_second_better), f"{c.p_value:.2g}"
+            *(Text(one_line(row.name)) for row in (first, second)),
+            difference,
+            str(c.num_first_better),
+            str(c.num_second_better),
+            f"{c.p_value:.2g}",
         )
     print_wide(table)
 

@@ -13,6 +13,8 @@ from flwr.simulation import run_simulation
 from flwr.supercore.object_ref import load_app
 
 from conf.schema import Settings
+from server.events import EventLog
+from server.quiet import ENGINE_LOG, engine_log
 from server.results import RunResults
 from server.rounds import run_federation
 from strategies.wire import MEMORY_VARIABLE, TRUST_VARIABLE
@@ -23,33 +25,47 @@ def run_in_simulation(settings: Settings) -> RunResults:
 
     Raises:
         ValueError: as ``run_federation`` does.
+        KeyboardInterrupt: the user ended it; the run's log says so.
     """
-    os.environ[MEMORY_VARIABLE] = str(Path(settings.output) / "memory")
+    output = Path(settings.output)
+    os.environ[MEMORY_VARIABLE] = str(output / "memory")
     os.environ[TRUST_VARIABLE] = "1" if settings.model.trust_remote_code else ""
-    finished: list[RunResults] = []
+    engine_log(output)
+    ended: list[RunResults | Exception] = []
     server_app = ServerApp()
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
-        finished.append(run_federation(grid, settings))
+        try:
+            ended.append(run_federation(grid, settings))
+        except Exception as error:  # Flower would print its traceback and raise another
+            ended.append(error)
 
     client_app = load_app("client.app:app", ImportError)  # by name: the server does not import the client's program
     assert isinstance(client_app, ClientApp)
     resources: dict[str, Any] = {"num_cpus": settings.backend.client_cpus, "num_gpus": settings.backend.client_gpus}
-    run_simulation(
-        server_app,
-        client_app,
-        settings.federation.num_clients,
-        backend_config={
-            "client_resources": resources,
-            "init_args": {
-                "num_cpus": os.cpu_count() or 1,
-                "include_dashboard": False,
-                "log_to_driver": False,
-                "logging_level": "error",
+    try:
+        run_simulation(
+            server_app,
+            client_app,
+            settings.federation.num_clients,
+            backend_config={
+                "client_resources": resources,
+                "init_args": {
+                    "num_cpus": os.cpu_count() or 1,
+                    "include_dashboard": False,
+                    "log_to_driver": False,
+                    "logging_level": "error",
+                },
             },
-        },
-    )
-    if not finished:
-        raise ValueError("the simulation ended before its last round; the reason stands above")
-    return finished[0]
+        )
+    except KeyboardInterrupt:
+        EventLog(output, keep=True).write("run_stopped")
+        raise
+    except RuntimeError as error:  # Flower's engine; what the run itself raised comes first
+        ended.append(ValueError(f"the simulation crashed: {error}; {output / ENGINE_LOG} has its log"))
+    if not ended:
+        raise ValueError(f"the simulation ended before its last round; {output / ENGINE_LOG} has its log")
+    if isinstance(ended[0], Exception):
+        raise ended[0]
+    return ended[0]

@@ -10,7 +10,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from gradcodec.layout import Layout
-from gradcodec.recording import save_recording
+from gradcodec.training.recording import save_recording
 from strategies.tensors import from_record
 from strategies.wire import ARRAYS, METRICS, PARTITION, metric
 from strategies.wrapping import AdapterStrategy

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from tasks.records import Corpus, Record
 
 LETTERS = "ABCD"
 Row = dict[str, Any]
 
 
-def read_exam(name: str, path: str) -> Dataset:
+def read_exam(name: str, path: str) -> Corpus:
     """All questions of a folder: ``instruction``, ``input`` (question and choices), ``output`` (the right letter) and
     ``subject``.
 
@@ -35,13 +35,14 @@ def read_exam(name: str, path: str) -> Dataset:
     records = []
     for file in files:
         subject = file.stem.rpartition("_")[0]
-        for row in rows(file):
+        for number, row in enumerate(rows(file), 1):
             choices = row["choices"] if "choices" in row else [row[letter] for letter in LETTERS]
             answer = row["answer"] if isinstance(row["answer"], str) else LETTERS[row["answer"]]
             lines = [row["question"], *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True))]
             asked = instruction.format(subject=subject.replace("_", " "))
-            records.append({"instruction": asked, "input": "\n".join(lines), "output": answer, "subject": subject})
-    return Dataset.from_list(records)
+            fields = {"instruction": asked, "input": "\n".join(lines), "output": answer, "subject": subject}
+            records.append(Record(fields, str(file), f"record {number}"))
+    return Corpus(records)
 
 
 def ceval_rows(path: Path) -> Iterator[Row]:

@@ -6,6 +6,7 @@ Knows records and partitioners; must not know what the records say, tokenizers o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import warnings
 from collections.abc import Callable
@@ -15,12 +16,13 @@ from datasets import Dataset
 from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner
 from flwr_datasets.partitioner.partitioner import Partitioner
 
+from tasks.records import Corpus, Record, as_text
 from tasks.settings import BY_COLUMN
 
 
 def deal(
-    records: Dataset, num_clients: int, *, partition: str, column: str | None, alpha: float, seed: int, path: str
-) -> Callable[[int], Dataset]:
+    corpus: Corpus, num_clients: int, *, partition: str, column: str | None, alpha: float, seed: int, path: str
+) -> Callable[[int], Corpus]:
     """Deals records out to clients: every record to one of them, in a shuffled order.
 
     Args:
@@ -35,6 +37,7 @@ def deal(
     Raises:
         ValueError: fewer records than clients, a missing column, or a client without records.
     """
+    records = corpus.records
     if len(records) == 0:
         raise ValueError(f"task.path={path!r} holds no record")
     if len(records) < num_clients:
@@ -42,18 +45,24 @@ def deal(
     keys = Dataset.from_dict({"row": range(len(records))})
     if partition in BY_COLUMN:
         assert column is not None
-        if column not in records.column_names:
-            names = ", ".join(records.column_names)
+        if column not in corpus.names:
+            names = ", ".join(corpus.names)
             raise ValueError(f"task.partition_by={column!r} is no column of {path}: it has {names}")
-        keys = keys.add_column(column, ["" if value is None else str(value) for value in records[column]])
+        keys = keys.add_column(column, [value_of(record, column) for record in records])
     partitioner = _partitioner(keys, num_clients, partition, column or "", alpha, seed)
     partitioner.dataset = keys.shuffle(seed=seed)
 
-    def holding(client: int) -> Dataset:
-        return records.select(_quietly(partitioner, client)["row"])
+    def holding(client: int) -> Corpus:
+        return dataclasses.replace(corpus, records=[records[row] for row in _quietly(partitioner, client)["row"]])
 
     holding(0)  # an impossible deal is refused here
     return holding
+
+
+def value_of(record: Record, column: str) -> str:
+    """What a record holds in the column that the partition goes by, as text; empty where it is missing."""
+    value = record.fields.get(column)
+    return "" if value is None else as_text(value)
 
 
 def own_path(folder: str, client: int) -> str:
@@ -62,7 +71,8 @@ def own_path(folder: str, client: int) -> str:
     Raises:
         ValueError: there is none, or more than one.
     """
-    found = sorted(path for path in Path(folder).glob(f"client-{client}*") if path.stem == f"client-{client}")
+    name = f"client-{client}"
+    found = sorted(path for path in Path(folder).glob(f"{name}*") if path.name.split(".")[0] == name)
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "nothing of that name"
         raise ValueError(

@@ -11,11 +11,13 @@ RECORDS = ("jsonl", "dolly", "alpaca", "chat", *EXAMS)
 """Tasks whose data are records of named fields; but for exams they differ in nothing but their settings."""
 TASKS = ("stdlib", "text", *RECORDS)
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-"""Suffix -> the reader of `datasets`."""
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+"""Suffixes of files of records, in any case; all but parquet may be gzipped, as in ``.jsonl.gz``."""
 TEXTS = (".txt", ".md")
 TEMPLATES = ("alpaca", "chat", "none")
 LOSS_ON = ("response", "all")
+SYSTEM = ("keep", "merge", "drop")
+ON_BAD_RECORD = ("stop", "skip")
 PARTITIONS = ("iid", "dirichlet", "column", "local")
 BY_COLUMN = ("dirichlet", "column")
 SPLITS = ("tgap", "faf", "all")
@@ -29,6 +31,8 @@ class TaskSettings:
     path: str | None = None  # a file, a folder, or a data set's name on the hub
     template: str = "alpaca"  # of records: alpaca | chat (the tokenizer's own) | none
     loss_on: str = "all"  # all tokens count | response: of records, what is answered
+    system: str = "keep"  # a dialogue's system text: keep | merge: before the first question | drop
+    on_bad_record: str = "stop"  # stop: an error with file and row | skip: train on the others, and count
     packing: bool = True  # records behind each other, cut into windows; false: one record a window, padded
     window: int = 128  # tokens
     split: str = "faf"  # tgap: D1, faf: D2, all: both
@@ -46,7 +50,18 @@ class TaskSettings:
 def is_hub_name(path: str) -> bool:
     """Whether this can only be a data set's name on the hub, ``owner/name``, and no path."""
     named = re.fullmatch(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", path) is not None
-    return named and Path(path).suffix not in (*FORMATS, *TEXTS) and not Path(path).exists()
+    return named and not format_of(path) and not is_text(path) and not Path(path).exists()
+
+
+def format_of(path: str | Path) -> str:
+    """The one of ``FORMATS`` that a file's name ends in, in any case, with or without ``.gz``; else the empty text."""
+    name = Path(path).name.lower()
+    suffix = Path(name.removesuffix(".gz")).suffix
+    return suffix if suffix in FORMATS and not name.endswith(".parquet.gz") else ""
+
+
+def is_text(path: str | Path) -> bool:
+    return Path(path).suffix.lower() in TEXTS
 
 
 def check_task(settings: TaskSettings) -> None:
@@ -55,7 +70,14 @@ def check_task(settings: TaskSettings) -> None:
         raise ValueError(f"task.name={settings.name!r} is none of {', '.join(TASKS)}")
     if settings.name != "stdlib" and settings.path is None:
         raise ValueError(f"task.name={settings.name} needs task.path: the file or folder to read")
-    choices = {"template": TEMPLATES, "loss_on": LOSS_ON, "split": SPLITS, "partition": PARTITIONS}
+    choices = {
+        "template": TEMPLATES,
+        "loss_on": LOSS_ON,
+        "system": SYSTEM,
+        "on_bad_record": ON_BAD_RECORD,
+        "split": SPLITS,
+        "partition": PARTITIONS,
+    }
     for key, values in choices.items():
         if getattr(settings, key) not in values:
             raise ValueError(f"task.{key}={getattr(settings, key)!r} is none of {', '.join(values)}")

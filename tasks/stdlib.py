@@ -7,6 +7,7 @@ are parsed, never imported (except ``pydoc_data.topics``, which holds nothing bu
 from __future__ import annotations
 
 import ast
+import functools
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,8 +37,11 @@ def prose() -> list[str]:
     return list(dict.fromkeys(text for text in texts if len(text) > 80))
 
 
+@functools.cache
 def packages(min_bytes: int = 40_000) -> dict[str, list[Path]]:
     """The packages and single modules of the standard library with at least ``min_bytes`` of source code.
+
+    The folder is searched once a process: do not change what is returned.
 
     Returns:
         Name -> its source files, the largest package first (ties by name).

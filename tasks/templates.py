@@ -1,53 +1,30 @@
-"""A record -> an example: the text that a model reads, in parts, and which of them count in the loss.
+"""A record -> examples: the text that a model reads, in parts, and which of them count in the loss.
 
-``alpaca`` is the prompt of Stanford Alpaca (Taori et al. 2023), to the letter; ``chat`` is the tokenizer's own chat
-template; ``none`` joins the fields by blank lines. Knows records and templates; must not know token ids, files or who
-holds a record.
+``alpaca`` is the prompt of Stanford Alpaca (Taori et al. 2023), to the letter, further turns behind each other as in
+FastChat; ``chat`` is the tokenizer's own chat template (``tasks.chat``); ``none`` joins the fields by blank lines.
+Knows records and templates; must not know token ids, files or who holds a record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
-from jinja2.exceptions import TemplateError
+from tasks.chat import ChatTemplate
+from tasks.examples import ChatTokenizer, Example, Part
+from tasks.prompts import Dialogue, Question, Turn, prompt_of
+from tasks.records import Fields
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
+ALPACA_TURN = "### Instruction:\n{instruction}\n\n### Response:"
 ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
+    "Write a response that appropriately completes the request.\n\n" + ALPACA_TURN
 )
-
-Record = Mapping[str, Any]
-Message = dict[str, str]
-"""One turn of a dialogue: ``role`` and ``content``."""
-
-
-class ChatTokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that is used here."""
-
-    def apply_chat_template(
-        self, conversation: list[Message], /, *, tokenize: bool, add_generation_prompt: bool
-    ) -> Any: ...
-
-
-class Part(NamedTuple):
-    text: str
-    counts: bool
-
-
-@dataclass(frozen=True)
-class Example:
-    """One record as a model reads it."""
-
-    parts: Sequence[Part]
-    complete: bool = False  # the template has written the beginning and the end itself
 
 
 def check_template(template: str, tokenizer: object) -> None:
@@ -59,113 +36,130 @@ def check_template(template: str, tokenizer: object) -> None:
         )
 
 
-def example_of(record: Record, template: str, loss_on: str, tokenizer: ChatTokenizer) -> Example:
-    """Renders one record.
+class Renderer:
+    """Renders the records of one client.
 
-    Args:
-        record: with ``instruction`` and ``output`` (``input`` if there is one; Dolly's names are ``response`` and
-            ``context``), with ``messages``, each of a ``role`` and a ``content``, or with ``text``, which no template
-            touches. Other keys are left aside.
-        template: one of ``TEMPLATES``.
-        loss_on: ``response``: only what the assistant says counts; ``all``: every token.
-
-    Raises:
-        ValueError: the record has none of these keys, or none that the template can render.
+    Attributes:
+        notes: what is not trained on as it stands -> in how many records.
     """
-    example = _rendered(record, template, tokenizer)
-    if loss_on == "all":
-        return Example([Part(text, True) for text, _ in example.parts], example.complete)
-    if record.get("text") is not None and not any(part.counts for part in example.parts):
-        raise ValueError("a record with nothing but 'text' has no response: use task.loss_on=all")
-    return example
 
+    def __init__(self, template: str, loss_on: str, system: str, tokenizer: ChatTokenizer) -> None:
+        """``template``, ``loss_on`` and ``system`` are ``task.template``, ``task.loss_on`` and ``task.system``."""
+        self.notes: Counter[str] = Counter()
+        self._template = template
+        self._all_counts = loss_on == "all"
+        self._system = system
+        self._end = getattr(tokenizer, "eos_token", None) or ""
+        self._chat = ChatTemplate(tokenizer, self._all_counts) if template == "chat" else None
 
-def _rendered(record: Record, template: str, tokenizer: ChatTokenizer) -> Example:
-    """With the parts that are responses marked."""
-    instruction, response = record.get("instruction"), _first(record, "output", "response")
-    if instruction is not None and response is not None:
-        given = str(_first(record, "input", "context") or "")
-        if template == "alpaca":
-            prompt = ALPACA_WITH_INPUT if given else ALPACA_WITHOUT_INPUT
-            return Example(
-                [Part(prompt.format(instruction=instruction, input=given), False), Part(str(response), True)]
-            )
-        question = f"{instruction}\n\n{given}" if given else str(instruction)
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": str(response)}]
-    elif record.get("messages") is not None:
-        messages = _messages(record["messages"])
-        if template == "alpaca":
-            raise ValueError("task.template=alpaca cannot render a record with 'messages': use task.template=chat")
-    elif record.get("text") is not None:
-        return Example([Part(str(record["text"]), False)])
-    else:
-        keys = ", ".join(sorted(key for key, value in record.items() if value is not None)) or "none"
-        raise ValueError(
-            f"a record needs 'text', 'messages', or 'instruction' and 'output' (or 'response'); it has {keys}"
-        )
-    return _chat(messages, tokenizer) if template == "chat" else _joined(messages)
+    def examples(self, fields: Fields) -> list[Example]:
+        """One example, or one for each answer where the template writes earlier turns anew; none: the answer is empty.
 
+        Raises:
+            ValueError: the record has no fields that are known, or none that the template can render.
+        """
+        try:
+            prompt = prompt_of(fields)
+            notes: set[str] = set()
+            found = list(self._examples(prompt, notes))
+            for part in (part for example in found for part in example.parts):
+                part.text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("half of a surrogate pair (\\ud800 to \\udfff) is no text") from None
+        except RecursionError:
+            raise ValueError("a value that is nested too deeply") from None
+        self.notes.update(notes)
+        return found
 
-def _first(record: Record, *keys: str) -> Any:
-    return next((record[key] for key in keys if record.get(key) is not None), None)
+    def _examples(self, prompt: str | Question | Dialogue, notes: set[str]) -> Iterator[Example]:
+        if isinstance(prompt, str):
+            if not self._all_counts:
+                raise ValueError("a record with nothing but 'text' has no response: use task.loss_on=all")
+            if prompt:
+                yield Example([Part(prompt, True)])
+            return
+        if isinstance(prompt, Question) and self._chat is None and not (prompt.system and self._system != "drop"):
+            if prompt.answer.strip():
+                yield Example(self._question(prompt))
+            return
+        dialogue = prompt.dialogue if isinstance(prompt, Question) else prompt
+        turns = [turn._replace(counts=turn.counts and _says(turn)) for turn in self._with_system(dialogue.turns)]
+        if all(turn.role != "assistant" for turn in turns):
+            raise ValueError("a dialogue without a turn of the assistant")
+        if not any(turn.counts for turn in turns if turn.role == "assistant"):
+            return
+        dialogue = Dialogue(turns, dialogue.tools)
+        if self._chat is not None:
+            yield from self._chat.examples(dialogue, notes)
+            return
+        self._check_shown(dialogue, notes)
+        yield Example(self._alpaca(turns) if self._template == "alpaca" else self._joined(turns))
 
+    def _with_system(self, turns: Sequence[Turn]) -> list[Turn]:
+        """As ``task.system`` says."""
+        if self._system == "keep":
+            return list(turns)
+        text = "\n\n".join(turn.content for turn in turns if turn.role == "system")
+        others = [turn for turn in turns if turn.role != "system"]
+        if self._system == "drop" or not text:
+            return others
+        first = next((i for i, turn in enumerate(others) if turn.role == "user"), None)
+        if first is None:
+            raise ValueError("task.system=merge: there is no turn of the user to put the system text before")
+        others[first] = others[first]._replace(content=f"{text}\n\n{others[first].content}")
+        return others
 
-def _messages(turns: Any) -> list[Message]:
-    if not isinstance(turns, Sequence) or not turns:
-        raise ValueError("'messages' must be a list of at least one turn: leave records without a dialogue out")
-    for turn in turns:
-        if not isinstance(turn, Mapping) or turn.get("role") is None or turn.get("content") is None:
-            raise ValueError("every entry of 'messages' needs a 'role' and a 'content'")
-    return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in turns]
+    def _check_shown(self, dialogue: Dialogue, notes: set[str]) -> None:
+        """Notes, or refuses, what these templates do not show: they write contents alone."""
+        if dialogue.tools:
+            notes.add(f"task.template={self._template} leaves out 'tools'")
+        for turn in dialogue.turns:
+            shown_not = [name for name in turn.extra if name not in ("name", "id", "tool_call_id")]
+            if shown_not and turn.role == "assistant" and turn.counts and not turn.content.strip():
+                raise ValueError(
+                    f"an answer of nothing but {shown_not[0]!r}, which task.template={self._template} leaves out: use "
+                    "task.template=chat with a model whose template writes it"
+                )
+            notes.update(f"task.template={self._template} leaves out {name!r}" for name in shown_not)
 
+    def _question(self, prompt: Question) -> list[Part]:
+        if self._template == "alpaca":
+            form = ALPACA_WITH_INPUT if prompt.given else ALPACA_WITHOUT_INPUT
+            asked = form.format(instruction=prompt.instruction, input=prompt.given)
+        else:
+            asked = prompt.question + prompt.joint
+        return [Part(asked, self._all_counts), Part(prompt.answer, True)]
 
-def _joined(messages: Sequence[Message]) -> Example:
-    parts: list[Part] = []
-    for message in messages:
-        if parts:
-            parts.append(Part("\n\n", False))
-        parts.append(Part(message["content"], message["role"] == "assistant"))
-    return Example(parts)
-
-
-def _chat(messages: list[Message], tokenizer: ChatTokenizer) -> Example:
-    """An assistant's turn is what the template writes behind the prompt for it, with the mark of the turn's end."""
-    whole = _render(messages, tokenizer)
-    parts: list[Part] = []
-    done = 0
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _render(messages[:i], tokenizer, add_generation_prompt=True) if i else _opening(whole, tokenizer)
-        turn = whole if i + 1 == len(messages) else _render(messages[: i + 1], tokenizer)
-        if not (whole.startswith(prompt) and whole.startswith(turn)):
+    def _alpaca(self, turns: Sequence[Turn]) -> list[Part]:
+        """What is asked behind the last answer is left out."""
+        if any(turn.role == "system" for turn in turns):
             raise ValueError(
-                "the chat template of model.path writes a dialogue's earlier turns anew, so its responses cannot be "
-                "told apart: use task.template=none, or dialogues of one question and one answer"
+                "task.template=alpaca has no system turn: task.system=merge puts its text before the first question"
             )
-        said = turn[len(prompt) :].rstrip()  # the white space behind the turn's end is the template's
-        parts += [Part(whole[done : len(prompt)], False), Part(said, True)]
-        done = len(prompt) + len(said)
-    return Example([*parts, Part(whole[done:], False)], complete=True)
+        parts: list[Part] = []
+        last = 2 * (len(turns) // 2) - 1
+        for i, (asked, answer) in enumerate(zip(turns[::2], turns[1::2], strict=False)):
+            if (asked.role, answer.role) != ("user", "assistant"):
+                raise ValueError(
+                    f"task.template=alpaca takes questions and answers in turn, and a turn of {asked.role!r} is "
+                    f"followed by one of {answer.role!r}: use task.template=chat"
+                )
+            form = f"\n\n{ALPACA_TURN}" if parts else ALPACA_WITHOUT_INPUT
+            said = answer.content if 2 * i + 1 == last else answer.content + self._end
+            parts += [Part(form.format(instruction=asked.content), self._all_counts), Part(said, answer.counts)]
+        return parts
+
+    def _joined(self, turns: Sequence[Turn]) -> list[Part]:
+        parts: list[Part] = []
+        for i, turn in enumerate(turns):
+            if parts:
+                parts.append(Part("\n\n", self._all_counts))
+            if turn.role == "assistant":
+                parts.append(Part(turn.content if i + 1 == len(turns) else turn.content + self._end, turn.counts))
+            else:
+                parts.append(Part(turn.content, self._all_counts))
+        return parts
 
 
-def _opening(whole: str, tokenizer: ChatTokenizer) -> str:
-    """What stands before the first turn of a dialogue that the assistant opens: nothing comes before it, and templates
-    do not render nothing, so the mark of its turn is that which they write behind a question."""
-    question = [{"role": "user", "content": "?"}]
-    asked = _render(question, tokenizer)
-    prompt = _render(question, tokenizer, add_generation_prompt=True)
-    mark = prompt.removeprefix(asked)
-    if mark in ("", prompt) or mark not in whole:
-        raise ValueError(
-            "the assistant opens a dialogue, and in the chat template of model.path its turn cannot be told apart: "
-            "begin dialogues with a turn of the user, or use task.template=none"
-        )
-    return whole[: whole.index(mark) + len(mark)]
-
-
-def _render(messages: list[Message], tokenizer: ChatTokenizer, add_generation_prompt: bool = False) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except TemplateError as error:
-        raise ValueError(f"the chat template of model.path refuses a dialogue: {error}") from None
+def _says(turn: Turn) -> bool:
+    return bool(turn.content.strip() or turn.extra)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,10 +15,11 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from gradcodec.autoencoder.fit_learned import Sample, fit_learned
-from gradcodec.autoencoder.learned import LearnedCodec, LearnedTables
 from gradcodec.gauge import principal_axes
 from gradcodec.layout import Layout
+from gradcodec.learned.codec import LearnedCodec
+from gradcodec.learned.fit import Sample, fit_learned
+from gradcodec.learned.tables import LearnedTables
 
 TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # outside a Flower process Message() needs them
 
@@ -58,6 +61,29 @@ def learned_tables(layout: Layout) -> LearnedTables:
 @pytest.fixture(scope="session")
 def learned(layout: Layout, learned_tables: LearnedTables) -> LearnedCodec:
     return LearnedCodec(layout, learned_tables, b"test")
+
+
+RunProgram = Callable[[Callable[[], object], Sequence[str]], tuple[int, str, str]]
+
+
+@pytest.fixture
+def run_program(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[RunProgram]:
+    """Runs a program's ``main`` in this process: its exit status, standard output and standard error."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(main: Callable[[], object], arguments: Sequence[str]) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        capfd.readouterr()
+        status, said = 0, ""
+        try:
+            main()
+        except SystemExit as end:  # as Python itself ends
+            status, said = (end.code, "") if isinstance(end.code, int) else (int(end.code is not None), f"{end.code}\n")
+        out, err = capfd.readouterr()
+        return status, out, err + said
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
 class InProcessGrid(Grid):

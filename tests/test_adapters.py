@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
-from adapters.finetune import Windows, finetune
+from adapters.finetune import DivergedError, Windows, finetune
 from adapters.model import add, get_adapter, load_model, load_tokenizer, set_adapter, subtract
-from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_model, check_training
+from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_lora, check_model, check_training
+from client.trainer import training_seed
+from conf.schema import Settings, check_settings
 from tasks.settings import TaskSettings
 from tasks.shards import load_shard
 from tasks.windows import heldout_loss
@@ -80,13 +86,56 @@ def test_micro_batches_give_the_same_gradients(model: PeftModel, windows: Window
         torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-6)
 
 
-def test_schedule_and_warmup_scale_the_steps(model: PeftModel, windows: Windows) -> None:
+@pytest.mark.parametrize("warmup", [0, 1, 3, 9])
+@pytest.mark.parametrize(
+    ("schedule", "of_transformers"),
+    [
+        ("constant", lambda optimizer, warmup: get_constant_schedule_with_warmup(optimizer, warmup)),
+        ("cosine", lambda optimizer, warmup: get_cosine_schedule_with_warmup(optimizer, warmup, 10)),
+    ],
+)
+def test_the_learning_rates_are_those_of_transformers(
+    model: PeftModel,
+    windows: Windows,
+    monkeypatch: pytest.MonkeyPatch,
+    warmup: int,
+    schedule: str,
+    of_transformers: Callable[..., LambdaLR],
+) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler, wanted = of_transformers(optimizer, warmup), []
+    for _ in range(10):
+        wanted.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    taken: list[float] = []
+    plain = torch.optim.SGD.step
+
+    def spy(self: torch.optim.SGD) -> None:
+        taken.append(self.param_groups[0]["lr"])
+        plain(self)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    how = TrainSettings(lr=0.5, steps=10, batch_size=1, micro_batch_size=1, schedule=schedule, warmup_steps=warmup)
+    finetune(model, get_adapter(model), Windows(windows.ids[:2, :8], windows.counted[:2, :8]), how, 0)
+    assert taken == pytest.approx(wanted)
+
+
+def test_training_that_diverges_says_so(model: PeftModel, windows: Windows) -> None:
     start = get_adapter(load_model(ModelSettings(), LoraSettings(), 0))
-    one = dataclasses.replace(TRAINING, update="gradient", lr=1.0, clip=1e-3, steps=1)
-    plain, _ = finetune(model, start, windows, one, seed=1)
-    warm, _ = finetune(model, start, windows, dataclasses.replace(one, warmup_steps=4), seed=1)
-    name = next(name for name in plain if "lora_B" in name)
-    torch.testing.assert_close(warm[name], plain[name] / 4)
+    with pytest.raises(DivergedError, match=r"the loss is nan in step \d+: lower train\.lr"):
+        finetune(model, start, windows, dataclasses.replace(TRAINING, lr=1e30, steps=8), seed=1)
+
+
+def test_seeds_of_rounds_and_partitions_are_distinct_and_serve_torch() -> None:
+    asked = list(itertools.product((0, 1, 18_000_001, 2**32 - 1), range(5), range(5)))
+    seeds = {training_seed(*values) for values in asked}
+    assert len(seeds) == len(asked)
+    for seed in seeds:
+        torch.Generator().manual_seed(seed)
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match=rf"seed={seed} must lie between 0 and 4294967295"):
+            check_settings(Settings(seed=seed))
 
 
 def test_an_adapter_of_another_model_is_refused_by_name(model: PeftModel) -> None:
@@ -111,11 +160,32 @@ def test_add_undoes_subtract() -> None:
         ({"steps": 0}, r"train\.steps=0"),
         ({"batch_size": 5, "micro_batch_size": 2}, r"train\.batch_size=5, train\.micro_batch_size=2"),
         ({"lr": 0.0}, r"train\.lr=0\.0"),
+        ({"lr": math.inf}, r"train\.lr=inf"),
+        ({"clip": math.nan}, r"train\.clip=nan"),
+        ({"weight_decay": -0.1}, r"train\.weight_decay=-0\.1"),
+        ({"weight_decay": math.nan}, r"train\.weight_decay=nan"),
+        ({"warmup_steps": -1}, r"train\.warmup_steps=-1"),
+        ({"warmup_steps": 10}, r"train\.warmup_steps=10 must be less than train\.steps=10"),
     ],
 )
 def test_wrong_training_settings_are_named(change: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         check_training(TrainSettings(**change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"alpha": math.nan}, r"lora\.alpha=nan"),
+        ({"alpha": 0.0}, r"lora\.alpha=0"),
+        ({"dropout": 1.0}, r"lora\.dropout=1"),
+        ({"dropout": -0.1}, r"lora\.dropout=-0\.1"),
+        ({"dropout": math.nan}, r"lora\.dropout=nan"),
+    ],
+)
+def test_wrong_lora_settings_are_named(change: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_lora(LoraSettings(**change))  # type: ignore[arg-type]
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from gradcodec.artifact import Artifact, load_artifact, save_artifact
-from gradcodec.autoencoder.learned import LearnedTables
 from gradcodec.build import build_codec
 from gradcodec.errors import CodecError
 from gradcodec.layout import Layout
+from gradcodec.learned.tables import LearnedTables
 from gradcodec.settings import CodecSettings
 
 
@@ -35,11 +35,14 @@ def test_two_nodes_with_one_artifact_have_one_codec_id(folder: Path, layout: Lay
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda f: (f / "codec.json").unlink(), "python -m tgap"),
+        (lambda f: (f / "codec.json").unlink(), "holds no codec artifact"),
         (lambda f: (f / "codec.json").write_text("{"), "is damaged"),
         (lambda f: (f / "codec.safetensors").write_bytes(b"x" * 100), "does not match its digest"),
+        (lambda f: (f / "codec.json").write_text("[" * 100_000), "is damaged"),
+        (lambda f: (f / "codec.json").write_text('{"a":' * 100_000), "is damaged"),
+        (lambda f: (f / "codec.json").write_text(" " * (1 << 20) + "{}"), "larger than"),
         (lambda f: _edit(f, format=2), "format 2"),
-        (lambda f: _edit(f, kind="resnet"), "codec.name"),
+        (lambda f: _edit(f, kind="resnet"), "not 'learned'"),
         (lambda f: _edit(f, settings={"codec": {"x": 1}}), "changed by hand"),
     ],
 )
@@ -57,7 +60,7 @@ def _edit(folder: Path, **changes: object) -> None:
 
 
 def test_another_artifact_than_the_servers_is_refused(folder: Path, layout: Layout) -> None:
-    with pytest.raises(CodecError, match="copy the server's artifact"):
+    with pytest.raises(CodecError, match="both need a copy of the same artifact"):
         build_codec(CodecSettings(artifact=str(folder), digest="0" * 64), layout)
 
 

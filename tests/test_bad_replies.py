@@ -18,10 +18,11 @@ from test_federation import settings_for
 from client.app import app as client_app
 from conf.schema import Settings
 from gradcodec.artifact import Artifact, save_artifact
-from gradcodec.autoencoder.learned import LearnedCodec, LearnedTables
 from gradcodec.exchange import digest_of, encode_update
 from gradcodec.frame import Frame, pack, unpack
 from gradcodec.layout import Layout
+from gradcodec.learned.codec import LearnedCodec
+from gradcodec.learned.tables import LearnedTables
 from server.results import RunResults
 from server.rounds import run_federation
 from strategies.wire import (

@@ -21,8 +21,9 @@ from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_update
 from gradcodec.layout import Layout
-from gradcodec.recording import Recording, load_recording
-from gradcodec.settings import CODECS, TRAINED, CodecSettings
+from gradcodec.registry import codec_names, entry_of
+from gradcodec.settings import CodecSettings
+from gradcodec.training.recording import Recording, load_recording
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_geometries_are_those_of_real_adapters(name: str, geometry: str) -> None
     assert name != "7b" or layout_of(name, 8).num_parameters == 8_388_608
 
 
-@pytest.mark.parametrize("name", [name for name in CODECS if name not in TRAINED])
+@pytest.mark.parametrize("name", [name for name in codec_names() if not entry_of(name).needs_artifact])
 def test_hostile_payloads_are_decoded_or_refused(layout: Layout, name: str) -> None:
     """A few of what ``python -m bench.fuzz`` tries by the hundred thousand."""
     _try(build_codec(CodecSettings(name=name), layout))

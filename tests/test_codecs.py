@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 
@@ -12,9 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradcodec.autoencoder.learned import LearnedCodec, LearnedTables
-from gradcodec.autoencoder.networks import ResnetAutoencoder
-from gradcodec.autoencoder.resnet import ResnetCodec, fit_resnet, picture_shape
+from gradcodec.build import build_codec
 from gradcodec.codec import Codec, IdentityCodec
 from gradcodec.errors import BudgetError, CodecError
 from gradcodec.exchange import (
@@ -29,6 +28,13 @@ from gradcodec.fidelity import fidelity, gaussian_bound_cosine
 from gradcodec.frame import HEADER_BYTES, Frame, pack
 from gradcodec.gauge import principal_axes, rotate, unrotate
 from gradcodec.layout import Layout
+from gradcodec.learned.codec import LearnedCodec
+from gradcodec.learned.tables import LearnedTables
+from gradcodec.paper.fit import fit_resnet
+from gradcodec.paper.networks import ResnetAutoencoder
+from gradcodec.paper.picture import picture_shape
+from gradcodec.paper.resnet import ResnetCodec
+from gradcodec.settings import CodecSettings
 
 RATES = (0.1, 0.25, 0.5, 1.0, 2.0)
 
@@ -252,7 +258,7 @@ def test_resnet_learns_one_picture(layout: Layout) -> None:
     """The network and its training are able to carry something: one smooth picture, seen again and again."""
     smooth = torch.sin(torch.linspace(0, 3, layout.num_parameters))
     blocks = layout.unflatten(smooth)
-    network = fit_resnet([blocks], layout, literal=False, steps=150, seed=0, batch=1)
+    network = fit_resnet([blocks], layout, name="resnet", steps=150, seed=0, batch=1)
     codec = ResnetCodec(layout, network, False, b"x")
     decoded = codec.decode(codec.encode(blocks, None, None), None)
     assert fidelity(blocks, decoded).cosine > 0.8
@@ -264,3 +270,20 @@ def test_fidelity_of_known_vectors() -> None:
     assert half.cosine == pytest.approx(1.0)
     assert half.snr_db == pytest.approx(10 * math.log10(4))
     assert fidelity(torch.ones(2), torch.zeros(2)).cosine == 0.0
+
+
+GOLDEN_CODES = {
+    "identity": "446fe02161b6d9d8",
+    "bf16": "e238c9d5126122da",
+    "int8": "9ceb71d16fb30fe7",
+    "nf4": "472e3d56ad1328f2",
+    "sign": "eeb1c04ce9c00255",
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN_CODES)
+def test_golden_codes_of_the_codecs_that_only_round(name: str, layout: Layout) -> None:
+    """Of values that are exact in float32 and made by integers alone, so the same on every machine."""
+    values = (torch.arange(layout.num_parameters) * 7919 % 2003 - 1001).float() / 4096
+    codes = build_codec(CodecSettings(name), layout).encode(layout.unflatten(values), None, None)
+    assert hashlib.sha256(b"".join(codes)).hexdigest()[:16] == GOLDEN_CODES[name]

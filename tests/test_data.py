@@ -34,10 +34,11 @@ from server.evaluate import Evaluator
 from server.preview import example_text, holdings_of, holdings_table
 from server.rounds import run_federation
 from tasks.corpora import read_records
+from tasks.examples import Example
 from tasks.exams import read_exam
 from tasks.settings import TaskSettings, check_task, check_window, is_hub_name
 from tasks.shards import Shard, client_records, load_shard, load_shards
-from tasks.templates import example_of
+from tasks.templates import Renderer
 from tasks.windows import heldout_loss, padded, tokens_of
 
 CHATML = (
@@ -95,6 +96,11 @@ def written(path: Path, rows: list[dict[str, Any]]) -> str:
 def task(path: str, **changes: Any) -> TaskSettings:
     settings = TaskSettings("dolly", path, loss_on="response", packing=False, window=160)
     return dataclasses.replace(settings, **changes)
+
+
+def example_of(record: dict[str, Any], template: str, loss_on: str, tokenizer: Any) -> Example:
+    [example] = Renderer(template, loss_on, "keep", tokenizer).examples(record)
+    return example
 
 
 def text_of(record: dict[str, Any], template: str, tokenizer: Any, loss_on: str = "response") -> tuple[str, list[str]]:
@@ -185,7 +191,7 @@ def test_packed_responses_count_in_the_same_stream(tokenizer: PreTrainedTokenize
 
 
 def test_a_tokenizers_own_beginning_comes_first(tokenizer: PreTrainedTokenizerBase) -> None:
-    plain, _ = next(tokens_of([example_of({"text": "a"}, "none", "all", tokenizer)], tokenizer))
+    plain = next(tokens_of([example_of({"text": "a"}, "none", "all", tokenizer)], tokenizer)).ids
     tokenizer.bos_token = "<|end|>"
     assert next(tokens_of([example_of({"text": "a"}, "none", "all", tokenizer)], tokenizer)).ids == plain
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -206,7 +212,7 @@ def test_padding_changes_no_loss(
     assert len({len(token.ids) for token in tokens}) > 1
     losses, counts = [], []
     with torch.no_grad():
-        for row, (ids, counted) in enumerate(tokens):
+        for row, (ids, counted, _) in enumerate(tokens):
             alone = Windows(torch.tensor([ids]), torch.tensor([counted]))
             losses.append(next_token_loss(model, alone))
             counts.append(alone.num_counted)
@@ -232,7 +238,7 @@ def test_what_max_windows_leaves_out_is_counted(tokenizer: PreTrainedTokenizerBa
     for most, num_over in ((60, 0), (61, 0), (25, 35)):
         assert load_shard(task(dolly, max_windows=most), tokenizer, 0, 1).num_over == num_over
     records = client_records(task(dolly), 1)(0)
-    examples = (example_of(record, "alpaca", "all", tokenizer) for record in records)
+    examples = (example_of(dict(record.fields), "alpaca", "all", tokenizer) for record in records)
     ends = list(accumulate(len(tokens.ids) for tokens in tokens_of(examples, tokenizer)))
     for most in (5, 20, 10_000):
         settings = task(dolly, loss_on="all", packing=True, window=32, max_windows=most)
@@ -352,7 +358,7 @@ def test_formats_hold_the_same_records(tmp_path: Path) -> None:
     written(tmp_path / "folder" / "b.jsonl", DOLLY[20:])
     for name in ("data.jsonl", "data.json", "data.parquet", "data.csv", "folder"):
         records = read_records(str(tmp_path / name))
-        read = [{key: value or "" for key, value in record.items()} for record in records]
+        read = [{key: value or "" for key, value in record.fields.items()} for record in records]
         assert read == DOLLY, name
 
 
@@ -370,11 +376,12 @@ def test_reading_leaves_no_copy_of_the_data(tmp_path: Path, dolly: str, monkeypa
 def test_every_record_goes_to_one_client(dolly: str, partition: str, column: str | None, num_clients: int) -> None:
     settings = task(dolly, partition=partition, partition_by=column)
     holdings = [client_records(settings, num_clients)(client) for client in range(num_clients)]
-    dealt = [record["instruction"] for records in holdings for record in records]
+    dealt = [record.fields["instruction"] for records in holdings for record in records]
     assert len(dealt) == len(set(dealt)) == 60
     assert all(len(records) for records in holdings)
     if partition == "column":
-        assert [set(records["category"]) for records in holdings] == [{"closed_qa"}, {"open_qa"}]
+        held = [{record.fields["category"] for record in records} for records in holdings]
+        assert held == [{"closed_qa"}, {"open_qa"}]
 
 
 def test_local_clients_read_their_own_file_and_no_other(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -384,7 +391,7 @@ def test_local_clients_read_their_own_file_and_no_other(tmp_path: Path, tokenize
     written(tmp_path / "client-1" / "part.jsonl", DOLLY[20:40])
     (tmp_path / "client-2.jsonl").write_text("broken")
     settings = task(str(tmp_path), partition="local")
-    held = [sorted(record["instruction"] for record in client_records(settings, 4)(client)) for client in (0, 1)]
+    held = [sorted(record.fields["instruction"] for record in client_records(settings, 4)(client)) for client in (0, 1)]
     assert held == [sorted(row["instruction"] for row in rows) for rows in (DOLLY[:20], DOLLY[20:40])]
     assert isinstance(load_shard(settings, tokenizer, 0, 4), Shard)
     with pytest.raises(ValueError, match=r"client-2\.jsonl, line 1: no JSON"):
@@ -412,14 +419,13 @@ def test_shards_of_all_clients_are_those_of_each(tokenizer: PreTrainedTokenizerB
 @pytest.mark.parametrize(
     ("record", "changes", "said"),
     [
-        ({"question": "x"}, {}, "or 'instruction' and 'output' (or 'response'); it has question"),
+        ({"poem": "x"}, {}, "or 'instruction' and 'output', or 'prompt' and 'completion', or 'question' and"),
         ({"text": "x"}, {}, "use task.loss_on=all"),
-        ({"messages": DIALOGUE}, {}, "task.template=alpaca cannot render"),
+        ({"messages": DIALOGUE}, {}, "task.template=alpaca has no system turn"),
         ({"messages": [{"role": "user"}]}, {"template": "none"}, "needs a 'role' and a 'content'"),
         ({"messages": []}, {"template": "none"}, "'messages' must be a list of at least one turn"),
         ({"messages": []}, {"template": "chat"}, "'messages' must be a list of at least one turn"),
         ({"messages": 3}, {"template": "none"}, "'messages' must be a list of at least one turn"),
-        ({"messages": DIALOGUE}, {"template": "chat"}, "writes a dialogue's earlier turns anew"),
         ({"messages": DIALOGUE[1:]}, {"template": "chat"}, "refuses a dialogue: no system turn"),
     ],
 )
@@ -441,7 +447,7 @@ def test_a_record_that_cannot_be_rendered_is_named(
     [
         (b'{"text": "a"}\n{"text": \n', "line 2: no JSON"),
         (b'{"text": "a"}\n[1]\n', "line 2: a JSON object is expected, not list"),
-        (b'{"text": "\xff"}\n', "cannot be read as json"),
+        (b'{"text": "\xff"}\n', "line 1: no UTF-8"),
         (b"", "holds no record"),
     ],
 )
@@ -546,9 +552,35 @@ def test_the_preview_counts_what_clients_hold_and_shows_an_example(
     sizes = [len(holding.shard.train) for holding in holdings]
     steps = [-(-size // 8) for size in sizes]
     counted = [holding.shard.train.num_counted for holding in holdings]
-    assert ["0", "20", "0", "0", "0", str(sizes[0]), str(counted[0]), str(steps[0]), "2", "closed_qa", "100%"] in rows
-    assert ["1", "40", "0", "0", "0", str(sizes[1]), str(counted[1]), str(steps[1]), "4", "open_qa", "100%"] in rows
-    assert rows[-1][:6] == ["all", "60", "0", "0", "0", str(sum(sizes))]
+    assert [
+        "0",
+        "20",
+        "0",
+        "0",
+        "0",
+        "0",
+        str(sizes[0]),
+        str(counted[0]),
+        str(steps[0]),
+        "2",
+        "closed_qa",
+        "100%",
+    ] in rows
+    assert [
+        "1",
+        "40",
+        "0",
+        "0",
+        "0",
+        "0",
+        str(sizes[1]),
+        str(counted[1]),
+        str(steps[1]),
+        "4",
+        "open_qa",
+        "100%",
+    ] in rows
+    assert rows[-1][:7] == ["all", "60", "0", "0", "0", "0", str(sum(sizes))]
     shown = example_text(holdings[0].shard.train, tokenizer).plain
     record = next(row for row in DOLLY if f"\n{row['instruction']}\n" in shown)
     assert shown == text_of(record, "alpaca", tokenizer)[0].replace(
@@ -563,10 +595,28 @@ def test_the_preview_counts_what_max_windows_leaves_out(
     console = Console(width=120, file=io.StringIO())
     with console.capture() as printed:
         console.print(holdings_table(settings, holdings_of(settings, tokenizer)))
-    assert printed.get().splitlines()[-1].split()[:5] == ["all", "60", "0", "0", "15"]
+    assert printed.get().splitlines()[-1].split()[:6] == ["all", "60", "0", "0", "0", "15"]
     settings.federation.num_clients = 0
     with pytest.raises(ValueError, match=r"federation\.num_clients=0 must be at least 1"):
         holdings_of(settings, tokenizer)
+
+
+def test_the_preview_shows_markup_and_control_characters_as_they_are(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """In the data, in the column's name and in its values."""
+    rows = [{"instruction": "a", "output": f"[/b]\x1b]0;title\x07{i}", "[red]c[/": "[/u]\x1b[2J"} for i in range(20)]
+    settings = federation(tmp_path, written(tmp_path / "d.jsonl", rows))
+    settings.task = dataclasses.replace(settings.task, partition="dirichlet", partition_by="[red]c[/")
+    settings.federation.num_clients = 1
+    holdings = holdings_of(settings, tokenizer)
+    console = Console(width=120, file=io.StringIO())
+    with console.capture() as printed:
+        console.print(holdings_table(settings, holdings))
+        console.print(example_text(holdings[0].shard.train, tokenizer))
+    for shown in ("[red]c[/", "[/u]\\x1b[2J 100%", "[/b]\\x1b]0;title\\x07"):
+        assert shown in printed.get()
+    assert "\x1b" not in printed.get()
 
 
 def test_the_preview_needs_no_weights_and_leaves_no_files(tmp_path: Path, dolly: str) -> None:
@@ -592,10 +642,10 @@ def test_exams_are_questions_with_their_letter(tmp_path: Path) -> None:
     header = "id,question,A,B,C,D,answer,explanation\n"
     (ceval / "logic_dev.csv").write_text(f"{header}0,下列哪项？,甲,乙,丙,丁,B,因为\n", encoding="utf-8")
     (mmlu / "high_school_physics_val.csv").write_text('"What falls, and why?",up,down,left,right,B\n')
-    (record,) = read_exam("ceval", str(ceval))
+    ((record, *_),) = read_exam("ceval", str(ceval))
     assert record["input"] == "下列哪项？\nA. 甲\nB. 乙\nC. 丙\nD. 丁"
     assert (record["output"], record["subject"]) == ("B", "logic")
-    (record,) = read_exam("mmlu", str(mmlu))
+    ((record, *_),) = read_exam("mmlu", str(mmlu))
     assert "high school physics" in record["instruction"]
     assert record["input"].startswith("What falls, and why?\nA. up\nB. down")
     assert record["output"] == "B"

@@ -14,15 +14,17 @@ import torch
 from conftest import SHAPES, InProcessGrid, heavy_tailed_update
 from pretended_gpu import pretended_gpu
 
+from adapters.settings import DEVICES
 from bench.speed import layout_of, update_of
 from client.app import app as client_app
 from client.residuals import load_residual, save_residual
 from conf.schema import Settings
-from gradcodec.autoencoder.networks import ARCHITECTURES
-from gradcodec.autoencoder.resnet import ResnetCodec
-from gradcodec.build import CODECS_FOR_ANY_LAYOUT, build_codec, byte_budget
+from gradcodec.build import build_codec, byte_budget
 from gradcodec.exchange import decode_blocks, encode_update, max_payload_bytes
 from gradcodec.layout import Layout
+from gradcodec.paper.networks import ARCHITECTURES
+from gradcodec.paper.resnet import ResnetCodec
+from gradcodec.registry import names_for_any_layout
 from gradcodec.settings import CodecSettings
 from server.rounds import run_federation
 
@@ -76,7 +78,7 @@ def serve_a_device(folder: Path) -> None:
                 codec = ResnetCodec(layout, network(literal), literal, b"untrained", name)
                 payload, _ = encode_update(gpu.moved(update), None, codec=codec)
                 assert payload == encode_update(update, None, codec=codec)[0], name
-        for name in CODECS_FOR_ANY_LAYOUT:
+        for name in names_for_any_layout():
             for snr_db in (None, 3.0) if name == "powersgd" else (None,):
                 settings = CodecSettings(name, bits=4.0, snr_db=snr_db, artifact=ARTIFACT)
                 how: dict[str, Any] = {"max_bytes": byte_budget(settings, layout), "snr_db": snr_db}
@@ -98,6 +100,7 @@ def test_a_federation_whose_models_lie_on_a_device_does_what_one_on_the_host_doe
 
 def federate_on_the_device(folder: Path) -> None:
     with pretended_gpu() as gpu:
+        DEVICES.append(gpu.device.type)
         for arm in ("coded", "dense"):
             expected, copies = gpu.copies_of(partial(federate, folder / f"{arm}-cpu", arm, "cpu"))
             assert not copies

@@ -69,11 +69,20 @@ def test_grpc_and_simulation_send_the_same_payloads(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_a_sweep_runs_every_combination_and_keeps_the_results_apart(tmp_path: Path) -> None:
+def test_a_sweep_runs_every_combination_and_outlives_a_failing_job(tmp_path: Path) -> None:
+    """Job 1 and 3 are wrong; their folder's name holds what Hydra's grammar and rich would take for their own."""
+    folder = tmp_path / "a=b ([x])"
     few = [*SMALL[1:], "federation.rounds=1", "federation.num_clients=2", "federation.clients_per_round=2"]
-    run_module("server.federate", "-m", "codec=learned,identity", f"hydra.sweep.dir={tmp_path}", *few)
-    found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/results.json")}
-    assert len(found) == 2
-    bits = sorted(run["bits_per_parameter"] for run in found.values())
-    assert bits[0] <= 0.5
-    assert bits[1] == pytest.approx(32, abs=0.1)
+    command = [sys.executable, "-m", "server.federate", "-m", "codec=learned,identity", "codec.feedback=0.5,2"]
+    done = subprocess.run([*command, "--output", str(folder), *few], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr[-3000:]
+    jobs = json.loads((folder / "summary.json").read_text())["jobs"]
+    assert [job["state"] for job in jobs] == ["finished", "failed", "finished", "failed"]
+    assert [job["label"] for job in jobs[::2]] == ["coded (learned at 0.5 bits)", "coded (identity)"]
+    found = [json.loads((Path(job["folder"]) / "results.json").read_text()) for job in jobs[::2]]
+    assert found[0]["bits_per_parameter"] <= 0.5
+    assert found[1]["bits_per_parameter"] == pytest.approx(32, abs=0.1)
+    assert "error: 2 of 4 jobs did not finish" in done.stderr
+    assert "round 1 of 1: 2 of 2 clients (0, 1)" in done.stderr
+    for text in ("\x1b", "Traceback", "DeprecationWarning"):
+        assert text not in done.stderr + done.stdout

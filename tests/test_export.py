@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from adapters.export import CARD, CONFIG, WEIGHTS, load_adapter, load_start, public_name, save_adapter
 from adapters.finetune import Windows
-from adapters.model import get_adapter, load_model
+from adapters.model import get_adapter, load_model, set_adapter
 from adapters.settings import LoraSettings, ModelSettings
 from server.arms import read_arm
 from server.evaluate import Evaluator
@@ -100,6 +101,108 @@ def test_the_merged_model_is_the_run_without_peft(
     ids = AutoTokenizer.from_pretrained(tmp_path / "merged")(text)["input_ids"]
     assert ids == AutoTokenizer.from_pretrained(BASE)(text)["input_ids"]
     assert not list((tmp_path / "merged").glob("adapter*"))
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "merged").iterdir()} == {mode_of_new_files(tmp_path)}
+
+
+def mode_of_new_files(folder: Path) -> int:
+    (folder / "new").touch()
+    return (folder / "new").stat().st_mode & 0o777
+
+
+def test_a_runs_adapter_and_its_export_can_be_read_by_others_with_their_tokenizer(
+    finished: RunResults, tmp_path: Path
+) -> None:
+    export(finished.settings.output, tmp_path / "out", merged=False, overrides=[])
+    ids = AutoTokenizer.from_pretrained(BASE)("import os; 你好")["input_ids"]
+    for folder in (Path(finished.settings.output) / "adapter", tmp_path / "out"):
+        assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {mode_of_new_files(tmp_path)}
+        assert AutoTokenizer.from_pretrained(folder)("import os; 你好")["input_ids"] == ids
+
+
+def test_a_base_that_cannot_be_reached_is_said_and_the_adapter_written(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    export(str(adapter), tmp_path / "out", merged=False, overrides=["model.path=nobody/no-such-model"])
+    assert "no tokenizer is written beside the adapter" in capsys.readouterr().err
+    assert load_adapter(tmp_path / "out")
+
+
+def test_another_runs_folder_may_not_say_that_code_is_run(finished: RunResults, tmp_path: Path) -> None:
+    copy = shutil.copytree(finished.settings.output, tmp_path / "run")
+    content = json.loads((copy / "results.json").read_text())
+    content["settings"]["model"]["trust_remote_code"] = True
+    (copy / "results.json").write_text(json.dumps(content))
+    assert not read_arm(str(copy)).settings.model.trust_remote_code
+    assert read_arm(str(copy), ["model.trust_remote_code=true"]).settings.model.trust_remote_code
+
+
+def test_a_card_shows_foreign_text_as_text(adapter: Path, tmp_path: Path) -> None:
+    config, tensors = load_adapter(adapter)
+    config.base_model_name_or_path = 'x"`; rm -rf ~\n# <script>alert(1)</script> \x1b]0;owned\x07'
+    save_adapter(tensors, config, {"task": "a | b\n\n![x](http://y) <b>"}, tmp_path / "out")
+    card = (tmp_path / "out" / CARD).read_text()
+    assert "<script>" not in card.partition("```python")[0] and "<b>" not in card
+    assert "\x1b" not in card and "\n# <" not in card
+    assert r"| task | a \| b \!\[x\](http://y) &lt;b> |" in card
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "regex": {"target_modules": ".*_proj"},
+    "rslora": {"use_rslora": True},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "drawn": {"init_lora_weights": False},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa_niter": {"init_lora_weights": "pissa_niter_2"},
+    "olora": {"init_lora_weights": "olora"},
+    "mica": {"init_lora_weights": "mica"},
+    "alora": {"alora_invocation_tokens": [5, 6]},
+    "dora": {"use_dora": True},
+    "bias": {"bias": "lora_only"},
+    "lora_bias": {"lora_bias": True},
+    "rank_pattern": {"rank_pattern": {"q_proj": 4}},
+    "alpha_pattern": {"alpha_pattern": {"q_proj": 4}},
+    "layers": {"layers_to_transform": [0, 1]},
+    "exclude": {"exclude_modules": ["layers.0.self_attn.q_proj"]},
+    "parameters": {"target_parameters": ["mlp.up_proj.weight"]},
+    "tokens": {"trainable_token_indices": [3, 4]},
+    "saved": {"modules_to_save": ["lm_head"]},
+    "replicated": {"layer_replication": [(0, 2), (1, 4)]},
+    "embedding": {"target_modules": ["embed_tokens"]},
+    "fan": {"fan_in_fan_out": True},
+}
+SERVED = {"plain", "rslora", "gaussian", "orthogonal", "drawn", "fan"}
+IDS = torch.arange(5, 21)[None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_an_adapter_of_peft_gives_pefts_logits_or_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    how = {"r": 8, "lora_alpha": 24, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **KINDS[kind]}
+    made = get_peft_model(base, LoraConfig(**how))
+    for name, parameter in made.named_parameters():
+        if ".lora_B." in name:
+            parameter += 0.1 * torch.randn_like(parameter)
+    made.save_pretrained(str(tmp_path / "made"))
+    if kind not in SERVED:
+        with pytest.raises(ValueError, match=r"is no plain LoRA adapter: .* is not served|is no linear layer"):
+            read_arm(str(tmp_path / "made")).load_model()
+        return
+    again = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    wanted = PeftModel.from_pretrained(again, str(tmp_path / "made")).eval()(input_ids=IDS).logits
+    adapter = read_arm(str(tmp_path / "made"))
+    assert float((adapter.load_model().eval()(input_ids=IDS).logits - wanted).abs().max()) < 1e-5
+    started = load_start(tmp_path / "made", fresh := load_model(adapter.settings.model, adapter.settings.lora, seed=1))
+    set_adapter(fresh, started)
+    assert float((fresh.eval()(input_ids=IDS).logits - wanted).abs().max()) < 1e-5
+    export(str(tmp_path / "made"), tmp_path / "merged", merged=True, overrides=[])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    rounding = 1e-5 * float(wanted.abs().max())  # of the sum of weights, which PEFT does not form
+    assert float((merged(input_ids=IDS).logits - wanted).abs().max()) < rounding
 
 
 def test_an_adapter_of_a_quantised_base_is_merged_into_the_unquantised_one(adapter: Path, tmp_path: Path) -> None:
@@ -188,7 +291,14 @@ def test_damaged_and_missing_files_are_named(adapter: Path, tmp_path: Path) -> N
     ("change", "said"),
     [
         ({"use_dora": True}, "use_dora=True"),
-        ({"use_rslora": True}, "use_rslora=True"),
+        ({"a_field_of_tomorrow": {"depth": 2}}, "'a_field_of_tomorrow', which peft .* does not know"),
+        ({"task_type": "SEQ_CLS"}, "task_type=SEQ_CLS"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "init_lora_weights='loftq'"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights='eva'"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda'"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora="),
+        ({"use_qalora": True}, "use_qalora=True"),
+        ({"arrow_config": {"top_k": 2}}, "arrow_config="),
         ({"bias": "all"}, "bias=all"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),

@@ -96,7 +96,7 @@ def child(process: subprocess.Popen[bytes], word: str) -> psutil.Process:
 
 
 def kill_superlink(place: Deployment) -> None:
-    child(place.server, "flower-superlink").kill()
+    child(place.server, "server.control").kill()
 
 
 def kill_executor_and_app(place: Deployment) -> None:
@@ -110,7 +110,7 @@ def kill_trainer(place: Deployment) -> None:
 def kill_client_app(place: Deployment) -> None:
     """That of this round: the one before may still be on its way out."""
     asked, deadline = time.time(), time.monotonic() + 60
-    while (process := child(place.nodes[0], "flwr-clientapp")).create_time() < asked:
+    while (process := child(place.nodes[0], "client.own_app")).create_time() < asked:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.kill()
@@ -140,7 +140,7 @@ def test_a_supernode_that_is_killed_costs_its_replies_and_no_round(
     """The rounds go on without the client, whose residual is as it was, until the server takes it back."""
     run = Run(place, tmp_path)
     run.wait_for("round_started", 2)
-    child(place.nodes[0], "flower-supernode").kill()
+    child(place.nodes[0], "client.supernode").kill()
     losses = run.losses()
     assert len(losses) == len(undisturbed)
     assert losses[:2] == undisturbed[:2]

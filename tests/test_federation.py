@@ -25,7 +25,7 @@ from client.trainer import trainer_for
 from conf.footprint import client_memory, server_memory
 from conf.schema import Settings
 from gradcodec.artifact import Artifact, load_artifact, save_artifact
-from gradcodec.autoencoder.learned import LearnedTables
+from gradcodec.learned.tables import LearnedTables
 from server.centralised import run_alone
 from server.checkpoint import NAME, load_checkpoint
 from server.evaluate import Evaluator

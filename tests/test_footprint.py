@@ -17,8 +17,9 @@ from adapters.footprint import check_fits, estimate_evaluation, estimate_memory,
 from adapters.model import adapter_shapes, empty_model, get_adapter, load_model
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings
 from bench.speed import layout_of, update_of
-from gradcodec.build import DECODING_UPDATES, ENCODING_UPDATES, build_codec
+from gradcodec.build import build_codec
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
+from gradcodec.registry import entry_of
 from gradcodec.settings import CodecSettings
 from tasks.windows import heldout_loss
 
@@ -96,8 +97,9 @@ def test_what_the_codec_takes_is_near_the_peak_that_is_measured() -> None:
     encoding = update_bytes + peak_of(lambda: encode_update(update, carried_RC, codec=codec, max_bytes=budget))
     payload, _ = encode_update(update, carried_RC, codec=codec, max_bytes=budget)
     decoding = peak_of(lambda: decode_update(payload, codec=codec))
-    assert 0.75 * ENCODING_UPDATES * update_bytes < encoding < ENCODING_UPDATES * update_bytes
-    assert 0.65 * DECODING_UPDATES * update_bytes < decoding <= DECODING_UPDATES * update_bytes
+    entry = entry_of("learned")
+    assert 0.75 * entry.encoding_updates * update_bytes < encoding < entry.encoding_updates * update_bytes
+    assert 0.65 * entry.decoding_updates * update_bytes < decoding <= entry.decoding_updates * update_bytes
 
 
 def peak_of(work: Callable[[], object]) -> int:

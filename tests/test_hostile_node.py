@@ -19,8 +19,8 @@ from test_federation import settings_for
 from client.app import app as client_app
 from conf.schema import Settings
 from gradcodec.artifact import Artifact, save_artifact
-from gradcodec.autoencoder.learned import LearnedTables
 from gradcodec.frame import pack, unpack
+from gradcodec.learned.tables import LearnedTables
 from server.events import read_status
 from server.results import RunResults
 from server.rounds import run_federation

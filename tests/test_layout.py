@@ -4,15 +4,17 @@ import pytest
 import torch
 from conftest import SHAPES, heavy_tailed_update
 
-from gradcodec.autoencoder.fit_learned import Sample, fit_learned
-from gradcodec.autoencoder.learned import LearnedCodec, LearnedTables
 from gradcodec.build import build_codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_update, encode_update
 from gradcodec.fidelity import fidelity
 from gradcodec.layout import Layout
-from gradcodec.recording import load_recording, save_recording
-from gradcodec.settings import CODECS, TRAINED, CodecSettings
+from gradcodec.learned.codec import LearnedCodec
+from gradcodec.learned.fit import Sample, fit_learned
+from gradcodec.learned.tables import LearnedTables
+from gradcodec.registry import codec_names, entry_of
+from gradcodec.settings import CodecSettings
+from gradcodec.training.recording import load_recording, save_recording
 
 
 def test_blocks_and_update_are_inverse_to_the_bit(layout: Layout) -> None:
@@ -119,7 +121,7 @@ def test_a_recording_keeps_the_parts(tmp_path: Path) -> None:
     assert torch.equal(recording.updates[1].blocks_RC, layout.to_blocks(updates[1, 1]))
 
 
-@pytest.mark.parametrize("name", [name for name in CODECS if name not in TRAINED])
+@pytest.mark.parametrize("name", [name for name in codec_names() if not entry_of(name).needs_artifact])
 def test_every_codec_serves_fused_tensors(name: str) -> None:
     parts = {"a.lora_B.weight": {"q": (range(40),), "k": (range(40, 60),), "v": (range(60, 80),)}}
     layout = Layout.of({"a.lora_A.weight": (8, 64), "a.lora_B.weight": (80, 8)}, parts)

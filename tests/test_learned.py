@@ -11,9 +11,15 @@ from conftest import SHAPES, heavy_tailed_update
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradcodec.autoencoder.fit_learned import Sample, fit_learned
-from gradcodec.autoencoder.learned import LearnedCodec, LearnedTables
-from gradcodec.autoencoder.quantizer import (
+from gradcodec.build import build_codec
+from gradcodec.entropy import SymbolReader, bits_of, encode_symbols
+from gradcodec.errors import CodecError
+from gradcodec.exchange import decode_update, encode_update
+from gradcodec.fidelity import fidelity
+from gradcodec.layout import Layout
+from gradcodec.learned.codec import LearnedCodec
+from gradcodec.learned.fit import Sample, fit_learned
+from gradcodec.learned.quantizer import (
     CLASSES,
     MAX_CLASS,
     PRICE_OF_A_BIT,
@@ -23,15 +29,11 @@ from gradcodec.autoencoder.quantizer import (
     largest_magnitude,
     num_low_bits,
 )
-from gradcodec.autoencoder.spectrum import MAX_CORRECTION, Corrections, Expected, Spectrum
-from gradcodec.autoencoder.transform import Reflection, Transform, leading_directions
-from gradcodec.build import build_codec
-from gradcodec.entropy import SymbolReader, bits_of, encode_symbols
-from gradcodec.errors import CodecError
-from gradcodec.exchange import decode_update, encode_update
-from gradcodec.fidelity import fidelity
-from gradcodec.layout import Layout
-from gradcodec.settings import CODECS_WITH_A_RATE, CodecSettings
+from gradcodec.learned.spectrum import MAX_CORRECTION, Corrections, Expected, Spectrum
+from gradcodec.learned.tables import LearnedTables
+from gradcodec.registry import names_with_a_rate
+from gradcodec.settings import CodecSettings
+from gradcodec.transform import Reflection, Transform, leading_directions
 
 UNTRAINED = LearnedTables({c: first_coder(c) for c in CLASSES}, (0, -2, -4))
 
@@ -212,7 +214,7 @@ def test_a_budget_is_filled_over_the_whole_range() -> None:
         assert min(0.96 * budget, budget - 8) <= len(payload) <= budget, bits
 
 
-@pytest.mark.parametrize("name", CODECS_WITH_A_RATE)
+@pytest.mark.parametrize("name", names_with_a_rate())
 def test_a_ratio_asked_for_is_reached_from_above(layout: Layout, learned: LearnedCodec, name: str) -> None:
     codec = learned if name == "learned" else build_codec(CodecSettings(name=name), layout)
     update = heavy_tailed_update(3)

@@ -18,17 +18,24 @@ from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3_5Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
-from adapters.base import load_config
+from adapters.architectures import left_out
+from adapters.base import check_vocabulary, load_config
+from adapters.export import served_by_vllm
 from adapters.finetune import Windows, finetune
 from adapters.model import (
     adapter_parts,
@@ -42,6 +49,7 @@ from adapters.model import (
 )
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_model, is_hub_name
 from client.app import app as client_app
+from client.trainer import Trainer
 from conf.schema import FederationSettings, Settings
 from gradcodec.build import build_codec
 from gradcodec.exchange import decode_update, encode_update
@@ -65,6 +73,18 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt_neox": lambda: GPTNeoXConfig(**SIZES, **TOKENS, intermediate_size=256, max_position_embeddings=128),
     "phi3": lambda: Phi3Config(**GROUPED, **TOKENS),
     "gemma2": lambda: Gemma2Config(**GROUPED, **TOKENS, head_dim=16),
+    "gemma3": lambda: Gemma3Config(
+        text_config={**GROUPED, "head_dim": 16},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+    ),
     "gpt2": lambda: GPT2Config(vocab_size=1024, n_embd=64, n_layer=2, n_head=4, n_positions=128, **TOKENS),
 }
 SEPARATE = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -142,6 +162,43 @@ def test_all_linear_is_every_layer_but_the_head(models: Callable[[str], ModelSet
     shapes = adapter_shapes(load_model(models("llama"), LoraSettings(target_modules=["all-linear"]), 0))
     layers = {name.split(".lora_")[0].rpartition(".")[2] for name in shapes}
     assert layers == {*SEPARATE, "gate_proj", "up_proj", "down_proj"}
+
+
+def test_of_several_modalities_the_language_model_alone_is_adapted(models: Callable[[str], ModelSettings]) -> None:
+    for targets in (["attention"], ["all-linear"], ["q_proj"]):
+        shapes = adapter_shapes(empty_model(models("gemma3"), LoraSettings(target_modules=targets)))
+        assert shapes and all(".language_model." in name for name in shapes)
+
+
+@pytest.mark.parametrize("config", [MixtralConfig, Qwen3MoeConfig])
+def test_experts_that_all_linear_leaves_out_are_said(config: Callable[..., PreTrainedConfig]) -> None:
+    experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_local_experts": 4, "num_experts": 4}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config(**GROUPED, **TOKENS, **experts))
+    said = left_out(model, ["all-linear"])
+    assert said is not None and "gate_up_proj, down_proj: 4 tensors" in said
+    assert left_out(model, ["attention"]) is None
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(
+    models: Callable[[str], ModelSettings], tmp_path: Path
+) -> None:
+    check_vocabulary(models("llama"), load_tokenizer(models("llama")))
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**GROUPED, "vocab_size": 1000})).save_pretrained(tmp_path)
+    for file in TINY.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    settings = ModelSettings(path=str(tmp_path))
+    refused(lambda s: check_vocabulary(s, load_tokenizer(s)), settings, "embedding has 1000 rows")
+    refused(lambda s: Trainer(Settings(arm="dense", model=s)).tokenizer, settings, "largest token id is 1023")
+
+
+def test_names_that_vllm_does_not_apply_are_known() -> None:
+    names = ["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    assert served_by_vllm(LlamaConfig(architectures=["LlamaForCausalLM"]), names)
+    qwen = Qwen3_5Config(architectures=["Qwen3_5ForConditionalGeneration"])
+    assert not served_by_vllm(qwen, names)
+    assert served_by_vllm(qwen, [names[0].replace("model.layers", "model.language_model.layers")])
 
 
 def test_attention_of_the_embedded_model_is_what_naming_it_gives() -> None:

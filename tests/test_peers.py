@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradcodec.artifact import Artifact
-from gradcodec.autoencoder.networks import ARCHITECTURES
-from gradcodec.autoencoder.resnet import ResnetCodec, fit_resnet
 from gradcodec.build import build_codec, byte_budget
 from gradcodec.codec import Codec
 from gradcodec.errors import BudgetError, CodecError
@@ -23,6 +21,9 @@ from gradcodec.fidelity import fidelity, gaussian_bound_cosine
 from gradcodec.frame import HEADER_BYTES, Frame, pack
 from gradcodec.gauge import principal_axes
 from gradcodec.layout import Layout
+from gradcodec.paper.fit import fit_resnet
+from gradcodec.paper.networks import ARCHITECTURES
+from gradcodec.paper.resnet import ResnetCodec
 from gradcodec.peers.casts import NF4_RUN, NF4_TABLE
 from gradcodec.peers.eden import rotate_randomly, unrotate_randomly
 from gradcodec.peers.packing import gaussian_codebook, nearest, pack_indices, unpack_indices
@@ -316,11 +317,10 @@ def test_the_papers_autoencoders_have_one_rate_and_learn(architecture: str, layo
     network = fit_resnet(
         [blocks],
         layout,
-        literal=False,
+        name=architecture,
         steps=200,
         seed=0,
         batch=1,
-        architecture=architecture,
         progress=lambda step, steps, loss: losses.append(loss),
     )
     assert losses[-1] < 0.6 * losses[0]

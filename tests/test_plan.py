@@ -14,12 +14,12 @@ from test_settings import composed
 from adapters.model import adapter_parts, adapter_shapes, empty_model
 from adapters.settings import LoraSettings, ModelSettings
 from conf.schema import Settings, check_settings
-from gradcodec.autoencoder.networks import ARCHITECTURES
-from gradcodec.autoencoder.resnet import ResnetCodec
 from gradcodec.build import build_codec
 from gradcodec.codec import Codec
 from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
+from gradcodec.paper.networks import ARCHITECTURES
+from gradcodec.paper.resnet import ResnetCodec
 from gradcodec.settings import CodecSettings
 from server.plan import plan_of, print_plan
 

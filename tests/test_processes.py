@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from client.__main__ import deal_gpus
+from client.gpus import deal_gpus
 from client.preflight import check_server
 from conf.processes import Child, end_all
 from server.keys import make_keys

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
 import logging
 import os
+import resource
+import struct
 import time
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from client.residuals import _paths, load_residual, save_residual
+from conf.output import OutputError
 from gradcodec.exchange import Residual
 from gradcodec.layout import Layout
 
@@ -128,16 +132,74 @@ def test_what_was_kept_stays_if_the_disk_is_full(
         raise SafetensorError("No space left on device (os error 28)")
 
     monkeypatch.setattr("client.residuals.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OutputError, match=r"partition-0.*No space left"):
         save_residual(tmp_path, 0, layout, 2, residual)
     assert load_residual(tmp_path, 0, layout, 2) is not None
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, layout: Layout, residual: Residual) -> None:
+    (tmp_path / "memory").write_text("a file")
+    with pytest.raises(OutputError, match=r"cannot be written to .*memory/run"):
+        save_residual(tmp_path / "memory" / "run", 0, layout, 1, residual)
+
+
 def test_memory_of_runs_long_ago_is_removed(tmp_path: Path, layout: Layout, residual: Residual) -> None:
     for run in ("old", "young"):
         save_residual(tmp_path / run, 0, layout, 1, residual)
+    (tmp_path / "killed").mkdir()
+    killed = tmp_path / "killed" / "partition-0.part123"
+    killed.write_bytes(b"half")
     old = time.time() - 40 * 86400
-    os.utime(tmp_path / "old" / "partition-0.safetensors", (old, old))
+    for path in (tmp_path / "old" / "partition-0.safetensors", killed):
+        os.utime(path, (old, old))
     save_residual(tmp_path / "new", 0, layout, 1, residual)
     assert {path.name for path in tmp_path.iterdir()} == {"young", "new"}
+
+
+def test_what_killed_writers_left_goes_with_the_next_round(
+    tmp_path: Path, layout: Layout, residual: Residual, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    save_residual(tmp_path, 0, layout, 1, residual)
+    for name in ("partition-0.part4711", "partition-0.next.part", "partition-1.next.part"):
+        (tmp_path / name).write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr("client.residuals.os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_residual(tmp_path, 0, layout, 2, residual)
+    save_residual(tmp_path, 0, layout, 2, residual)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"partition-0.safetensors", "partition-0.before.safetensors", "partition-1.next.part"}
+
+
+def test_its_owner_alone_can_read_it(tmp_path: Path, layout: Layout, residual: Residual) -> None:
+    for server_round in (1, 2):
+        save_residual(tmp_path / "run", 0, layout, server_round, residual)
+    assert [path.stat().st_mode & 0o077 for path in (tmp_path / "run", *(tmp_path / "run").iterdir())] == [0, 0, 0]
+
+
+def test_a_file_of_another_size_is_dropped_before_memory_is_taken(
+    tmp_path: Path, layout: Layout, residual: Residual, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sparse file: eight gigabytes that are no bytes on the disk, under a head that says that it fits."""
+    save_residual(tmp_path, 0, layout, 1, residual)
+    path = next(tmp_path.iterdir())
+    size = 8 << 30
+    head = json.dumps(
+        {
+            "__metadata__": {"layout": layout.id.hex(), "round": "1", "digest": "", "checksum": ""},
+            "target": {"dtype": "F32", "shape": [8, size // 32], "data_offsets": [0, size]},
+            "left": {"dtype": "F32", "shape": [1], "data_offsets": [size, size + 4]},
+        }
+    ).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        file.truncate(8 + len(head) + size + 4)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with caplog.at_level(logging.WARNING):
+        assert load_residual(tmp_path, 0, layout, 2) is None
+    assert "another model or adapter" in caplog.text
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000  # KiB

@@ -23,7 +23,9 @@ def tokenizer() -> object:
 def texts(name: str, path: Path | None, client: int, num_clients: int, partition_by: str | None = None) -> list[str]:
     settings = TaskSettings(name, None if path is None else str(path), partition_by=partition_by)
     settings.partition = "iid" if partition_by is None else "dirichlet"
-    return [str(record.get("text", record.get("output"))) for record in client_records(settings, num_clients)(client)]
+    return [
+        str(fields.get("text", fields.get("output"))) for fields, *_ in client_records(settings, num_clients)(client)
+    ]
 
 
 def test_every_client_of_the_embedded_task_holds_another_package() -> None:
@@ -83,6 +85,19 @@ def test_jsonl_is_dealt_out_whole_and_without_overlap(jsonl: Path, partition_by:
     dealt = [text for part in parts for text in part]
     assert len(dealt) == len(set(dealt)) == 40
     assert parts == [texts("jsonl", jsonl, client, 4, partition_by) for client in range(4)]
+
+
+def test_a_shard_of_the_embedded_task_is_made_once_and_reads_no_more_than_it_keeps(tokenizer: object) -> None:
+    settings = TaskSettings(max_windows=20, window=64, split="all")
+    shard = load_shard(settings, tokenizer, 2, 10)  # type: ignore[arg-type]
+    assert (
+        load_shard(TaskSettings(max_windows=20, window=64, split="all"), load_tokenizer(ModelSettings()), 2, 10)
+        is shard
+    )
+    (text,) = texts("stdlib", None, 2, 10)
+    whole = windows_of([text], tokenizer, 64)[:20]  # type: ignore[arg-type]
+    assert torch.equal(shard.heldout.ids, whole.ids[-2:])
+    assert {tuple(ids) for ids in shard.train.ids.tolist()} == {tuple(ids) for ids in whole.ids[:-2].tolist()}
 
 
 def test_a_folder_of_texts_is_dealt_out(tmp_path: Path) -> None:

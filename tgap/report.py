@@ -7,23 +7,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gradcodec.training import Progress as OnStep
-from gradcodec.training import Row
+from conf.console import steps
+from gradcodec.training.fit import Progress as OnStep
+from gradcodec.training.measure import Row
 
 
 @contextmanager
-def training_bar(name: str) -> Iterator[OnStep]:
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(f"training {name}", total=None)
-
-        def on_step(step: int, total: int, loss: float) -> None:
-            progress.update(bar, completed=step, total=total, description=f"training {name}, loss {loss:.4g}")
-
-        yield on_step
+def training_shown(name: str) -> Iterator[OnStep]:
+    with steps(f"training {name}") as shown:
+        yield lambda step, total, loss: shown(step, total, f"loss {loss:.4g}")
 
 
 def print_table(rows: Sequence[Row]) -> None:

@@ -1,8 +1,8 @@
 """``b-only``: the B factors alone, with all of the bytes; A decodes to zero.
 
 FFA-LoRA (Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning") freezes A at its initial values
-and trains B: set ``lora.train=b``, or what clients change in A stays in their residual, never sent. B is coded like in
-``rotated.py``.
+and trains B: clients have to do the same, or what they change in A stays in their residual, never sent. B is coded as
+in ``rotated.py``.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from gradcodec.codec import WithoutSideInformation, codec_id, floats_of
 from gradcodec.errors import CodecError
 from gradcodec.frame import Codes
 from gradcodec.layout import Layout
-from gradcodec.peers.packing import Floats, finite, nearest, pack_indices, unpack_indices
+from gradcodec.peers.packing import Floats, finite, nearest, pack_indices, packed_bytes, unpack_indices
 
 INT8_RUN = 4096
 NF4_RUN = 64
@@ -53,6 +53,10 @@ class Bf16Codec(_FixedRate):
 
     id: bytes = codec_id("bf16/1")
 
+    @classmethod
+    def stream_bytes(cls, layout: Layout) -> tuple[int, ...]:
+        return (2 * layout.num_parameters,)
+
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
         largest = torch.finfo(torch.bfloat16).max  # rounding must not reach infinity
         values = self.layout.flatten(blocks_RC).cpu().clamp(-largest, largest)
@@ -70,6 +74,10 @@ class Int8Codec(_FixedRate):
     """``int8``: runs of 4,096 values over their largest magnitude (float32), rounded to -127..127: 8.01 bits."""
 
     id: bytes = codec_id("int8/1")
+
+    @classmethod
+    def stream_bytes(cls, layout: Layout) -> tuple[int, ...]:
+        return (4 * -(-layout.num_parameters // INT8_RUN) + layout.num_parameters,)
 
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
         runs, scales = _runs(self._values(blocks_RC), INT8_RUN)
@@ -95,6 +103,10 @@ class Nf4Codec(_FixedRate):
 
     id: bytes = codec_id("nf4/1")
 
+    @classmethod
+    def stream_bytes(cls, layout: Layout) -> tuple[int, ...]:
+        return (4 * -(-layout.num_parameters // NF4_RUN) + packed_bytes(layout.num_parameters, 4),)
+
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
         runs, scales = _runs(self._values(blocks_RC), NF4_RUN)
         indices = nearest(runs / _safe(scales), NF4_TABLE).reshape(-1)[: self.layout.num_parameters]
@@ -111,6 +123,10 @@ class SignCodec(_FixedRate):
     """``sign``: a bit a value and the mean magnitude of every tensor (float32), its scale of least squared error."""
 
     id: bytes = codec_id("sign/1")
+
+    @classmethod
+    def stream_bytes(cls, layout: Layout) -> tuple[int, ...]:
+        return (4 * len(layout.blocks) + packed_bytes(layout.num_parameters, 1),)
 
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
         values = self._values(blocks_RC)

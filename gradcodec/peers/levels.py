@@ -56,10 +56,10 @@ Doubles = NDArray[np.float64]
 def _grid() -> Doubles:
     """Probabilities whose odds are ``1.3 ** -32`` to ``1.3 ** 31``, by multiplication alone: equal everywhere."""
     odds = np.ones(NUM_CLASSES)
-    for place in range(33, NUM_CLASSES):
-        odds[place] = odds[place - 1] * 1.3
-    for place in range(31, -1, -1):
-        odds[place] = odds[place + 1] / 1.3
+    for index in range(33, NUM_CLASSES):
+        odds[index] = odds[index - 1] * 1.3
+    for index in range(31, -1, -1):
+        odds[index] = odds[index + 1] / 1.3
     return odds / (1 + odds)
 
 
@@ -107,12 +107,12 @@ class Model:
         """A table for each class: level 0, level 1, then geometric, all with probabilities of the grid."""
         tables = []
         tails = np.clip(_default_tails() + self.tails.repeat(_GROUP, axis=1), 0, NUM_CLASSES - 1)
-        for place in range(NUM_CLASSES):
-            one, stop = _PROBABILITIES[tails[:, place]]
+        for index in range(NUM_CLASSES):
+            one, stop = _PROBABILITIES[tails[:, index]]
             falling = np.cumprod(np.concatenate([[1 - one], np.full(ESCAPE - 2, 1 - stop)]))
             above = np.concatenate([[one], falling * stop])
             above[-1] += falling[-1] * (1 - stop)
-            zero = _PROBABILITIES[place]
+            zero = _PROBABILITIES[index]
             tables.append(_exact_table(np.concatenate([[zero], (1 - zero) * above])))
         return tables
 

@@ -48,6 +48,7 @@ def unpack_indices(data: bytes, width: int, count: int) -> Indices:
 
 
 def packed_bytes(count: int, width: int) -> int:
+    """Size of what ``pack_indices`` gives of ``count`` integers."""
     return -(-count * width // 8)
 
 

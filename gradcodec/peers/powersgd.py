@@ -104,8 +104,8 @@ class PowersgdCodec(WithoutSideInformation):
     def _filled_up(self, grants: Grants, count: int, max_bits: int) -> Grants:
         """The first ``count`` grants, and of the next ones those that still fit."""
         chosen = grants[:count]
-        for place in range(count, min(count + _LOOK_AHEAD, len(grants))):
-            more = np.append(chosen, grants[place])
+        for next_grant in range(count, min(count + _LOOK_AHEAD, len(grants))):
+            more = np.append(chosen, grants[next_grant])
             if self._bits(self._widths(more)) <= max_bits:
                 chosen = more
         return chosen

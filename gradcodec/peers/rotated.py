@@ -28,7 +28,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradcodec.autoencoder.transform import Transform
 from gradcodec.codec import codec_id
 from gradcodec.errors import BudgetError, CodecError
 from gradcodec.frame import Codes
@@ -36,6 +35,7 @@ from gradcodec.gauge import principal_axes
 from gradcodec.layout import Layout
 from gradcodec.peers.levels import MAX_LEVEL, Classes, Columns, Levels, Model, fit, pack_levels, unpack_levels
 from gradcodec.peers.packing import Floats, budget_of, finite
+from gradcodec.transform import Transform
 
 PRICE_OF_A_BIT = 0.115
 """In squared steps: ln(2) / 6, at which uniform thresholds trade at a high rate; lower rates mind it little."""
@@ -110,7 +110,7 @@ class RotatedCodec:
                 codes = _write(draft, coefficients_RC, self._columns)
                 filled = len(codes) / max_bytes
                 best = codes if len(best) < len(codes) <= max_bytes else best
-            search.tell(step, filled)
+            search.record(step, filled)
         if best:
             return best
         zeros_RC = np.zeros_like(coefficients_RC)
@@ -143,7 +143,7 @@ class RotatedCodec:
 
         search = _Search(finest, coarsest)
         while (step := search.next()) is not None:
-            search.tell(step, filled(step))
+            search.record(step, filled(step))
         found = search.high
         slope = math.log(max(filled(found - _NEAR), 1e-9) / max(filled(found + _NEAR), 1e-9)) / (2 * _NEAR)
         return _Search(finest, coarsest, found, max(slope, 1e-4))
@@ -169,15 +169,15 @@ class _Search:
         if self._done or gap <= 1:
             return None
         if self._guess is not None:
-            place = self._guess
+            candidate = self._guess
         elif gap > _STEPS_PER_OCTAVE or not {self.low, self.high} <= self._fills.keys():
-            place = (self.low + self.high) // 2
+            candidate = (self.low + self.high) // 2
         else:
             above, below = math.log(self._fills[self.low]), -math.log(self._fills[self.high])
-            place = self.low + round(gap * above / max(above + below, 1e-9))
-        return min(max(place, self.low + 1), self.high - 1)
+            candidate = self.low + round(gap * above / max(above + below, 1e-9))
+        return min(max(candidate, self.low + 1), self.high - 1)
 
-    def tell(self, step: int, filled: float) -> None:
+    def record(self, step: int, filled: float) -> None:
         """What a step fills, as a share of the budget."""
         self._fills[step] = max(filled, 1e-6)
         if filled > 1:
@@ -203,8 +203,8 @@ def _draft(coefficients_RC: Floats, columns: Columns, step: int) -> _Draft:
 
 def _round_at_prices(scaled_RC: Floats, model: Model, classes_RC: Classes) -> Levels:
     """For every value the level of least squared error plus price, of the nearest, the next lower and 0."""
-    places = np.flatnonzero(scaled_RC > 0.5)
-    values, classes = scaled_RC.reshape(-1)[places], classes_RC.reshape(-1)[places].astype(np.int64)
+    positions = np.flatnonzero(scaled_RC > 0.5)
+    values, classes = scaled_RC.reshape(-1)[positions], classes_RC.reshape(-1)[positions].astype(np.int64)
     prices = (np.minimum(model.bits_TM, 64) * np.float32(PRICE_OF_A_BIT)).reshape(-1)
     width = model.bits_TM.shape[1]
     nearest = np.floor(np.minimum(values + np.float32(0.5), MAX_LEVEL)).astype(np.int64)
@@ -215,7 +215,7 @@ def _round_at_prices(scaled_RC: Floats, model: Model, classes_RC: Classes) -> Le
         better = cost < least
         best[better], least[better] = level[better], cost[better]
     levels_RC = np.zeros(scaled_RC.shape, np.int32)
-    levels_RC.reshape(-1)[places] = best
+    levels_RC.reshape(-1)[positions] = best
     return levels_RC
 
 

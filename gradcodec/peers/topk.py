@@ -1,14 +1,14 @@
-"""``topk``: the largest values, their places entropy-coded, their magnitudes in a few bits.
+"""``topk``: the largest values, their positions entropy-coded, their magnitudes in a few bits.
 
 Sparsification with error feedback (Stich et al. 2018, "Sparsified SGD with Memory"; for LoRA: FLASC, EcoLoRA, FedSRD,
-SparseLoCo), tuned as far as it goes: places cost the binary entropy of each tensor's own share of sent values,
+SparseLoCo), tuned as far as it goes: positions cost the binary entropy of each tensor's own share of sent values,
 magnitudes are 1-D k-means centroids, and of 0, 1, 2 or 3 bits a magnitude the one of least error is taken. The number
 of values is the largest that fits.
 
     offset  size      field
     0       1         bits a magnitude, 0 to 3
     1       2 << b    centroids, descending (upper halves of float32)
-    ..      -         range-coded: tensors' classes, places, magnitudes, signs
+    ..      -         range-coded: tensors' classes, positions, magnitudes, signs
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _KMEANS_STEPS = 30
 Doubles = NDArray[np.float64]
 
 
-def _place_tables() -> list[Table]:
+def _position_tables() -> list[Table]:
     """Per class how often a value is not sent, and sent. Integers from integers alone: equal on every machine."""
     doubled = [2 ** (16 - q // 2) if q % 2 == 0 else 46341 >> (q // 2) for q in range(NUM_CLASSES)]
     shares = [min(max(share, 1), 65000) for share in doubled]
     return [integer_table(np.array([(1 << 16) - share, share], np.float64)) for share in shares]
 
 
-_PLACES = _place_tables()
-_PLACE_BITS = np.stack([bits_of(table) for table in _PLACES])
+_POSITIONS = _position_tables()
+_POSITION_BITS = np.stack([bits_of(table) for table in _POSITIONS])
 _FIRST_CLASS = integer_table(np.ones(NUM_CLASSES))
 _NEXT_CLASS = integer_table(np.array([2.0 ** -min(abs(step), 12) for step in range(-NUM_CLASSES + 1, NUM_CLASSES)]))
 
@@ -86,20 +86,20 @@ class TopkCodec(WithoutSideInformation):
         reader = SymbolReader(codes[0][start:])
         classes = _read_classes(reader, len(self.layout.blocks))
         sent = [
-            reader.read(block.size, _PLACES[q]) if q < NUM_CLASSES - 1 else np.zeros(block.size, np.int32)
+            reader.read(block.size, _POSITIONS[q]) if q < NUM_CLASSES - 1 else np.zeros(block.size, np.int32)
             for q, block in zip(classes, self.layout.blocks, strict=True)
         ]
-        places = np.flatnonzero(np.concatenate(sent))
-        magnitudes = reader.read(len(places), uniform_table(bits)) if bits else np.zeros(len(places), np.int32)
-        signs = reader.read(len(places), uniform_table(1))
+        positions = np.flatnonzero(np.concatenate(sent))
+        magnitudes = reader.read(len(positions), uniform_table(bits)) if bits else np.zeros(len(positions), np.int32)
+        signs = reader.read(len(positions), uniform_table(1))
         values = np.zeros(self.layout.num_parameters, np.float32)
-        values[places] = centroids[magnitudes] * (1 - 2 * signs)
+        values[positions] = centroids[magnitudes] * (1 - 2 * signs)
         return self.layout.unflatten(torch.from_numpy(values))
 
-    def _write(self, values: Floats, places: NDArray[np.int64], centroids: Floats) -> bytes:
+    def _write(self, values: Floats, positions: NDArray[np.int64], centroids: Floats) -> bytes:
         bits = len(centroids).bit_length() - 1
         is_sent = np.zeros(len(values), np.int32)
-        is_sent[places] = 1
+        is_sent[positions] = 1
         sizes = np.array([block.size for block in self.layout.blocks])
         pieces = np.split(is_sent, np.cumsum(sizes)[:-1])
         classes = _classes(np.array([int(piece.sum()) for piece in pieces]), sizes)[0]
@@ -107,7 +107,7 @@ class TopkCodec(WithoutSideInformation):
         edges = (centroids[1:] + centroids[:-1]) / 2
         magnitudes = (np.searchsorted(-edges, -np.abs(chosen))).astype(np.int32)
         parts = _class_parts(classes)
-        parts += [(p, _PLACES[q]) for p, q in zip(pieces, classes.tolist(), strict=True) if q < NUM_CLASSES - 1]
+        parts += [(p, _POSITIONS[q]) for p, q in zip(pieces, classes.tolist(), strict=True) if q < NUM_CLASSES - 1]
         if bits:
             parts.append((magnitudes, uniform_table(bits)))
         parts.append(((chosen < 0).astype(np.int32), uniform_table(1)))
@@ -153,9 +153,9 @@ class _Ranking:
 
 
 def _classes(counts: NDArray[np.int64], sizes: NDArray[np.int64]) -> tuple[Symbols, float]:
-    """Per tensor the class whose table is cheapest for so many sent values; bits of all places and classes."""
+    """Per tensor the class whose table is cheapest for so many sent values; bits of all positions and classes."""
     sent, size = counts[:, None], sizes[:, None]
-    prices = (size - sent) * _PLACE_BITS[:, 0] + sent * _PLACE_BITS[:, 1]
+    prices = (size - sent) * _POSITION_BITS[:, 0] + sent * _POSITION_BITS[:, 1]
     prices[:, -1] = np.where(counts > 0, np.inf, 0.0)
     classes = np.argmin(prices, axis=1).astype(np.int32)
     own = sum(float(bits_of(table)[symbols].sum()) for symbols, table in _class_parts(classes))

@@ -1,4 +1,4 @@
-"""Trains the learned codec on recorded updates. Torch only: no files, no progress of its own.
+"""Trains the learned codec on recorded updates. Torch only: no files.
 
 What is learned from a few updates fits them better than those to come: a basis gathers their energy, and tables
 learned behind it would promise too much. So everything behind the basis is cross-fitted, each half of the updates
@@ -9,7 +9,7 @@ Shape suffixes: R rank, C columns, W width of one block, K leading directions, M
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradcodec.autoencoder.learned import LearnedTables
-from gradcodec.autoencoder.quantizer import (
+from gradcodec.artifact import Artifact
+from gradcodec.layout import Layout
+from gradcodec.learned.quantizer import (
     CLASSES,
     ClassCoder,
     Quantizer,
@@ -26,12 +27,11 @@ from gradcodec.autoencoder.quantizer import (
     first_coder,
     frozen_coder,
 )
-from gradcodec.autoencoder.spectrum import LEVELS_PER_OCTAVE, Expected, Spectrum
-from gradcodec.autoencoder.transform import MIN_WIDTH, Transform, leading_directions
-from gradcodec.layout import Layout
-
-Progress = Callable[[int, int, float], None]
-"""Called with passes done, passes in all, and the cost: squared error in steps plus bits, a value."""
+from gradcodec.learned.spectrum import LEVELS_PER_OCTAVE, Expected, Spectrum
+from gradcodec.learned.tables import LearnedTables
+from gradcodec.training.fit import Fitting, Progress
+from gradcodec.training.recording import side_information_of
+from gradcodec.transform import MIN_WIDTH, Transform, leading_directions
 
 _STEPS = (-6, -4, -3, -2, -1, 0, 1, 2, 4)
 """Steps that training tries, in octaves of energy over the mean coefficient's."""
@@ -49,6 +49,19 @@ class Sample:
     side: Tensor | None
 
 
+def train(name: str, fitting: Fitting) -> Artifact:
+    """``learned``: a ``Trainer``."""
+    known = side_information_of(fitting.recording)
+    tables = fit_learned(
+        [Sample(update.blocks_RC, known[update.round]) for update in fitting.updates],
+        fitting.recording.layout,
+        directions=fitting.settings.directions,
+        passes=fitting.settings.passes,
+        progress=fitting.progress,
+    )
+    return Artifact(name, tables.to_tensors(), {"codec": {}, "trained": fitting.provenance})
+
+
 def fit_learned(
     samples: Sequence[Sample],
     layout: Layout,
@@ -64,6 +77,7 @@ def fit_learned(
         layout: theirs.
         directions: most leading directions along the width of a tensor; 0 leaves every tensor its own columns.
         passes: how often quantiser and entropy models are fitted to each other.
+        progress: called after each pass; the loss is the cost of a value, squared error in steps plus bits.
     """
     assert samples
     assert passes > 0
@@ -110,8 +124,8 @@ def _expected(parts: Sequence[Tensor], num_leading: int) -> Expected:
     squares_RW = torch.stack([part.double().square() for part in parts]).mean(0)
     columns_W = squares_RW.mean(0)
     overall = max(float(columns_W.mean()), 1e-30)
-    place_K = torch.log(torch.arange(num_leading) + 4.0).double()
-    kernel_KK = torch.exp(-((place_K[:, None] - place_K) / _SMOOTHING).square())
+    log_number_K = torch.log(torch.arange(num_leading) + 4.0).double()
+    kernel_KK = torch.exp(-((log_number_K[:, None] - log_number_K) / _SMOOTHING).square())
     leading_K = (kernel_KK / kernel_KK.sum(1, keepdim=True)) @ columns_W[:num_leading]
     tail = columns_W[num_leading:].mean()[None]
     columns = _levels(torch.cat([leading_K, tail]) / overall)

@@ -22,30 +22,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gradcodec.artifact import Artifact
-from gradcodec.autoencoder.quantizer import (
-    CLASSES,
-    MAX_CLASS,
-    MIN_CLASS,
-    ClassCoder,
-    Quantizer,
-    largest_magnitude,
-)
-from gradcodec.autoencoder.spectrum import LEVELS_PER_OCTAVE, Corrections, Expected, Spectrum
-from gradcodec.autoencoder.transform import Transform
 from gradcodec.codec import codec_id
-from gradcodec.entropy import TOTAL, SymbolReader, Symbols, Table, bits_of, encode_symbols
-from gradcodec.errors import BudgetError, CodecError
+from gradcodec.entropy import SymbolReader, Symbols, Table, bits_of, encode_symbols
+from gradcodec.errors import BudgetError, CodecError, DivergedError
 from gradcodec.frame import Codes
 from gradcodec.gauge import principal_axes
 from gradcodec.layout import Layout
+from gradcodec.learned.quantizer import MAX_CLASS, MIN_CLASS, Quantizer
+from gradcodec.learned.spectrum import LEVELS_PER_OCTAVE, Corrections, Spectrum
+from gradcodec.learned.tables import LearnedTables
+from gradcodec.transform import Transform
 
 _HEADER = struct.Struct("<hh")
 _STEPS_PER_OCTAVE = 64
@@ -61,82 +55,6 @@ _OCTAVES = 24
 """How far below the peak a step is sought."""
 _SLOPE = 1.2
 """About how fast the logarithm of the bytes falls with that of the step."""
-_ROWS, _COLUMNS, _LEADING = "rows.", "columns.", "leading."
-_COUNTS, _CENTROIDS = "frequencies.", "centroids."
-
-
-@dataclass(frozen=True)
-class LearnedTables:
-    """All that the codec learned.
-
-    Per class its coder; per tensor its expected levels and its leading directions along the width ``[W, K]`` float16;
-    ``any_rows`` are the levels of rows by rank for tensors that were not seen.
-    """
-
-    coders: Mapping[int, ClassCoder]
-    any_rows: tuple[int, ...]
-    expected: Mapping[str, Expected] = field(default_factory=dict)
-    leading: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LearnedTables:
-        """Raises CodecError: a tensor is missing or of another shape."""
-        coders = {}
-        for symbol_class in CLASSES:
-            largest = largest_magnitude(symbol_class)
-            table = _table(tensors, f"{_COUNTS}{symbol_class}", 2 * largest + 1)
-            centroids_M = _checked(tensors, f"{_CENTROIDS}{symbol_class}", 1, torch.float32)
-            if len(centroids_M) != largest + 1:
-                raise CodecError(f"artifact tensor '{_CENTROIDS}{symbol_class}' has {len(centroids_M)} values")
-            coders[symbol_class] = ClassCoder(table, centroids_M)
-        any_rows = _small_integers(tensors, "any_rows")
-        names = [key.removeprefix(_ROWS) for key in tensors if key.startswith(_ROWS)]
-        expected = {
-            name: Expected(_small_integers(tensors, _ROWS + name), _small_integers(tensors, _COLUMNS + name))
-            for name in names
-        }
-        leading = {
-            name: _checked(tensors, _LEADING + name, 2, torch.float16) for name in names if _LEADING + name in tensors
-        }
-        for name, basis_WK in leading.items():
-            if basis_WK.shape[1] > basis_WK.shape[0] // 2:
-                raise CodecError(f"artifact tensor {_LEADING + name!r} of shape {tuple(basis_WK.shape)} is no basis")
-        return cls(coders, any_rows, expected, leading)
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Inverse of ``from_tensors``."""
-        tensors = {"any_rows": torch.tensor(self.any_rows, dtype=torch.int8)}
-        for symbol_class, coder in self.coders.items():
-            tensors[f"{_COUNTS}{symbol_class}"] = torch.from_numpy(coder.table.astype(np.int32))
-            tensors[f"{_CENTROIDS}{symbol_class}"] = coder.centroids_M
-        for name, expected in self.expected.items():
-            tensors[_ROWS + name] = torch.tensor(expected.rows, dtype=torch.int8)
-            tensors[_COLUMNS + name] = torch.tensor(expected.columns, dtype=torch.int8)
-        return tensors | {_LEADING + name: basis_WK.half() for name, basis_WK in self.leading.items()}
-
-
-def _checked(tensors: Mapping[str, Tensor], key: str, num_dimensions: int, *dtypes: torch.dtype) -> Tensor:
-    if key not in tensors:
-        raise CodecError(f"the artifact lacks tensor {key!r}: it was made by another version")
-    if tensors[key].ndim != num_dimensions or 0 in tensors[key].shape:
-        raise CodecError(f"artifact tensor {key!r} has shape {tuple(tensors[key].shape)}")
-    if tensors[key].dtype not in dtypes:
-        raise CodecError(f"artifact tensor {key!r} has type {tensors[key].dtype}: {dtypes[0]} is expected")
-    if not bool(torch.isfinite(tensors[key]).all()):
-        raise CodecError(f"artifact tensor {key!r} holds NaN or infinity")
-    return tensors[key]
-
-
-def _small_integers(tensors: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
-    return tuple(_checked(tensors, key, 1, torch.int8).tolist())
-
-
-def _table(tensors: Mapping[str, Tensor], key: str, size: int) -> Table:
-    frequencies = _checked(tensors, key, 1, torch.int32, torch.int64).numpy()
-    in_range = len(frequencies) == size and frequencies.min() >= 1 and frequencies.max() <= TOTAL
-    if not in_range or frequencies.sum(dtype=np.int64) != TOTAL:
-        raise CodecError(f"artifact tensor {key!r} is no frequency table of {size} symbols")
-    return frequencies.astype(np.uint16)
 
 
 @dataclass(frozen=True)
@@ -179,7 +97,7 @@ class LearnedCodec:
         coefficients_RC = self._transform.analyse(blocks_RC, side)
         peak = float(torch.linalg.vector_norm(coefficients_RC, math.inf))
         if not peak <= _LARGEST:
-            raise CodecError(f"the update holds values of {peak:.3g}: local training diverged (lower train.lr)")
+            raise DivergedError(f"the update holds values of {peak:.3g}, more than {_LARGEST:.0e}: training diverged")
         if peak < _width_of(_FINEST):
             return (_silence(),)
         return (_Encoder(self._spectrum, self._quantizer, coefficients_RC, peak).fill(max_bytes),)
@@ -197,9 +115,11 @@ class LearnedCodec:
         reader = SymbolReader(data[_HEADER.size :])
         plan = _Plan(step, shift, self._spectrum.unpack(reader))
         for row, levels_C in enumerate(self._spectrum.levels(plan.corrections)):
-            for symbol_class, places_N in _places(levels_C, shift):
-                integers_N = torch.from_numpy(self._quantizer.unpack(reader, len(places_N), symbol_class))
-                coefficients_RC[row, places_N] = self._quantizer.restore(integers_N.to(places_N.device), symbol_class)
+            for symbol_class, positions_N in _positions(levels_C, shift):
+                integers_N = torch.from_numpy(self._quantizer.unpack(reader, len(positions_N), symbol_class))
+                coefficients_RC[row, positions_N] = self._quantizer.restore(
+                    integers_N.to(positions_N.device), symbol_class
+                )
         coefficients_RC *= _width_of(step)
         return self._transform.synthesise(coefficients_RC, side)
 
@@ -254,14 +174,14 @@ class _Encoder:
     def _finest(self, max_bytes: int, num_bytes: Callable[[int], float], near: int | None = None) -> int:
         """The finest step that fits, sought outwards from one that is near it; finer steps take more, nearly always."""
         low, high = max(self._coarsest - _OCTAVES * _STEPS_PER_OCTAVE, _FINEST), self._coarsest
-        place, reach = near, 1
+        candidate, reach = near, 1
         while high - low > 1:
-            middle = (low + high) // 2 if place is None else min(max(place, low + 1), high - 1)
+            middle = (low + high) // 2 if candidate is None else min(max(candidate, low + 1), high - 1)
             fits = num_bytes(middle) <= max_bytes
             low, high = (low, middle) if fits else (middle, high)
-            if place is not None and near is not None:
+            if candidate is not None and near is not None:
                 turned = middle != near and fits != (middle < near)
-                place, reach = (None if turned else middle - reach if fits else middle + reach), 2 * reach
+                candidate, reach = (None if turned else middle - reach if fits else middle + reach), 2 * reach
         return high
 
     def _on_all(self, frozen: _Plan, step: int, max_bytes: int) -> int:
@@ -284,14 +204,14 @@ class _Encoder:
     def _pilot(self, plan: _Plan) -> Iterator[_Classified]:
         """Every so many-th column, all rows together: enough to judge a step by."""
         levels_N = torch.cat([*self._spectrum.levels(plan.corrections, self._stride)])
-        for symbol_class, places_N in _places(levels_N, plan.shift):
-            yield symbol_class, self._pilot_N[places_N]
+        for symbol_class, positions_N in _positions(levels_N, plan.shift):
+            yield symbol_class, self._pilot_N[positions_N]
 
     def _all(self, plan: _Plan) -> Iterator[_Classified]:
         """Every coefficient, in the order of the codes. A row at a time, so that memory stays that of a row."""
         for row, levels_C in enumerate(self._spectrum.levels(plan.corrections)):
-            for symbol_class, places_N in _places(levels_C, plan.shift):
-                yield symbol_class, self._coefficients_RC[row, places_N]
+            for symbol_class, positions_N in _positions(levels_C, plan.shift):
+                yield symbol_class, self._coefficients_RC[row, positions_N]
 
     def _num_bytes(self, plan: _Plan, judged: Iterable[_Classified], share: float = 1.0) -> float:
         """What the codes take, judged by a share of all coefficients."""
@@ -321,7 +241,7 @@ class _Encoder:
             yield from self._quantizer.pack(on_host[start:stop], symbol_class)
 
 
-def _places(levels_N: Tensor, shift: int) -> Iterator[tuple[int, Tensor]]:
+def _positions(levels_N: Tensor, shift: int) -> Iterator[tuple[int, Tensor]]:
     """Levels, which are used up -> from the lowest class to the highest where its coefficients are; silent ones are
     left out."""
     lowest = MIN_CLASS - 1  # silent

@@ -108,11 +108,11 @@ class _WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        side = self.window
-        windows = x.reshape(n, c, h // side, side, w // side, side).permute(0, 2, 4, 3, 5, 1).reshape(-1, side**2, c)
+        size = self.window
+        windows = x.reshape(n, c, h // size, size, w // size, size).permute(0, 2, 4, 3, 5, 1).reshape(-1, size**2, c)
         tokens = self.norms[0](windows)
         windows = windows + self.attention(tokens, tokens, tokens, need_weights=False)[0]
-        x = windows.reshape(n, h // side, w // side, side, side, c).permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
+        x = windows.reshape(n, h // size, w // size, size, size, c).permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
         fed: Tensor = x + self.forward_part(self.norms[1](x))
         return fed
 

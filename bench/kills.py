@@ -1,0 +1,231 @@
+"""Random `kill -9` over a deployment's server and clients: what is left of the runs beside an undisturbed one.
+
+    python -m bench.kills [--kills 200] [--deployments 2] [--seed 0] [--json OUT]
+
+Real deployments on loopback (gRPC, TLS, node keys, two nodes) carry one run after the other, and any of their
+processes is killed at random moments: SuperLink, executor, server app, SuperNodes, trainers, the processes of single
+messages, and the programs that a user started. What a user started is started again, as an init system would; a run
+that ended is gone on with by ``resume``. Every run must end with the held-out losses of the undisturbed one, to the
+bit; a round counts when all its clients answered (``federation.min_replies``), so that a lost reply costs a try, not
+a client's share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from bench.deployment import Deployment, deployment
+from conf.output import provenance, write_json
+
+NUM_NODES = 2
+SMALL = (
+    "federation.rounds=4",
+    f"federation.num_clients={NUM_NODES}",
+    f"federation.clients_per_round={NUM_NODES}",
+    f"federation.min_replies={NUM_NODES}",
+    "federation.retries=20",
+    "federation.max_failures=100",
+    "federation.round_seconds=120",
+    "train.steps=6",
+    "task.window=64",
+    "task.max_windows=100",
+    "task.heldout_windows=4",
+)
+KINDS = {
+    "server.control": "SuperLink",
+    "flower-superexec": "server's executor",
+    "flwr-serverapp": "server app",
+    "client.supernode": "SuperNode",
+    "client.executor": "node's executor",
+    "flwr-clientapp": "client app",
+    "client.resident": "trainer",
+}
+"""A word of the command line -> what the process is."""
+MOST_KILLS_A_RUN = 6
+LONGEST_PAUSE = 12.0
+RUN_SECONDS = 900.0
+
+
+@dataclass
+class Tally:
+    """What was killed and what became of the runs."""
+
+    killed: Counter[str] = field(default_factory=Counter)
+    runs: int = 0
+    resumed: int = 0
+    different: list[str] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.killed + other.killed,
+            self.runs + other.runs,
+            self.resumed + other.resumed,
+            self.different + other.different,
+            self.unfinished + other.unfinished,
+        )
+
+
+def main() -> None:
+    """The command; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, help="in all (default 200)")
+    parser.add_argument("--deployments", type=int, default=2, help="side by side; most of their time is waiting")
+    parser.add_argument("--seed", type=int, default=0, help="of what is killed, and when")
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    args = parser.parse_args()
+    started = time.monotonic()
+    share = -(-args.kills // args.deployments)
+    try:
+        with tempfile.TemporaryDirectory(prefix="kills-") as folder, ThreadPoolExecutor(args.deployments) as pool:
+            work = [
+                pool.submit(kill_for_a_while, Path(folder) / str(i), share, random.Random(f"{args.seed}/{i}"))
+                for i in range(args.deployments)
+            ]
+            tally = sum((one.result() for one in work), Tally())
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    print_tally(tally)
+    if args.json is not None:
+        figures = {**vars(tally), "killed": dict(tally.killed), "seconds": time.monotonic() - started}
+        write_json({**figures, "made_with": provenance()}, args.json)
+    if tally.different or tally.unfinished:
+        sys.exit(1)
+
+
+def kill_for_a_while(folder: Path, num_kills: int, draw: random.Random) -> Tally:
+    """One deployment, and runs on it until so many processes were killed."""
+    tally = Tally()
+    with deployment(folder / "deploy", NUM_NODES) as running:
+        expected = run_to_the_end(running, folder / "undisturbed", lambda: None, tally)
+        while tally.killed.total() < num_kills:
+            left = min(MOST_KILLS_A_RUN, num_kills - tally.killed.total())
+            kills = Kills(running, tally, draw, left)
+            output = folder / f"run-{tally.runs}"
+            losses = run_to_the_end(running, output, kills.maybe, tally)
+            tally.runs += 1
+            if not losses:
+                tally.unfinished.append(tail(output / "run.log"))
+            elif losses != expected:
+                tally.different.append(f"{losses} beside {expected}: {kills.done}")
+            print(f"{folder.name}: {kills.done} -> {'same' if losses == expected else losses}", file=sys.stderr)
+    return tally
+
+
+@dataclass
+class Kills:
+    """Kills now and then, while a run goes on."""
+
+    running: Deployment
+    tally: Tally
+    draw: random.Random
+    left: int
+    done: list[str] = field(default_factory=list)
+    _next: float = 0.0
+
+    def maybe(self) -> None:
+        """Kills one process if its time has come; starts again what a user had started."""
+        now = time.monotonic()
+        if self._next == 0.0:
+            self._next = now + self.draw.uniform(0, LONGEST_PAUSE)
+        if self.left and now >= self._next and (victim := self._victim()) is not None:
+            kind, process = victim
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                return
+            process.wait(10)
+            self.left -= 1
+            self.tally.killed[kind] += 1
+            self.done.append(kind)
+            self._next = time.monotonic() + self.draw.uniform(0, LONGEST_PAUSE)
+        if self.done:
+            self.running.start_again()
+
+    def _victim(self) -> tuple[str, psutil.Process] | None:
+        """A kind first, then a process: there are more of some than of others."""
+        found: dict[str, list[psutil.Process]] = {}
+        for name, root in (("server program", self.running.server), *(("node program", n) for n in self.running.nodes)):
+            found.setdefault(name, []).append(psutil.Process(root.pid))
+            for process in psutil.Process(root.pid).children(recursive=True):
+                if kind := kind_of(process):
+                    found.setdefault(kind, []).append(process)
+        if not found:
+            return None
+        kind = self.draw.choice(sorted(found))
+        return kind, self.draw.choice(found[kind])
+
+
+def kind_of(process: psutil.Process) -> str:
+    """What the process is; nothing for those that are none of ours or are gone."""
+    try:
+        words = " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+    return next((kind for word, kind in KINDS.items() if word in words), "")
+
+
+def run_to_the_end(running: Deployment, output: Path, now_and_then: Callable[[], None], tally: Tally) -> list[float]:
+    """A federated run, resumed for as long as it takes; its held-out losses, or none if it never ended well."""
+    deadline = time.monotonic() + RUN_SECONDS
+    overrides = [*SMALL, f"output={output}"]
+    output.mkdir(parents=True)
+    while time.monotonic() < deadline:
+        with (output / "run.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "server.federate", "backend=superlink", f"hydra.run.dir={output}", *overrides],
+                env={**os.environ, "FLWR_HOME": str(running.flwr_home)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        while process.poll() is None and time.monotonic() < deadline:
+            now_and_then()
+            time.sleep(0.1)
+        if process.poll() == 0:
+            losses: list[float] = json.loads((output / "results.json").read_text())["heldout_loss"]
+            return losses
+        process.kill()
+        if (output / "checkpoint.safetensors").is_file():
+            tally.resumed += 1
+            overrides = [f"resume={output}"]
+        time.sleep(2)
+    return []
+
+
+def tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-1500:] if log.is_file() else ""
+
+
+def print_tally(tally: Tally) -> None:
+    """How often what was killed, and what became of the runs."""
+    table = Table(title=f"{tally.killed.total()} processes killed over {tally.runs} runs", show_header=False)
+    rows: dict[str, Any] = {**dict(sorted(tally.killed.items())), "gone on with by resume": tally.resumed}
+    rows |= {"runs with other losses": len(tally.different), "runs that never ended": len(tally.unfinished)}
+    for name, count in rows.items():
+        table.add_row(name, str(count))
+    Console().print(table)
+    for text in (*tally.different, *tally.unfinished):
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
