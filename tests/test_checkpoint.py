@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from conf.output import OutputError
 from conf.schema import Settings
 from server.checkpoint import NAME, PREVIOUS, Checkpoint, go_back, load_checkpoint, save_checkpoint
 from server.results import NodeRefusal, RunResults
@@ -142,7 +143,7 @@ def test_a_full_disk_is_named_and_costs_nothing_that_was_there(tmp_path: Path, m
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("server.checkpoint.save_file", full)
-    with pytest.raises(OSError, match=r"cannot be written: .*No space left"):
+    with pytest.raises(OutputError, match=r"cannot be written: .*No space left"):
         save_checkpoint(checkpoint_of(3), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [PREVIOUS, NAME]
     assert (load_checkpoint(tmp_path).server_round, load_checkpoint(tmp_path, 1).server_round) == (2, 1)

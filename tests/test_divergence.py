@@ -12,6 +12,7 @@ import torch
 from test_federation import run, settings_for
 
 from adapters.export import load_adapter
+from conf.output import OutputError
 from server.checkpoint import load_checkpoint, save_checkpoint
 from server.evaluate import Evaluator
 from server.events import read_status
@@ -59,7 +60,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path, monkeypa
     def full(checkpoint: object, folder: Path) -> None:
         tries.append(1)
         if len(tries) == 2:
-            raise OSError("No space left on device")
+            raise OutputError(f"{folder}: No space left on device")
         save_checkpoint(checkpoint, folder)  # type: ignore[arg-type]
 
     monkeypatch.setattr("server.rounds.save_checkpoint", full)
