@@ -28,6 +28,12 @@ from gradcodec.learned.tables import LearnedTables
 
 TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # outside a Flower process Message() needs them
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Deployments first: they wait for most of their time, and would be waited for at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("grpc") is None)
+
+
 SHAPES = {
     "layers.0.q.lora_A.weight": (8, 64),
     "layers.0.q.lora_B.weight": (64, 8),
