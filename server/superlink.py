@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.console import display, printable, say
 from conf.schema import Settings
-from server.alive import is_alive, read_heartbeat
+from server.alive import Heartbeat, is_alive, read_heartbeat
 from server.events import NAME, EventLog, EventReader, read_status
 from server.places import continuation
 from server.progress import RunView
@@ -31,6 +31,9 @@ if TYPE_CHECKING:  # slow to import, and not needed to refuse a connection
 
 APP_FOLDER = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 2.0
+ASK_SECONDS = 20.0
+"""How often the SuperLink is asked while the run's process is seen alive on this host: every time starts a program of
+Flower's, which takes more than a second of a core that nodes may need."""
 PATIENCE_SECONDS = 300.0
 """How long a SuperLink may be silent before the run is given up here; it goes on there."""
 STOP_SECONDS = 90.0
@@ -98,9 +101,10 @@ class DeployedRun:
             for event in self._new_events():  # of the run that is resumed
                 view.skip(event)
             shown.show(0, 0, f"run {self.run_id} on {self.connection}")
-            status, silent = "", False
+            status, silent, asked = "", False, float("-inf")
             while not status.startswith("finished"):
-                status = self._status()
+                if not self._lives_here() or time.monotonic() - asked > ASK_SECONDS:
+                    status, asked = self._status(), time.monotonic()
                 if silent != (silent := not status):
                     shown.tell("the SuperLink does not answer" if silent else "the SuperLink answers again")
                 for event in self._new_events():
@@ -130,10 +134,17 @@ class DeployedRun:
             raise ValueError(f"SuperLink {self.connection!r} does not know run {self.run_id} any more")
         return str(runs[0]["status"])
 
+    def _own_beat(self) -> Heartbeat | None:
+        """The heartbeat of its process, if that runs on this host."""
+        beat = read_heartbeat(self.output)
+        return beat if beat is not None and beat.here and beat.run_id == self.settings.run_id else None
+
+    def _lives_here(self) -> bool:
+        return self._own_beat() is not None and is_alive(self.output)
+
     def _is_dead(self) -> bool:
         """Whether its process, which was seen alive on this host, has gone. The engine takes a minute to see that."""
-        beat = read_heartbeat(self.output)
-        if beat is None or not beat.here or beat.run_id != self.settings.run_id:
+        if (beat := self._own_beat()) is None:
             return False
         if is_alive(self.output):
             self._seen_alive = True
@@ -185,9 +196,7 @@ class DeployedRun:
 
     def _has_ended(self) -> bool:
         """At the SuperLink, and its process on this host, too."""
-        beat = read_heartbeat(self.output)
-        own = beat is not None and beat.run_id == self.settings.run_id and beat.here
-        return self._status().startswith("finished") and not (own and is_alive(self.output))
+        return self._status().startswith("finished") and not self._lives_here()
 
 
 def _state(output: Path) -> str:
