@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapters.architectures import left_out
-from adapters.base import check_vocabulary, load_config, max_positions, resolve_device
+from adapters.base import check_vocabulary, load_config, load_tokenizer, max_positions, resolve_device
 from adapters.export import load_start, save_adapter, served_by_vllm
 from adapters.finetune import Windows
 from adapters.footprint import check_fits
-from adapters.model import Adapter, adapter_shapes, get_adapter, load_model, load_tokenizer, on_host, set_adapter
+from adapters.model import Adapter, adapter_shapes, get_adapter, load_model, on_host, set_adapter
 from adapters.settings import for_evaluation
 from conf.footprint import server_memory
 from conf.schema import Settings

@@ -22,9 +22,9 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from adapters.base import max_positions
+from adapters.base import load_tokenizer, max_positions
 from adapters.finetune import Windows, finetune, next_token_loss
-from adapters.model import get_adapter, load_model, load_tokenizer
+from adapters.model import get_adapter, load_model
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_training, num_examples, num_steps
 from client.app import app as client_app
 from client.trainer import Trainer

@@ -19,10 +19,10 @@ from adapters.export import CARD, CONFIG, WEIGHTS, load_adapter, load_start, pub
 from adapters.finetune import Windows
 from adapters.model import get_adapter, load_model, set_adapter
 from adapters.settings import LoraSettings, ModelSettings
-from server.arms import read_arm
 from server.evaluate import Evaluator
 from server.export import export
 from server.results import RunResults
+from server.trained import read_trained
 from tasks.windows import heldout_loss
 
 BASE = Path("assets/tiny-llama")
@@ -133,8 +133,8 @@ def test_another_runs_folder_may_not_say_that_code_is_run(finished: RunResults, 
     content = json.loads((copy / "results.json").read_text())
     content["settings"]["model"]["trust_remote_code"] = True
     (copy / "results.json").write_text(json.dumps(content))
-    assert not read_arm(str(copy)).settings.model.trust_remote_code
-    assert read_arm(str(copy), ["model.trust_remote_code=true"]).settings.model.trust_remote_code
+    assert not read_trained(str(copy)).settings.model.trust_remote_code
+    assert read_trained(str(copy), ["model.trust_remote_code=true"]).settings.model.trust_remote_code
 
 
 def test_a_card_shows_foreign_text_as_text(adapter: Path, tmp_path: Path) -> None:
@@ -190,11 +190,11 @@ def test_an_adapter_of_peft_gives_pefts_logits_or_is_refused_by_name(kind: str, 
     made.save_pretrained(str(tmp_path / "made"))
     if kind not in SERVED:
         with pytest.raises(ValueError, match=r"is no plain LoRA adapter: .* is not served|is no linear layer"):
-            read_arm(str(tmp_path / "made")).load_model()
+            read_trained(str(tmp_path / "made")).load_model()
         return
     again = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     wanted = PeftModel.from_pretrained(again, str(tmp_path / "made")).eval()(input_ids=IDS).logits
-    adapter = read_arm(str(tmp_path / "made"))
+    adapter = read_trained(str(tmp_path / "made"))
     assert float((adapter.load_model().eval()(input_ids=IDS).logits - wanted).abs().max()) < 1e-5
     started = load_start(tmp_path / "made", fresh := load_model(adapter.settings.model, adapter.settings.lora, seed=1))
     set_adapter(fresh, started)
@@ -226,10 +226,10 @@ def test_an_exported_adapter_is_the_same_under_another_base_name(finished: RunRe
         export(finished.settings.output, tmp_path / "out", merged=False, overrides=[])
 
 
-def test_an_adapter_alone_is_an_arm_of_its_own_base_model(adapter: Path) -> None:
-    arm = read_arm(str(adapter))
-    assert (arm.name, arm.results, arm.settings.model.path) == ("adapter", None, "assets/tiny-llama")
-    assert all(torch.equal(tensor, arm.adapter[name]) for name, tensor in get_adapter(arm.load_model()).items())
+def test_an_adapter_alone_stands_on_its_own_base_model(adapter: Path) -> None:
+    trained = read_trained(str(adapter))
+    assert (trained.name, trained.results, trained.settings.model.path) == ("adapter", None, "assets/tiny-llama")
+    assert all(torch.equal(tensor, trained.adapter[name]) for name, tensor in get_adapter(trained.load_model()).items())
 
 
 def test_a_run_goes_on_from_an_adapter(finished: RunResults, tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_results_of_another_program_are_named(finished: RunResults, tmp_path: Pa
     copy = shutil.copytree(finished.settings.output, tmp_path / "run")
     (copy / "results.json").write_text("{}")
     with pytest.raises(ValueError, match=r"results\.json is not what a run writes"):
-        read_arm(str(copy))
+        read_trained(str(copy))
 
 
 def test_a_base_models_public_name_is_its_name_on_the_hub() -> None:
