@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from adapters.architectures import left_out
 from adapters.model import Adapter, adapter_shapes, set_adapter
 from adapters.settings import LoraSettings
 from adapters.text import one_line
@@ -156,6 +157,20 @@ def served_by_vllm(config: PreTrainedConfig, names: Iterable[str]) -> bool:
     """
     whole = any(name.endswith("ForConditionalGeneration") for name in config.architectures or ())
     return not whole or any(".language_model." in name for name in names)
+
+
+def what_to_know(model: PeftModel, config: PreTrainedConfig, lora: LoraSettings) -> list[str]:
+    """What a user would expect of an adapter and does not get, known before any training; one line each.
+
+    Args:
+        model: with the adapter in it; its shapes are enough (``empty_model``).
+        config: the base model's config.json, which names all of a model of which ``model`` may be the text part.
+        lora: the settings of the adapter.
+    """
+    lines = [left_out(model.get_base_model(), lora.target_modules)]
+    if not served_by_vllm(config, adapter_shapes(model)):
+        lines.append("vLLM does not apply adapters of this model's text part by their names: export with --merged")
+    return [line for line in lines if line is not None]
 
 
 def public_name(path: str) -> str:
