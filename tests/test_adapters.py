@@ -74,7 +74,7 @@ def test_gradient_mode_is_the_sum_of_clipped_steps(model: PeftModel, windows: Wi
     start = get_adapter(load_model(ModelSettings(), LoraSettings(), 0))
     one = dataclasses.replace(TRAINING, update="gradient", lr=0.5, clip=1e-3, steps=1)
     update, _ = finetune(model, start, windows, one, seed=1)
-    norm = torch.cat([t.flatten() for t in update.values()]).norm()
+    norm = torch.cat([t.flatten() for t in update.values()]).norm().item()
     assert norm == pytest.approx(0.5 * 1e-3, rel=1e-2)  # learning rate times the clipped norm
 
 

@@ -99,7 +99,7 @@ def model() -> PeftModel:
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 
@@ -115,14 +115,14 @@ def adapter(model: PeftModel, tmp_path: Path) -> Path:
 
 
 @torch.no_grad()
-def direct(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def direct(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """The letter of the highest log-likelihood after the prompt."""
     before = tokenizer(prompt)["input_ids"]
     likelihoods = []
     for letter in LETTERS:
         ids = tokenizer(f"{prompt} {letter}")["input_ids"]
         assert ids[: len(before)] == before
-        logs = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].float(), dim=-1)
+        logs = torch.log_softmax(model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float(), dim=-1)
         likelihoods.append(sum(float(logs[i - 1, ids[i]]) for i in range(len(before), len(ids))))
     return LETTERS[int(np.argmax(likelihoods))]
 
@@ -225,7 +225,8 @@ def test_a_prompt_beyond_the_context_is_counted(
 
 def test_a_task_that_generates_has_its_own_metric(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
     with torch.no_grad():
-        following = model(input_ids=torch.tensor([tokenizer("import os")["input_ids"]])).logits[0, -1].argmax()
+        ids = torch.tensor([tokenizer("import os")["input_ids"]], device=model.device)
+        following = model(input_ids=ids).logits[0, -1].argmax()
     rows = [
         {"asked": "import os", "wanted": tokenizer.decode([int(following)])},
         {"asked": "def f(", "wanted": "never"},

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from adapters.export import CARD, CONFIG, WEIGHTS, load_adapter, load_start, public_name, save_adapter
 from adapters.finetune import Windows
-from adapters.model import get_adapter, load_model, set_adapter
+from adapters.model import get_adapter, load_model, on_host, set_adapter
 from adapters.settings import LoraSettings, ModelSettings
 from server.evaluate import Evaluator
 from server.export import export
@@ -194,12 +194,13 @@ def test_an_adapter_of_peft_gives_pefts_logits_or_is_refused_by_name(kind: str, 
         return
     again = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     wanted = PeftModel.from_pretrained(again, str(tmp_path / "made")).eval()(input_ids=IDS).logits
-    adapter = read_trained(str(tmp_path / "made"))
+    there = ["model.device=cpu"]  # where the logits of transformers and PEFT alone are computed
+    adapter = read_trained(str(tmp_path / "made"), there)
     assert float((adapter.load_model().eval()(input_ids=IDS).logits - wanted).abs().max()) < 1e-5
     started = load_start(tmp_path / "made", fresh := load_model(adapter.settings.model, adapter.settings.lora, seed=1))
     set_adapter(fresh, started)
     assert float((fresh.eval()(input_ids=IDS).logits - wanted).abs().max()) < 1e-5
-    export(str(tmp_path / "made"), tmp_path / "merged", merged=True, overrides=[])
+    export(str(tmp_path / "made"), tmp_path / "merged", merged=True, overrides=there)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     rounding = 1e-5 * float(wanted.abs().max())  # of the sum of weights, which PEFT does not form
     assert float((merged(input_ids=IDS).logits - wanted).abs().max()) < rounding
@@ -214,7 +215,10 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_the_unquantised_one(adapt
     assert exported.get("use_cache") == original.get("use_cache")
 
 
-def test_an_exported_adapter_is_the_same_under_another_base_name(finished: RunResults, tmp_path: Path) -> None:
+def test_an_exported_adapter_is_the_same_under_another_base_name(
+    finished: RunResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or it would be asked for a minute
     export(finished.settings.output, tmp_path / "out", merged=False, overrides=["model.path=someone/tiny-llama"])
     config, tensors = load_adapter(tmp_path / "out")
     assert config.base_model_name_or_path == "someone/tiny-llama"
@@ -229,7 +233,8 @@ def test_an_exported_adapter_is_the_same_under_another_base_name(finished: RunRe
 def test_an_adapter_alone_stands_on_its_own_base_model(adapter: Path) -> None:
     trained = read_trained(str(adapter))
     assert (trained.name, trained.results, trained.settings.model.path) == ("adapter", None, "assets/tiny-llama")
-    assert all(torch.equal(tensor, trained.adapter[name]) for name, tensor in get_adapter(trained.load_model()).items())
+    loaded = on_host(get_adapter(trained.load_model()))
+    assert all(torch.equal(tensor, trained.adapter[name]) for name, tensor in loaded.items())
 
 
 def test_a_run_goes_on_from_an_adapter(finished: RunResults, tmp_path: Path) -> None:
