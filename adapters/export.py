@@ -47,6 +47,7 @@ def save_adapter(
         adapter: as ``get_adapter`` gives it.
         config: that of its model, ``model.peft_config["default"]``.
         facts: what the card tells of the run, label -> text.
+        folder: made where it is not there; files of the same names in it are replaced.
         tokenizer: of the base model, written beside the adapter; None: there is none at hand.
         served_by_vllm: as ``served_by_vllm`` says; else the card warns.
     """
@@ -273,7 +274,7 @@ def _escaped(text: str) -> str:
 
 
 def _follow_umask(folder: Path) -> None:
-    """safetensors makes files that their owner alone can read."""
+    """Gives all files the mode of new ones: safetensors makes files that their owner alone can read."""
     os.umask(umask := os.umask(0))
     for file in folder.iterdir():
         if file.is_file() and not file.is_symlink():

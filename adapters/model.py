@@ -1,6 +1,7 @@
 """The base model, the LoRA adapter in it, and the adapter's tensors in and out.
 
-An adapter is a dict: PEFT tensor name -> float32 tensor on the CPU. The base model's weights never leave this module.
+An adapter is a dict, PEFT tensor name -> float32 tensor: on the model's device where it comes from the model, else on
+the CPU.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from server.trained import read_trained
 
 
 def main() -> None:
+    """The program: ends with one line that says what was written, or what is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m server.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -61,6 +61,7 @@ class Row:
 
 
 def main() -> None:
+    """The program: prints tables, or ends with one line that says what is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m server.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -191,6 +192,7 @@ def values_of(row: Row, benchmark: Benchmark, category: str = "average") -> Valu
 
 
 def comparisons(benchmark: Benchmark, rows: Sequence[Row]) -> list[tuple[Row, Row, Comparison]]:
+    """Every two rows, each pair on the same questions of the benchmark."""
     from tasks.paired import compare
 
     pairs = itertools.combinations(rows, 2)
@@ -198,6 +200,7 @@ def comparisons(benchmark: Benchmark, rows: Sequence[Row]) -> list[tuple[Row, Ro
 
 
 def print_scores(benchmark: Benchmark, rows: Sequence[Row]) -> None:
+    """A row a model, a column a category."""
     from tasks.paired import score_of
 
     num_questions = len(values_of(rows[0], benchmark))
@@ -216,6 +219,7 @@ def print_scores(benchmark: Benchmark, rows: Sequence[Row]) -> None:
 
 
 def print_comparisons(benchmark: Benchmark, rows: Sequence[Row]) -> None:
+    """A row for every two models: the difference of their scores, and how sure it is."""
     table = Table(title=f"{benchmark.name}: paired, on the same questions")
     for column in ("first", "second"):
         table.add_column(column, overflow="fold")
@@ -234,10 +238,12 @@ def print_comparisons(benchmark: Benchmark, rows: Sequence[Row]) -> None:
 
 
 def print_wide(table: Table) -> None:
+    """As wide as the terminal; into a file or a pipe 140 columns."""
     Console(width=140 if not sys.stdout.isatty() else None).print(table)
 
 
 def as_json(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
+    """The scores of every model by category and task, from 0 to 1, and the paired tests, as --json writes them."""
     from tasks.paired import score_of
 
     def scores(row: Row) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def read_trained(path: str, overrides: Sequence[str] = ()) -> TrainedAdapter:
     """The adapter in a run's output folder or in a PEFT adapter directory; loads no model.
 
     Args:
+        path: of the folder.
         overrides: ``key=value`` changes to its settings, such as ``model.path=...``.
 
     Raises:
