@@ -15,12 +15,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from adapters.base import load_config, load_tokenizer
-from adapters.export import save_adapter, save_merged, served_by_vllm
 from adapters.text import one_line
 from conf.output import open_output
 from server.quiet import quiet
-from server.trained import read_trained
 
 
 def main() -> None:
@@ -51,6 +48,10 @@ def export(path: str, output: Path, merged: bool, overrides: list[str]) -> None:
     Raises:
         ValueError: something is missing or does not fit, or ``output`` holds files already.
     """
+    from adapters.base import load_config, load_tokenizer  # slow to import, and not needed for --help
+    from adapters.export import save_adapter, save_merged, served_by_vllm
+    from server.trained import read_trained
+
     trained = read_trained(path, overrides)
     if any(open_output(output).iterdir()):
         raise ValueError(f"--output {output} holds files already: give an empty or new folder")

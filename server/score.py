@@ -35,17 +35,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
-from adapters.base import load_tokenizer
 from adapters.settings import for_evaluation
 from adapters.text import one_line
 from conf.output import open_output, provenance, write_json
-from server.trained import TrainedAdapter, read_trained
 
-if TYPE_CHECKING:  # an extra, and slow to import
+if TYPE_CHECKING:  # slow to import, and not needed for --help or to refuse an argument
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
+    from server.trained import TrainedAdapter
     from tasks.benchmarks import Answers, Benchmark
     from tasks.paired import Comparison, Values
 
@@ -89,6 +88,8 @@ def main() -> None:
 def score(args: argparse.Namespace) -> None:
     """Reads, asks, prints. Raises ValueError: something cannot be done as asked for."""
     check_arguments(args)
+    from adapters.base import load_tokenizer
+    from server.trained import read_trained
     from tasks.benchmarks import load_benchmarks
 
     adapters = [read_trained(path, args.set) for path in args.adapters]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -337,3 +339,10 @@ def test_a_base_models_public_name_is_its_name_on_the_hub() -> None:
     assert public_name("Qwen/Qwen2.5-1.5B") == "Qwen/Qwen2.5-1.5B"
     assert public_name(str(BASE.absolute())) == "assets/tiny-llama"
     assert public_name("/models/llama") == "/models/llama"
+
+
+def test_exports_and_scores_answer_help_and_wrong_arguments_without_an_engine() -> None:
+    slow = "{'torch', 'transformers', 'peft', 'datasets', 'lm_eval', 'flwr'}"
+    program = f"import sys, server.export, server.score; print({slow} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
