@@ -88,7 +88,7 @@ def test_a_number_of_records_is_assumed_only_where_the_data_are_not_here(tmp_pat
 
 
 def test_a_dry_run_downloads_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.corpora.load_dataset", lambda *_, **__: pytest.fail("a download"))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("a download"))
     assert plan_of(composed("task=alpaca")).num_records == 52_002
 
 
