@@ -16,10 +16,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
 from rich.table import Table
@@ -27,13 +28,21 @@ from rich.table import Table
 from bench.speed import GEOMETRIES, layout_of, peak_bytes, update_of
 from conf.output import provenance, write_json
 from gradcodec.build import build_codec
+from gradcodec.codec import Codec
 from gradcodec.exchange import encode_update, max_payload_bytes
+from gradcodec.frame import pack, unpack
 from gradcodec.layout import Layout
 from gradcodec.settings import CodecSettings
 from strategies.build import build_inner
-from strategies.coded import CodedStrategy
-from strategies.records import ARRAYS, CONFIG, METRICS, NUM_EXAMPLES, REPLY_METRICS, wrap_payload
+from strategies.coded import CodedReceiver
+from strategies.federated import FederatedStrategy, Limits
+from strategies.norms import NormBound
+from strategies.outcomes import Fault, Uplink
+from strategies.roll import Roll
+from strategies.sampling import Sampling
 from strategies.settings import StrategySettings
+from strategies.tensors import to_record
+from strategies.wire import ARRAYS, METRICS, NUM_EXAMPLES, PARTITION, REPLY_METRICS, context_of, wrap_payload
 
 
 def main() -> None:
@@ -78,10 +87,10 @@ def payload_of(layout: Layout, bits: float) -> bytes:
 def measure(layout: Layout, num_clients: int, payload: bytes) -> dict[str, Any]:
     TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # Message() wants them
     tiny = layout_of("tiny", 8)
-    aggregate(_strategy(tiny), 2, payload_of(tiny, 1.0))  # what libraries take at their first call is not ours to count
-    strategy = _strategy(layout)
+    aggregate(*_strategy(tiny, 2), payload_of(tiny, 1.0))  # what libraries take at their first call is not ours
+    strategy, codec = _strategy(layout, num_clients)
     held, start = peak_bytes("cpu", reset=True), time.perf_counter()
-    aggregate(strategy, num_clients, payload)
+    aggregate(strategy, codec, payload)
     seconds = time.perf_counter() - start
     dense = 4 * layout.num_parameters
     return {
@@ -94,26 +103,55 @@ def measure(layout: Layout, num_clients: int, payload: bytes) -> dict[str, Any]:
     }
 
 
-def aggregate(strategy: CodedStrategy, num_clients: int, payload: bytes) -> None:
-    """One round of equal payloads."""
+def aggregate(strategy: FederatedStrategy, codec: Codec, payload: bytes) -> None:
+    """One round of payloads that differ in whose they are alone."""
+    adapter = to_record({name: torch.full(shape, 0.01) for name, shape in codec.layout.shapes.items()})
+    messages = list(strategy.configure_train(1, adapter, ConfigRecord(), strategy.roll.grid))
+    for number, message in enumerate(messages):
+        message.metadata.__dict__["_message_id"] = str(number)
 
     def replies() -> Iterator[Message]:
-        for node in range(num_clients):
+        frame = unpack(payload, codec.num_streams)
+        for partition, asked in enumerate(messages):
             metrics = MetricRecord(dict.fromkeys(REPLY_METRICS, 1.0))
-            metrics[NUM_EXAMPLES] = 1 + node % 7
-            asked = Message(RecordDict({CONFIG: ConfigRecord()}), node + 1, "train")
-            yield Message(RecordDict({ARRAYS: wrap_payload(payload), METRICS: metrics}), reply_to=asked)
+            metrics[NUM_EXAMPLES], metrics[PARTITION] = 1 + partition % 7, partition
+            own = pack(frame, context_of("", 1, partition))
+            yield Message(RecordDict({ARRAYS: wrap_payload(own), METRICS: metrics}), reply_to=asked)
 
     arrays, _ = strategy.aggregate_train(1, replies())
     assert arrays is not None
+    assert len(strategy.uplinks) == len(messages)
 
 
-def _strategy(layout: Layout) -> CodedStrategy:
-    strategy = CodedStrategy(
-        build_inner(StrategySettings()), build_codec(CodecSettings(artifact="assets/codec"), layout)
+class AllPresent(Roll):
+    """Node ``n + 1`` holds partition ``n``."""
+
+    def update(self) -> dict[int, int]:
+        return {partition: partition + 1 for partition in range(self.num_partitions)}
+
+
+class Unobserved:
+    """An observer that is not interested."""
+
+    def uplink(self, uplink: Uplink) -> None: ...
+
+    def fault(self, fault: Fault) -> None: ...
+
+    def node_refused(self, node: int, reason: str) -> None: ...
+
+
+def _strategy(layout: Layout, num_clients: int) -> tuple[FederatedStrategy, Codec]:
+    codec = build_codec(CodecSettings(artifact="assets/codec"), layout)
+    strategy = FederatedStrategy(
+        build_inner(StrategySettings()),
+        CodedReceiver(codec, "", num_clients),
+        AllPresent(cast(Grid, None), num_clients, ConfigRecord(), Unobserved()),
+        Sampling(num_clients, num_clients, seed=0),
+        NormBound(None, None),
+        Unobserved(),
+        Limits(),
     )
-    strategy.current = {name: torch.full(shape, 0.01) for name, shape in layout.shapes.items()}
-    return strategy
+    return strategy, codec
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 
 from client.link import ResidentTrainer, trainer_at
 from client.work import TRUST, Work
-from strategies.records import (
+from strategies.wire import (
     ACCEPTED,
     ARRAYS,
     CONFIG,
@@ -85,6 +85,7 @@ def train(message: Message, context: Context) -> Message:
         {
             NUM_EXAMPLES: done.num_examples,
             PARTITION: partition,
+            SERVER_ROUND: work.server_round,
             TRAIN_LOSS: done.train_loss,
             SECONDS_TRAIN: done.seconds_train,
             SECONDS_ENCODE: done.seconds_encode,

@@ -34,7 +34,7 @@ from gradcodec.build import build_codec, byte_budget
 from gradcodec.codec import Codec
 from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
-from strategies.records import TRUST_VARIABLE
+from strategies.wire import TRUST_VARIABLE, context_of
 from tasks.settings import check_window
 from tasks.shards import Shard, load_shard, what_is_lost
 
@@ -143,9 +143,9 @@ class Trainer:
         )
 
     def _encode(self, update: Adapter, work: Work) -> bytes:
-        layout, feedback, place = self.codec.layout, self.settings.codec.feedback, (work.memory, work.partition)
+        layout, feedback, whose = self.codec.layout, self.settings.codec.feedback, (work.memory, work.partition)
         carried = None
-        if feedback > 0 and (old := load_residual(*place, layout, work.server_round)) is not None:
+        if feedback > 0 and (old := load_residual(*whose, layout, work.server_round)) is not None:
             carried = old.carried(work.accepted, feedback)
         with codec_remedies(COPY_IT):
             payload, residual = encode_update(
@@ -155,9 +155,10 @@ class Trainer:
                 max_bytes=byte_budget(self.settings.codec, layout),
                 snr_db=self.settings.codec.snr_db,
                 side=None if work.side is None else torch.from_numpy(work.side),
+                context=context_of(self.settings.run_id, work.server_round, work.partition),
             )
         if feedback > 0:
-            save_residual(*place, layout, work.server_round, residual)
+            save_residual(*whose, layout, work.server_round, residual)
         return payload
 
 
@@ -210,7 +211,7 @@ def _new_trainer(settings_json: str, own: dict[str, str]) -> Trainer:
 
 
 def _in_this_checkout(path: str) -> str:
-    """The server's settings name what ships with the project by its place on the server: ``.../assets/codec``."""
+    """The server's settings name what ships with the project by its path on the server: ``.../assets/codec``."""
     _, shipped, name = path.rpartition("/assets/")
     own = CHECKOUT / "assets" / name
     return str(own) if shipped and name and not Path(path).exists() and own.exists() else path

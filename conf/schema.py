@@ -50,6 +50,7 @@ class FederationSettings:
     clients_per_round: int = 5
     wait_seconds: float = 180.0  # for the nodes to come and to answer the roll call
     round_seconds: float = 3600.0  # for the clients of one round to answer; later replies do not count
+    min_clients: int | None = None  # so many are enough to start; null: num_clients. The others may come later
     min_replies: int = 1  # a round with fewer usable replies is tried again
     retries: int = 2  # how often, before the run ends with an error
     max_failures: int = 3  # a client that fails so often in a row is left out for `rest_rounds` rounds
@@ -77,6 +78,7 @@ class Settings:
     output: str = "outputs/federate"
     run_id: str = ""  # set at the start; names the run in the clients' memory
     resume: str | None = None  # folder of a run that did not end: go on from its last finished round
+    from_round: int | None = None  # with resume: from this round, of the two whose checkpoints are kept
     record: str | None = None  # dense only: writes every client's updates to this file
     model: ModelSettings = field(default_factory=ModelSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -176,6 +178,11 @@ def check_settings(settings: Settings) -> None:
             f"federation.min_replies={federation.min_replies} must lie between 1 and "
             f"federation.clients_per_round={federation.clients_per_round}"
         )
+    if federation.min_clients is not None and not 1 <= federation.min_clients <= federation.num_clients:
+        raise ValueError(
+            f"federation.min_clients={federation.min_clients} must lie between 1 and "
+            f"federation.num_clients={federation.num_clients}, or be null"
+        )
     for key in ("retries", "rest_rounds"):
         if getattr(federation, key) < 0:
             raise ValueError(f"federation.{key}={getattr(federation, key)} must be at least 0")
@@ -188,6 +195,8 @@ def check_settings(settings: Settings) -> None:
             raise ValueError(f"federation.{key}={getattr(federation, key)} must be greater than 0")
     if settings.record is not None and settings.resume is not None:
         raise ValueError("record=... and resume=... do not go together: the rounds before were not kept")
+    if settings.from_round is not None and settings.resume is None:
+        raise ValueError(f"from_round={settings.from_round} needs resume=RUN")
     if settings.resume is not None and settings.arm not in ("dense", "coded"):
         raise ValueError(f"resume=... needs arm=dense or arm=coded, not arm={settings.arm}")
     if settings.record is not None and settings.arm != "dense":

@@ -27,8 +27,8 @@ from gradcodec.rate import codes_for_snr
 class Residual:
     """What one payload left on the client, as blocks ``[R, C]`` float32.
 
-    ``target`` is what should have been sent, ``left`` the part that the payload does not carry; which of the two
-    goes on depends on whether the server accepted the payload. Both lie on the update's device.
+    ``target`` is what should have been sent, ``left`` the residual proper, the part of it that the payload does not
+    carry; which of the two goes on depends on whether the server accepted the payload. Both lie on the update's device.
     """
 
     target_RC: Tensor
@@ -36,8 +36,8 @@ class Residual:
     payload_digest: str
 
     def carried(self, accepted_digest: str, decay: float) -> Tensor:
-        """What the next target adds, ``[R, C]``: ``decay`` times what was left, or, if the server did not accept
-        this payload (lost, refused or late), the whole target, so that no mass is lost."""
+        """What the next target adds, ``[R, C]``: ``decay`` times the residual, or, if the server did not accept
+        this payload (lost, refused or late), the whole target, so that no part of an update is lost."""
         return self.left_RC * decay if accepted_digest == self.payload_digest else self.target_RC
 
 
@@ -59,6 +59,7 @@ def encode_update(
     max_bytes: int | None = None,
     snr_db: float | None = None,
     side: Tensor | None = None,
+    context: bytes = b"",
 ) -> tuple[bytes, Residual]:
     """Update -> payload and residual; ``left + decoded == target`` (conservation, to float32 rounding).
 
@@ -70,6 +71,7 @@ def encode_update(
         snr_db: with it the payload is the cheapest that reaches this ratio of the target's energy to the error's, in
             dB, as far as ``max_bytes``, which is then needed, allow.
         side: ``Codec.side_information`` of this round, equal on both ends, or None.
+        context: what the receiver knows of this payload (``frame.py``); it refuses the payload in any other.
 
     Raises:
         CodecError: the update does not fit the layout, is not finite, or is beyond what the codec serves.
@@ -90,19 +92,28 @@ def encode_update(
         codes = codes_for_snr(codec, target_RC, snr_db, most_bytes, side)
     decoded_RC = codec.decode(codes, side).to(target_RC.device)
     gain = contractive_gain(target_RC, decoded_RC)
-    payload = pack(Frame(codec.id, codec.layout.id, gain, codes))
+    payload = pack(Frame(codec.id, codec.layout.id, gain, codes), context)
     left_RC = target_RC - _scaled(decoded_RC, gain)
     return payload, Residual(target_RC, left_RC, digest_of(payload))
 
 
-def decode_update(payload: bytes, *, codec: Codec, side: Tensor | None = None) -> dict[str, Tensor]:
-    """Payload -> update, float32 on the codec's device. It decodes, or raises ``CodecError``, never anything else."""
-    return codec.layout.to_update(decode_blocks(payload, codec=codec, side=side))
+def decode_update(
+    payload: bytes, *, codec: Codec, side: Tensor | None = None, context: bytes = b""
+) -> dict[str, Tensor]:
+    """Payload -> update, float32 on the codec's device. It decodes, or raises ``CodecError``, never anything else.
+
+    Args:
+        payload: as received; nothing is taken on trust.
+        codec: equal to the sender's.
+        side: what the sender encoded with.
+        context: the sender's.
+    """
+    return codec.layout.to_update(decode_blocks(payload, codec=codec, side=side, context=context))
 
 
-def decode_blocks(payload: bytes, *, codec: Codec, side: Tensor | None = None) -> Tensor:
+def decode_blocks(payload: bytes, *, codec: Codec, side: Tensor | None = None, context: bytes = b"") -> Tensor:
     """The same as blocks ``[R, C]``."""
-    frame = unpack(payload, codec.num_streams)
+    frame = unpack(payload, codec.num_streams, context)
     if frame.codec_id != codec.id:
         raise CodecError(
             f"payload of codec {frame.codec_id.hex()}, this side has {codec.id.hex()}: "

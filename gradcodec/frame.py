@@ -8,12 +8,17 @@ Wire version 1, little-endian, nothing aligned:
     2       4     codec id      (Codec.id: which codec with which settings and weights)
     6       4     layout id     (Layout.id: which tensors of which shapes)
     10      2     gain          (float16, finite; what the decoded blocks are multiplied by)
-    12      4     CRC-32 of bytes 0..11 and of everything after this field
+    12      4     CRC-32 of the context, of bytes 0..11 and of everything after this field
     16      -     the codes: every stream but the last as a LEB128 length and its bytes; the last takes the rest
+
+The *context* is what both ends know of a payload without being told, such as which run, round and sender it belongs to.
+It goes into the checksum and not onto the wire: a payload that is sent twice, or as another's, costs no byte to notice.
+It is no signature: whoever makes up a payload makes up its checksum as well.
 
 Version rules: a reader refuses every version but its own. Any change of a field, of the order of a codec's streams or
 of the meaning of a stream is a new version or a new codec id. The golden bytes of every released version stay in
-``tests/test_frame.py``.
+``tests/test_frame.py``. A context is none of these: fields and streams are read as they always were, a frame without
+one has the bytes that it always had, and both ends must agree on it beforehand, as on the codec's artifact.
 """
 
 from __future__ import annotations
@@ -48,20 +53,21 @@ class Frame:
     codes: Codes
 
 
-def pack(frame: Frame) -> bytes:
-    """Frame -> payload."""
+def pack(frame: Frame, context: bytes = b"") -> bytes:
+    """Frame -> payload, which ``unpack`` reads with the same context alone."""
     assert len(frame.codec_id) == len(frame.layout_id) == 4 and 1 <= len(frame.codes) <= MAX_STREAMS
     fields = _FIELDS.pack(MAGIC, VERSION, frame.codec_id, frame.layout_id, frame.gain)
     body = b"".join(_pack_length(len(stream)) + stream for stream in frame.codes[:-1]) + frame.codes[-1]
-    return fields + _CHECKSUM.pack(zlib.crc32(body, zlib.crc32(fields))) + body
+    return fields + _CHECKSUM.pack(_checksum(context, fields, body)) + body
 
 
-def unpack(payload: bytes, num_streams: int) -> Frame:
+def unpack(payload: bytes, num_streams: int, context: bytes = b"") -> Frame:
     """Payload -> frame. It parses, or raises ``CodecError``, never anything else.
 
     Args:
         payload: as received; nothing is taken on trust.
         num_streams: how many streams the receiver's codec uses, 1 to 64.
+        context: that of the payload which is expected.
     """
     if len(payload) < HEADER_BYTES:
         raise CodecError(f"payload of {len(payload)} bytes: a frame's header alone takes {HEADER_BYTES}")
@@ -70,10 +76,12 @@ def unpack(payload: bytes, num_streams: int) -> Frame:
         raise CodecError(f"payload starts with 0x{magic:02x}, not 0x{MAGIC:02x}: it is no gradcodec frame")
     if version != VERSION:
         raise CodecError(f"frame of wire version {version}; this side reads version {VERSION}: upgrade the older side")
-    (checksum,) = _CHECKSUM.unpack_from(payload, _FIELDS.size)
+    if not has_context(payload, context):
+        raise CodecError(
+            "checksum of the frame does not match: the payload was damaged or cut off"
+            + (", or made for another context" if context else "")
+        )
     body = payload[HEADER_BYTES:]
-    if zlib.crc32(body, zlib.crc32(payload[: _FIELDS.size])) != checksum:
-        raise CodecError("checksum of the frame does not match: the payload was damaged or cut off")
     if not math.isfinite(gain):
         raise CodecError(f"the frame's gain is {gain}: it must be finite")
     streams: list[bytes] = []
@@ -85,6 +93,21 @@ def unpack(payload: bytes, num_streams: int) -> Frame:
         streams.append(body[offset : offset + length])
         offset += length
     return Frame(codec_id, layout_id, gain, (*streams, body[offset:]))
+
+
+def has_context(payload: bytes, context: bytes) -> bool:
+    """Whether the checksum of the payload is right for this context: it is whole, and was made for it. By chance that
+    is so once in 2^32 payloads. Tells a payload of another context from a damaged one, for who can guess the context.
+    """
+    if len(payload) < HEADER_BYTES:
+        return False
+    (checksum,) = _CHECKSUM.unpack_from(payload, _FIELDS.size)
+    view = memoryview(payload)
+    return bool(_checksum(context, view[: _FIELDS.size], view[HEADER_BYTES:]) == checksum)
+
+
+def _checksum(context: bytes, fields: bytes | memoryview, body: bytes | memoryview) -> int:
+    return zlib.crc32(body, zlib.crc32(fields, zlib.crc32(context)))
 
 
 def _pack_length(length: int) -> bytes:

@@ -9,6 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from conf.output import open_output
 from conf.schema import Settings
+from server.bindings import read_bindings
 from server.quiet import engine_log, quiet
 from server.rounds import run_federation
 
@@ -23,4 +24,4 @@ def main(grid: Grid, context: Context) -> None:
         raise ValueError("the run has no settings: start it with `python -m server.federate backend=superlink`")
     settings = Settings.from_json(text)
     engine_log(open_output(Path(settings.output)))
-    run_federation(grid, settings)
+    run_federation(grid, settings, read_bindings())

@@ -1,8 +1,9 @@
 """A run's event log: one JSON object a line, as it happens; what ``python -m server status`` reads.
 
 Every event has ``time`` (Unix seconds) and ``event``: ``run_started``, ``waiting``, ``nodes``, ``round_started``,
-``uplink``, ``fault``, ``round_finished``, ``evaluated``, ``run_resumed``, ``run_finished``, ``run_stopped`` or
-``run_failed``. A reader takes what it knows and leaves the rest: a file may be of another version, damaged or hostile.
+``uplink``, ``fault``, ``node_refused``, ``checkpoint_failed``, ``round_finished``, ``evaluated``, ``run_resumed``,
+``run_finished``, ``run_stopped`` or ``run_failed``. A reader takes what it knows and leaves the rest: a file may be of
+another version, damaged or hostile.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def main(config: DictConfig) -> float:
     try:
         settings = settings_of(config)
         if settings.resume is not None:
-            settings = resumed(found(settings.resume), HydraConfig.get().overrides.task)
+            settings = resumed(found(settings.resume), HydraConfig.get().overrides.task, settings.from_round)
         try:
             results = one(settings)
         except KeyboardInterrupt as stop:
@@ -106,7 +106,7 @@ def planned(settings: Settings) -> Plan:
         raise ValueError(f"{error}; a dry run needs its shapes alone: model.path=assets/geometries/NAME") from None
 
 
-def resumed(folder: Path, overrides: Sequence[str]) -> Settings:
+def resumed(folder: Path, overrides: Sequence[str], from_round: int | None = None) -> Settings:
     """The settings of a run that did not end, those of ``federation`` and ``backend`` changed as asked for.
 
     Code that comes with the model runs only if the command line says so again, whatever the folder says.
@@ -122,10 +122,10 @@ def resumed(folder: Path, overrides: Sequence[str]) -> Settings:
         )
     from server.checkpoint import load_checkpoint
 
-    checkpoint = load_checkpoint(folder)
+    checkpoint = load_checkpoint(folder, from_round)
     settings = checkpoint.settings
     same = f"backend={settings.backend.name}"
-    own = [text for text in overrides if text.split("=")[0] not in ("resume", "output") and text != same]
+    own = [text for text in overrides if text.split("=")[0] not in ("resume", "from_round", "output") and text != same]
     for text in own:
         key = text.split("=")[0]
         if (not key.startswith(("federation.", "backend.")) and key != TRUST) or key in FIXED:
@@ -133,6 +133,7 @@ def resumed(folder: Path, overrides: Sequence[str]) -> Settings:
     settings.model.trust_remote_code = False
     settings = changed(settings, own)
     settings.resume = settings.output = str(folder.absolute())
+    settings.from_round = from_round
     if checkpoint.server_round >= settings.federation.rounds and (folder / "results.json").is_file():
         raise ValueError(
             f"resume={folder}: all {settings.federation.rounds} rounds are done; federation.rounds=N adds some"

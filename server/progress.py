@@ -56,6 +56,10 @@ class RunView:
             self._sent += max(0, size) if isinstance(size := event.get("payload_bytes"), int) else 0
         elif kind == "fault":
             self._shown.tell(f"fault: {status.last_fault}")
+        elif kind == "node_refused":
+            self._shown.tell(f"node {printable(event.get('node'), 24)} is refused: {printable(event.get('reason'))}")
+        elif kind == "checkpoint_failed":
+            self._shown.tell(printable(event.get("reason")))
         elif kind == "round_finished":
             self._finished = self._round_text()
         elif kind == "evaluated":

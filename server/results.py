@@ -6,16 +6,29 @@ import dataclasses
 import json
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from conf.output import provenance
 from conf.schema import Settings
-from strategies.ledger import Uplink
-from strategies.sampling import Fault
+from strategies.outcomes import KINDS, Fault, Uplink
 
+T = TypeVar("T")
 MAX_EXPONENT = math.log(sys.float_info.max)
+
+
+SHOWN = 16
+"""How many clients, or reasons, a model card names."""
+
+
+@dataclass(frozen=True)
+class NodeRefusal:
+    """A node that may not take part, and why."""
+
+    node: int
+    reason: str
 
 
 @dataclass
@@ -29,6 +42,7 @@ class RunResults:
     faults: list[Fault] = field(default_factory=list)
     seconds: float = 0.0
     downlink_bytes: int = 0  # of the arrays that went to clients
+    refused_nodes: list[NodeRefusal] = field(default_factory=list)
 
     @property
     def payload_bytes_per_client_round(self) -> float:
@@ -44,12 +58,45 @@ class RunResults:
         """Infinite where float64 ends: a run that diverged still gets its results."""
         return [math.exp(loss) if not loss > MAX_EXPONENT else math.inf for loss in self.heldout_loss]
 
+    def participation(self) -> dict[int, dict[str, int]]:
+        """Partition -> in how many rounds it was ``asked``, and what became of that: ``accepted`` or a kind of fault. A
+        round that was tried again counts again."""
+        table: dict[int, dict[str, int]] = {}
+        outcomes = [(uplink.partition, "accepted") for uplink in self.uplinks]
+        for partition, outcome in [*outcomes, *((fault.partition, fault.kind) for fault in self.faults)]:
+            row = table.setdefault(partition, dict.fromkeys(("asked", "accepted", *KINDS), 0))
+            row["asked"] += 1
+            row[outcome] += 1
+        return dict(sorted(table.items()))
+
+    def _who_took_part(self) -> dict[str, str]:
+        """For a model card: what was asked for, what came, and what did not."""
+        table = self.participation()
+        total = {key: sum(row[key] for row in table.values()) for key in ("asked", "accepted", *KINDS)}
+        lacking = {partition: row for partition, row in table.items() if row["accepted"] < row["asked"]}
+        said = f"{total['accepted']:,} of {total['asked']:,} replies asked for, of {len(table):,} clients"
+        facts = {"took part": said + ("" if lacking else ", each in every round that it was asked in")}
+        shown = [
+            f"client {partition} in {row['accepted']} of {row['asked']} rounds ("
+            + ", ".join(f"{row[kind]} {kind}" for kind in KINDS if row[kind])
+            + ")"
+            for partition, row in sorted(lacking.items(), key=lambda item: item[1]["accepted"] - item[1]["asked"])
+        ]
+        if shown:
+            facts["took part in less"] = _some(shown)
+        reasons = Counter(fault.reason.split(";")[0] for fault in self.faults)
+        reasons.update(f"a node: {refusal.reason}" for refusal in self.refused_nodes)
+        if reasons:
+            facts["left out because"] = _some([f"{reason} ({count})" for reason, count in reasons.most_common()])
+        return facts
+
     def facts(self) -> dict[str, str]:
         """What a model card tells of the run, label -> text. Names no path: they are this host's affair."""
         settings, federation = self.settings, self.settings.federation
-        rounds = f"{federation.rounds}, {federation.clients_per_round} of {federation.num_clients} clients each"
+        done = max(self.uplinks, key=lambda uplink: uplink.server_round).server_round if self.uplinks else 0
         sent = {
-            "rounds": rounds,
+            "rounds": f"{done}, {federation.clients_per_round} of {federation.num_clients} clients drawn for each",
+            **self._who_took_part(),
             "codec": settings.codec.name if settings.arm == "coded" else "none",
             "bytes up per client and round": f"{self.payload_bytes_per_client_round:,.0f}",
             "bits up per parameter": f"{self.bits_per_parameter:.3f}",
@@ -75,19 +122,21 @@ class RunResults:
             "seconds": self.seconds,
             "faults": [dataclasses.asdict(fault) for fault in self.faults],
             "uplinks": [dataclasses.asdict(uplink) for uplink in self.uplinks],
+            "refused_nodes": [dataclasses.asdict(refusal) for refusal in self.refused_nodes],
         }
 
     @classmethod
     def of_state(cls, settings: Settings, state: dict[str, Any]) -> RunResults:
-        """Inverse of ``state``; other keys are left aside."""
+        """Inverse of ``state``; other keys are left aside. Raises KeyError, TypeError or ValueError: it is none."""
         return cls(
             settings,
-            state["num_parameters"],
-            state["heldout_loss"],
-            [Uplink(**uplink) for uplink in state["uplinks"]],
-            [Fault(**fault) for fault in state["faults"]],
-            state["seconds"],
-            state["downlink_array_bytes"],
+            _typed(state["num_parameters"], int),
+            [_typed(loss, float) for loss in _typed(state["heldout_loss"], list)],
+            [_record(Uplink, uplink) for uplink in _typed(state["uplinks"], list)],
+            [_record(Fault, fault) for fault in _typed(state["faults"], list)],
+            _typed(state["seconds"], float),
+            _typed(state["downlink_array_bytes"], int),
+            [_record(NodeRefusal, refusal) for refusal in _typed(state.get("refused_nodes", []), list)],
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -97,12 +146,34 @@ class RunResults:
             "seed": self.settings.seed,
             **self.state(),
             "heldout_perplexity": self.heldout_perplexity,
+            "participation": {str(partition): row for partition, row in self.participation().items()},
             "uplink_payload_bytes_per_client_round": per_client_round,
             "bits_per_parameter": self.bits_per_parameter,
             "uplink_payload_bytes": sum(uplink.payload_bytes for uplink in self.uplinks),
             "settings": dataclasses.asdict(self.settings),
             "made_with": provenance(),
         }
+
+
+def _some(texts: list[str]) -> str:
+    return ", ".join(texts[:SHOWN]) + (f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else "")
+
+
+def _typed(value: Any, kind: type[T]) -> T:
+    """The value. Raises TypeError: it is of another kind; whole numbers are floats, too."""
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise TypeError(f"{str(value)[:60]!r} is no {kind.__name__}")
+    return value
+
+
+def _record(schema: type[T], content: Any) -> T:
+    """A dataclass of plain fields from its JSON. Raises TypeError: it is none."""
+    kinds = get_type_hints(schema)
+    if not isinstance(content, dict) or not content.keys() <= kinds.keys():
+        raise TypeError(f"{str(content)[:60]!r} is no {schema.__name__}")
+    return schema(**{key: _typed(value, kinds[key]) for key, value in content.items()})
 
 
 def load_results(path: Path, settings: Settings) -> RunResults:

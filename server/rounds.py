@@ -1,10 +1,13 @@
-"""One federated run, from the roll call to the last round: settings in, results out. Runs inside a ServerApp."""
+"""One federated run, from the roll call to the last round: settings in, results out. Runs inside a ServerApp.
+
+docs/rounds.md draws how the parts of a round hang together.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import time
+import math
+import sys
 from collections.abc import Mapping
 from logging import WARNING
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from flwr.supercore import log
+from safetensors import SafetensorError
 from torch import Tensor
 
 from adapters.model import adapter_parts, adapter_shapes
@@ -24,142 +28,206 @@ from gradcodec.build import build_codec, byte_budget
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
 from server.alive import alive
-from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from server.checkpoint import Checkpoint, go_back, load_checkpoint, save_checkpoint
 from server.evaluate import Evaluator
 from server.events import EventLog
+from server.journal import Journal
 from server.metrics import serve_metrics
 from server.progress import shown
 from server.results import RunResults
 from strategies.build import build_inner
-from strategies.coded import CodedStrategy
-from strategies.dense import DenseStrategy
+from strategies.coded import CodedReceiver
+from strategies.dense import DenseReceiver
 from strategies.errors import RoundError
-from strategies.ledger import LedgerStrategy, Uplink
+from strategies.federated import FederatedStrategy, Limits
 from strategies.messages import replies_to
-from strategies.optimizer import optimizer_state, restore_optimizer
+from strategies.norms import NormBound
+from strategies.receive import Receiver
 from strategies.recording import RecordingStrategy
-from strategies.records import SETTINGS
-from strategies.sampling import Fault, Roster, SeededStrategy, call_roll
+from strategies.roll import Roll, call_roll
+from strategies.sampling import Sampling
 from strategies.tensors import from_record, to_record
+from strategies.wire import SETTINGS
 
 
-def run_federation(grid: Grid, settings: Settings) -> RunResults:
-    """Runs all rounds, or those that are left of ``settings.resume``, and writes ``results.json`` and the final
+def run_federation(grid: Grid, settings: Settings, bound: Mapping[int, int] | None = None) -> RunResults:
+    """Runs all rounds, or those that remain of ``settings.resume``, and writes ``results.json`` and the final
     adapter into ``settings.output``; after every round a checkpoint.
 
+    Args:
+        bound: node id -> the partition that its key was made for; None or empty: nodes say themselves which they hold.
+
     Raises:
-        ValueError: a setting, a file or a node is not as the run needs it; the message says which.
+        ValueError: a setting, a file or a node is not as the run needs it, or training diverged; the message says
+            which. Of a run that diverged the last finite adapter is kept.
     """
     check_settings(settings)
     output = open_output(Path(settings.output))
     with alive(output, settings.run_id):
-        return _run(grid, settings, output)
+        return _run(grid, settings, output, bound)
 
 
-def _run(grid: Grid, settings: Settings, output: Path) -> RunResults:
-    before = load_checkpoint(Path(settings.resume)) if settings.resume is not None else None
+def _run(grid: Grid, settings: Settings, output: Path, bound: Mapping[int, int] | None) -> RunResults:
+    before = load_checkpoint(Path(settings.resume), settings.from_round) if settings.resume is not None else None
+    if before is not None:
+        go_back(output, before.server_round)
     if settings.record is not None:
         open_output(Path(settings.record).parent)
     (output / "results.json").unlink(missing_ok=True)  # of an earlier run in the same folder, or of fewer rounds
     events = EventLog(output, keep=before is not None)
     try:
         with shown(events), serve_metrics(settings.federation.metrics_port, events):
-            return _Run(grid, settings, output, events, before).go()
+            return prepare(grid, settings, events, before, bound).run()
     except Exception as error:
-        with contextlib.suppress(OutputError):  # a full disk, which is what the error says
+        with contextlib.suppress(OutputError):  # a full disk, perhaps: the error itself says more
             events.write("run_failed", reason=str(error) if isinstance(error, ValueError) else repr(error))
         raise
 
 
-class _Run:
+def prepare(
+    grid: Grid,
+    settings: Settings,
+    events: EventLog,
+    before: Checkpoint | None = None,
+    bound: Mapping[int, int] | None = None,
+) -> Federation:
+    """Loads model and data, and puts the parts of a run together; nobody has been asked anything yet."""
+    if settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact:
+        assert settings.codec.artifact is not None
+        with codec_remedies(TRAIN_ONE):
+            settings.codec.digest = load_artifact(Path(settings.codec.artifact), settings.codec.name).digest
+    evaluator = Evaluator(settings)
+    layout = Layout.of(adapter_shapes(evaluator.model), adapter_parts(evaluator.model))
+    results = before.results if before is not None else RunResults(settings, layout.num_parameters)
+    results.settings = settings
+    journal = Journal(results, events)
+    inner = build_inner(settings.strategy)
+    recording = RecordingStrategy(inner, layout) if settings.record is not None else None
+    federation = settings.federation
+    config = ConfigRecord({SETTINGS: settings.to_json()})
+    strategy = FederatedStrategy(
+        recording or inner,
+        _receiver(settings, layout, evaluator),
+        Roll(grid, federation.num_clients, config, journal, federation.wait_seconds, bound),
+        Sampling(
+            federation.num_clients,
+            federation.clients_per_round,
+            settings.seed,
+            federation.max_failures,
+            federation.rest_rounds,
+        ),
+        NormBound(settings.strategy.clip_norm_ratio, settings.strategy.max_norm_ratio),
+        journal,
+        Limits(
+            federation.min_replies,
+            num_examples(settings.train, settings.task.max_windows),
+            federation.wait_seconds,
+        ),
+    )
+    run = Federation(grid, settings, evaluator, strategy, journal, recording)
+    if before is not None:
+        run.restore(before)
+    return run
+
+
+def _receiver(settings: Settings, layout: Layout, evaluator: Evaluator) -> Receiver:
+    if settings.arm != "coded":
+        return DenseReceiver()
+    with codec_remedies(TRAIN_ONE):
+        codec = build_codec(settings.codec, layout, evaluator.model.device)
+    num_clients, budget = settings.federation.num_clients, byte_budget(settings.codec, layout)
+    return CodedReceiver(codec, settings.run_id, num_clients, budget)
+
+
+class Diverged(ValueError):
+    """An adapter that no round may start from."""
+
+
+class Federation:
     """What a run holds between its rounds."""
 
     def __init__(
-        self, grid: Grid, settings: Settings, output: Path, events: EventLog, before: Checkpoint | None
+        self,
+        grid: Grid,
+        settings: Settings,
+        evaluator: Evaluator,
+        strategy: FederatedStrategy,
+        journal: Journal,
+        recording: RecordingStrategy | None = None,
     ) -> None:
-        if settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact:
-            assert settings.codec.artifact is not None
-            with codec_remedies(TRAIN_ONE):
-                settings.codec.digest = load_artifact(Path(settings.codec.artifact), settings.codec.name).digest
         self.grid = grid
         self.settings = settings
-        self.output = output
-        self.events = events
-        self.before = before
-        self.evaluator = Evaluator(settings)
-        self.layout = Layout.of(adapter_shapes(self.evaluator.model), adapter_parts(self.evaluator.model))
-        self.results = before.results if before is not None else RunResults(settings, self.layout.num_parameters)
-        self.results.settings = settings
-        self.adapter: Mapping[str, Tensor] = self.evaluator.initial
-        if before is not None:
-            if before.adapter.keys() != self.adapter.keys():
-                raise ValueError(
-                    f"resume={settings.resume}: its adapter is not that of model.path={settings.model.path}"
-                )
-            self.adapter = {name: before.adapter[name] for name in self.adapter}  # strategies zip them by position
-        self.done = 0 if before is None else before.server_round
+        self.output = Path(settings.output)
+        self.evaluator = evaluator
+        self.strategy = strategy
+        self.journal = journal
+        self.results = journal.results
+        self.recording = recording
+        self.adapter: Mapping[str, Tensor] = evaluator.initial
+        self.done = 0  # rounds
         self.evaluates_apart = settings.backend.name == "superlink"  # a simulation's clients share its machine
-        self.started = time.monotonic() - self.results.seconds
-        self.here = -1  # nodes, as long as some are waited for
+        self._good: tuple[int, Mapping[str, Tensor]] | None = None  # the last round that was evaluated, and its adapter
 
-    def go(self) -> RunResults:
+    def restore(self, before: Checkpoint) -> None:
+        """Goes on from a checkpoint. Raises ValueError: it is of another model, or its state is none."""
+        where = f"resume={self.settings.resume}"
+        if before.adapter.keys() != self.adapter.keys():
+            raise ValueError(f"{where}: its adapter is not that of model.path={self.settings.model.path}")
+        self.adapter = {name: before.adapter[name] for name in self.adapter}  # strategies zip them by position
+        self.done = before.server_round
+        try:
+            self.strategy.load_state(before.strategy)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{where}: the state in its checkpoint cannot be read: {error!r}") from None
+
+    def run(self) -> RunResults:
+        """The rounds that remain."""
         federation = self.settings.federation
-        config = ConfigRecord({SETTINGS: self.settings.to_json()})
-        started = "run_started" if self.before is None else "run_resumed"
+        started = "run_resumed" if self.done else "run_started"
         codec = self.settings.codec.name if self.settings.arm == "coded" else ""
-        self.events.write(
+        self.journal.event(
             started, arm=self.settings.arm, codec=codec, rounds=federation.rounds, run_id=self.settings.run_id
         )
-        roster = call_roll(self.grid, federation.num_clients, config, federation.wait_seconds, self._waiting)
-        self.events.write("nodes", count=len(roster))
-        self._build(roster)
-        for server_round in range(self.done + 1, federation.rounds + 1):
-            if not self.evaluates_apart:
-                self._evaluate()
-            self.adapter = from_record(self._round(server_round, config))
-            self.done = server_round
-            self.events.write("round_finished", server_round=server_round)
-            self._save(roster)
-        self._evaluate()
-        if self.recording is not None and self.settings.record is not None:
-            self.recording.save(Path(self.settings.record))
-        self.evaluator.save(self.adapter, self.results.facts(), self.output / "adapter")
-        write_json(self.results.to_json(), self.output / "results.json")
-        self.events.write("run_finished", seconds=self.results.seconds)
+        places = call_roll(self.strategy.roll, self.journal.waiting, federation.min_clients)
+        self.journal.event("nodes", count=len(places))
+        try:
+            self._run_rounds()
+        except Diverged as error:
+            raise ValueError(self._kept(error)) from None
+        self._write_results()
+        self.journal.event("run_finished", seconds=self.results.seconds)
         return self.results
 
-    def _build(self, roster: Roster) -> None:
-        """The strategies, one around the other, with the state of the checkpoint if there is one."""
-        settings, federation, before = self.settings, self.settings.federation, self.before
-        self.inner = build_inner(settings.strategy)
-        self.recording = RecordingStrategy(self.inner, self.layout) if settings.record is not None else None
-        self.coded: CodedStrategy | None = None
-        if settings.arm == "coded":
-            with codec_remedies(TRAIN_ONE):
-                codec = build_codec(settings.codec, self.layout, self.evaluator.model.device)
-            budget = byte_budget(settings.codec, self.layout)
-            self.coded = CodedStrategy(self.inner, codec, federation.min_replies, budget)
-        receiving = self.coded or DenseStrategy(self.recording or self.inner, federation.min_replies)
-        receiving.on_refused = lambda node, reason: self.strategy.refuse(self.done + 1, node, reason)
-        self.strategy = SeededStrategy(
-            LedgerStrategy(receiving, self._uplink, lambda partition: partition in self.strategy.refused),
-            roster,
-            federation.clients_per_round,
-            settings.seed,
-            num_examples(settings.train, settings.task.max_windows),
-            federation.max_failures,
-            federation.rest_rounds,
-            federation.wait_seconds,
-            self._fault,
-        )
-        if before is not None:
-            restore_optimizer(self.inner, before.optimizer)
-            self.strategy.failures, self.strategy.resting = before.failures, before.resting
-            if self.coded is not None:
-                self.coded.side = before.side
-                self.coded.accepted = {roster[p]: digest for p, digest in before.accepted.items() if p in roster}
+    def _write_results(self) -> None:
+        """Raises ValueError: the disk is full or cannot be written; the last checkpoint holds all that is needed."""
+        try:
+            if self.recording is not None and self.settings.record is not None:
+                self.recording.save(Path(self.settings.record))
+            self.evaluator.save(self.adapter, self.results.facts(), self.output / "adapter")
+            write_json(self.results.to_json(), self.output / "results.json")
+        except (OSError, OutputError, SafetensorError) as error:
+            raise ValueError(
+                f"the results cannot be written to output={self.output}: {error}. Make room there, then "
+                f"resume={self.output} writes them"
+            ) from None
 
-    def _round(self, server_round: int, config: ConfigRecord) -> ArrayRecord:
+    def _run_rounds(self) -> None:
+        """A simulation evaluates what a round gave before it writes a checkpoint; a deployment afterwards, while its
+        nodes train: that is why the checkpoint before the last is kept."""
+        if not self.evaluates_apart:
+            self._evaluate()
+        for server_round in range(self.done + 1, self.settings.federation.rounds + 1):
+            new = from_record(self._round(server_round))
+            if not all(bool(tensor.isfinite().all()) for tensor in new.values()):
+                raise Diverged(f"the adapter after round {server_round} holds NaN or infinity")
+            self.adapter, self.done = new, server_round
+            self.journal.round_finished(server_round, self.strategy.uplinks)
+            if not self.evaluates_apart:
+                self._evaluate()
+            self._save()
+        self._evaluate()
+
+    def _round(self, server_round: int) -> ArrayRecord:
         """The next adapter. A round that comes to nothing is tried again.
 
         Nodes need seconds to see a message and longer to train: meanwhile, what they start from is evaluated.
@@ -169,14 +237,11 @@ class _Run:
         """
         federation = self.settings.federation
         for attempt in range(federation.retries + 1):
-            arrays = to_record(dict(self.adapter))
+            arrays, config = to_record(dict(self.adapter)), ConfigRecord({SETTINGS: self.settings.to_json()})
             try:
-                messages = list(
-                    self.strategy.configure_train(server_round, arrays, ConfigRecord({**config}), self.grid)
-                )
+                messages = list(self.strategy.configure_train(server_round, arrays, config, self.grid))
                 size = sum(len(a.data) for m in messages for r in m.content.array_records.values() for a in r.values())
-                self.events.write("round_started", server_round=server_round, clients=len(messages), bytes_down=size)
-                self.results.downlink_bytes += size
+                self.journal.round_started(server_round, len(messages), size)
                 replies = replies_to(self.grid, messages, federation.round_seconds)
                 if self.evaluates_apart:
                     self._evaluate()
@@ -191,40 +256,49 @@ class _Run:
         raise AssertionError
 
     def _evaluate(self) -> None:
-        """Held-out loss after the last round that is done, unless it is known."""
-        if len(self.results.heldout_loss) > self.done:
-            return
-        loss = self.evaluator.loss(self.adapter)
-        self.results.heldout_loss.append(loss)
-        self.results.seconds = time.monotonic() - self.started
-        self.events.write("evaluated", server_round=self.done, heldout_loss=loss)
+        """Held-out loss after the last round that is done, unless it is known.
 
-    def _save(self, roster: Roster) -> None:
-        self.results.seconds = time.monotonic() - self.started
-        partition_of = {node: partition for partition, node in roster.items()}
-        accepted = self.coded.accepted if self.coded is not None else {}
-        checkpoint = Checkpoint(
-            self.settings,
-            self.done,
-            dict(self.adapter),
-            self.results,
-            optimizer_state(self.inner),
-            self.coded.side if self.coded is not None else None,
-            {partition_of[node]: digest for node, digest in accepted.items()},
-            self.strategy.failures,
-            self.strategy.resting,
-        )
-        save_checkpoint(checkpoint, self.output)
+        Raises:
+            Diverged: it is not finite, or worse by far than that of a model which knows nothing.
+        """
+        if len(self.results.heldout_loss) <= self.done:
+            loss = self.evaluator.loss(self.adapter)
+            if not loss <= self._limit():
+                raise Diverged(f"the held-out loss after round {self.done} is {loss:.4g}")
+            self.journal.evaluated(self.done, loss)
+        self._good = self.done, self.adapter
 
-    def _waiting(self, num_nodes: int) -> None:
-        if num_nodes != self.here:
-            self.here = num_nodes
-            self.events.write("waiting", count=num_nodes, of=self.settings.federation.num_clients)
+    def _limit(self) -> float:
+        """Twice the loss that guessing blindly has (ln of the vocabulary), or that the run began with."""
+        if not self.results.heldout_loss:
+            return sys.float_info.max
+        vocabulary = self.evaluator.model.config.get_text_config().vocab_size
+        return 2 * max(math.log(vocabulary), self.results.heldout_loss[0])
 
-    def _uplink(self, uplink: Uplink) -> None:
-        self.results.uplinks.append(uplink)
-        self.events.write("uplink", **dataclasses.asdict(uplink))
+    def _save(self) -> None:
+        """A checkpoint; where it cannot be written the run goes on, and the next round tries again."""
+        checkpoint = Checkpoint(self.settings, self.done, dict(self.adapter), self.results, self.strategy.state())
+        try:
+            save_checkpoint(checkpoint, self.output)
+        except OutputError as error:
+            reason = f"no checkpoint of round {self.done} in output={self.output}: {error}"
+            log(WARNING, "%s. The run goes on, and tries again after the next round: make room on that disk", reason)
+            self.journal.event("checkpoint_failed", server_round=self.done, reason=reason)
 
-    def _fault(self, fault: Fault) -> None:
-        self.results.faults.append(fault)
-        self.events.write("fault", **dataclasses.asdict(fault))
+    def _kept(self, error: Diverged) -> str:
+        """Goes back to the last good round, writes its adapter, and says all this."""
+        what = f"training diverged: {error}. Lower train.lr or strategy.lr"
+        longest = sorted(self.strategy.uplinks, key=lambda uplink: -uplink.update_norm)[:3]
+        if longest:
+            norms = ", ".join(f"{uplink.update_norm:.3g} of partition {uplink.partition}" for uplink in longest)
+            what += f"; the longest updates of the last round had norms {norms}"
+        if self._good is None:
+            return what
+        good, adapter = self._good
+        del self.results.heldout_loss[good + 1 :]
+        self.results.uplinks = [uplink for uplink in self.results.uplinks if uplink.server_round <= good]
+        if good > 0:
+            go_back(self.output, good)
+            what += f". resume={self.output} goes on from round {good}"
+        self.evaluator.save(adapter, self.results.facts(), self.output / "adapter")
+        return f"{what}. The adapter of round {good} is in {self.output / 'adapter'}"

@@ -17,7 +17,7 @@ from server.events import EventLog
 from server.quiet import ENGINE_LOG, engine_log
 from server.results import RunResults
 from server.rounds import run_federation
-from strategies.records import MEMORY_VARIABLE, TRUST_VARIABLE
+from strategies.wire import MEMORY_VARIABLE, TRUST_VARIABLE
 
 
 def run_in_simulation(settings: Settings) -> RunResults:

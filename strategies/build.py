@@ -5,8 +5,8 @@ from __future__ import annotations
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedTrimmedAvg, Strategy
 
 from strategies.mean import MeanStrategy
-from strategies.records import ARRAYS, CONFIG, NUM_EXAMPLES
 from strategies.settings import OF_THE_MEAN, StrategySettings, check_strategy
+from strategies.wire import ARRAYS, CONFIG, NUM_EXAMPLES
 
 
 def build_inner(settings: StrategySettings) -> Strategy:
@@ -16,7 +16,7 @@ def build_inner(settings: StrategySettings) -> Strategy:
 
 
 def build_flower(settings: StrategySettings) -> Strategy:
-    """Flower's own strategy. It takes every node that it is shown; which ones is ``SeededStrategy``'s business."""
+    """Flower's own strategy. It takes every node that it is shown; which ones is ``FederatedStrategy``'s business."""
     check_strategy(settings)
     common = {
         "fraction_train": 1.0,

@@ -1,93 +1,86 @@
-"""Payloads become dense parameters, then any Flower strategy does what it does.
-
-``CodedStrategy(FedAvg(), codec)`` decodes every payload into an update, adds the adapter that the round started
-from, and hands that to FedAvg: the inner strategy never learns that the wire was coded.
-"""
+"""The coded arm's receiver: payloads become adapters. The dense one's twin is ``dense.py``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from logging import INFO
+from collections.abc import Iterable, Iterator, Mapping
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
-from flwr.supercore import log
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
-from gradcodec.exchange import decode_blocks, digest_of
-from strategies.records import ACCEPTED, ARRAYS, CONFIG, SIDE, array_of, unwrap_payload
-from strategies.tensors import check_values, from_record, to_record
-from strategies.wrapping import FacingClients
+from gradcodec.exchange import decode_blocks
+from gradcodec.frame import has_context
+from strategies.outcomes import Uplink
+from strategies.receive import Adapter, Asked
+from strategies.state import State, pairs, table_of
+from strategies.tensors import check_values, to_record
+from strategies.wire import ACCEPTED, SIDE, context_of, unwrap_payload
+
+GUESSED_CONTEXTS = 256
+"""For how many other rounds and clients a payload that is refused is tried, to say where it belongs."""
 
 
-class CodedStrategy(FacingClients):
-    """Decodes what clients encoded.
+class CodedReceiver:
+    """Decodes what clients encoded, and adds the adapter that the round started from.
 
-    Every message tells its client which of its payloads was accepted last, so that the mass of a payload that was
-    lost or refused goes back into the client's residual. A payload that cannot be decoded is left out of the round.
+    Every message tells its client which of its payloads was accepted last, so that what a payload carried that was lost
+    or refused goes back into the client's residual.
     """
 
-    def __init__(self, inner: Strategy, codec: Codec, min_replies: int = 1, max_bytes: int | None = None) -> None:
+    def __init__(self, codec: Codec, run_id: str, num_partitions: int, max_bytes: int | None = None) -> None:
         """``max_bytes``: what a payload may take; None, for a codec of one rate: a little more than a dense update."""
-        super().__init__(inner, min_replies)
         self.codec = codec
+        self.run_id = run_id
+        self.num_partitions = num_partitions
         self.max_bytes = max_bytes or 4 * codec.layout.num_parameters + 4096
-        self.accepted: dict[int, str] = {}  # node id -> digest of its last accepted payload
+        self.accepted: dict[int, str] = {}  # partition -> digest of its last accepted payload
         self.side: Tensor | None = None  # the codec's side information of the next round
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def outgoing(self, partition: int) -> tuple[RecordDict, ConfigRecord]:
         side = ArrayRecord() if self.side is None else to_record({SIDE: self.side})
-        for message in super().configure_train(server_round, arrays, config, grid):
-            node = message.metadata.dst_node_id
-            own_config = ConfigRecord({**message.content.config_records[CONFIG], ACCEPTED: self.accepted.get(node, "")})
-            message.content = RecordDict({**message.content, SIDE: side, CONFIG: own_config})
-            yield message
+        return RecordDict({SIDE: side}), ConfigRecord({ACCEPTED: self.accepted.get(partition, "")})
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        taken: dict[int, str] = {}
-        decoded = self.enough(server_round, self._decoded(replies, taken))
-        arrays, metrics = super().aggregate_train(server_round, decoded)
-        self.accepted |= taken  # only now: if the round failed, every client's mass stays with it
-        if arrays is not None:
-            step = from_record(arrays)
-            for name, tensor in self.current.items():
-                step[name].sub_(tensor)
-            self.side = self.codec.side_information(self.codec.layout.to_blocks(step))
-        return arrays, metrics
-
-    def _decoded(self, replies: Iterable[Message], taken: dict[int, str]) -> Iterator[Message]:
-        """Every reply that can be decoded, its payload replaced by the adapter it stands for. Notes its digest."""
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            try:
-                payload = unwrap_payload(reply.content)
-                adapter = self._adapter_of(payload)
-            except CodecError as error:
-                self.refuse(node, f"{error}. Its mass stays with the client")
-                continue
-            taken[node] = digest_of(payload)
-            reply.content = RecordDict({**reply.content, ARRAYS: adapter})
-            yield reply
-
-    def _adapter_of(self, payload: bytes) -> ArrayRecord:
-        """The adapter that a payload stands for; beside it, only its blocks are ever held. Raises CodecError."""
+    def adapter_of(self, content: RecordDict, asked: Asked, current: Mapping[str, Tensor]) -> Adapter:
+        """Beside the adapter, only its blocks are ever held."""
+        payload = unwrap_payload(content)
         if len(payload) > self.max_bytes:
             raise CodecError(f"its payload takes {len(payload)} bytes, and {self.max_bytes} are the most of this run")
-        blocks_RC = decode_blocks(payload, codec=self.codec, side=self.side).cpu()
-        arrays: dict[str, Array] = {}  # no ArrayRecord: those are cycles, which live on
+        context = context_of(self.run_id, asked.server_round, asked.partition)
+        try:
+            blocks_RC = decode_blocks(payload, codec=self.codec, side=self.side, context=context).cpu()
+        except CodecError as error:
+            raise CodecError(
+                f"{self._belongs(payload, asked) or error}. What it carries stays with the client"
+            ) from None
+        adapter = {}
         for name, tensor in self.codec.layout.tensors(blocks_RC):
-            tensor.add_(self.current[name])
+            tensor.add_(current[name])
             check_values(name, tensor)
-            arrays[name] = array_of(tensor.numpy())
-        return ArrayRecord({name: arrays[name] for name in self.current})  # strategies zip them by position
+            adapter[name] = tensor
+        return {name: adapter[name] for name in current}
 
-    def summary(self) -> None:
-        log(INFO, "\t├──> %s, id %s", type(self.codec).__name__, self.codec.id.hex())
-        super().summary()
+    def averaged(self, uplinks: Iterable[Uplink], step: Adapter) -> None:
+        self.accepted |= {uplink.partition: uplink.payload_digest for uplink in uplinks}
+        self.side = self.codec.side_information(self.codec.layout.to_blocks(step))
+
+    def state(self) -> State:
+        tensors = {} if self.side is None else {SIDE: self.side}
+        return State({"accepted": pairs(self.accepted)}, tensors)
+
+    def load_state(self, state: State) -> None:
+        self.accepted, self.side = table_of(state.values["accepted"], str), state.tensors.get(SIDE)
+
+    def _belongs(self, payload: bytes, asked: Asked) -> str:
+        """Where a payload belongs that is whole but was not made for this round and client; empty: nowhere we know."""
+        for server_round, partition in self._other_places(asked):
+            if has_context(payload, context_of(self.run_id, server_round, partition)):
+                return f"its payload is that of partition {partition} in round {server_round}, sent again"
+        return ""
+
+    def _other_places(self, asked: Asked) -> Iterator[tuple[int, int]]:
+        """This client's earlier rounds, the last one first; then the others of this round."""
+        earlier = range(asked.server_round - 1, max(0, asked.server_round - 1 - GUESSED_CONTEXTS), -1)
+        yield from ((server_round, asked.partition) for server_round in earlier)
+        others = range(min(self.num_partitions, GUESSED_CONTEXTS))
+        yield from ((asked.server_round, partition) for partition in others if partition != asked.partition)

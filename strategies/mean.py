@@ -13,15 +13,15 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from strategies.records import ARRAYS, METRICS, NUM_EXAMPLES, REPLY_METRICS, metric
 from strategies.tensors import moved_to_record
+from strategies.wire import ARRAYS, METRICS, NUM_EXAMPLES, REPLY_METRICS, metric
 from strategies.wrapping import WrappingStrategy
 
 
 class MeanStrategy(WrappingStrategy):
     """Hands the inner strategy one reply a round: the mean of all, each weighted by its number of examples.
 
-    The order of the replies decides the last bits of the sums; ``SeededStrategy`` gives them in a fixed one.
+    The order of the replies decides the last bits of the sums; ``FederatedStrategy`` gives them in a fixed one.
     """
 
     def aggregate_train(

@@ -8,7 +8,7 @@ every reply is asked for on its own here.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from logging import WARNING
 
 from flwr.app import Error, Message
@@ -33,14 +33,59 @@ UNREADABLE = (
 """What Flower raises while it inflates objects that a node made up. A connection's errors are none of these."""
 
 
+class Mailbox:
+    """Messages that were sent, and their replies as they come, each once."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.unanswered: dict[str, Message] = {}  # Flower's identity of a message -> the message
+
+    def send(self, messages: Iterable[Message]) -> None:
+        sent = list(messages)
+        identities = _push(self.grid, sent)
+        self.unanswered |= {identity: message for identity, message in zip(identities, sent, strict=True) if identity}
+
+    def arrived(self) -> Iterator[Message]:
+        """The replies that are there now; what nobody can read is an error reply."""
+        for identity, message in list(self.unanswered.items()):
+            for reply in _reply_to(self.grid, identity, message):
+                if self.unanswered.pop(identity, None) is not None:
+                    yield reply
+
+
 def replies_to(
     grid: Grid, messages: Iterable[Message], seconds: float, poll_seconds: float = POLL_SECONDS
 ) -> Iterator[Message]:
     """Sends the messages at once; then gives every reply, once. What comes after ``seconds`` is not asked for any
     more."""
-    sent = list(messages)
-    unanswered = {identity: message for identity, message in zip(_push(grid, sent), sent, strict=True) if identity}
-    return _pulled(grid, unanswered, time.monotonic() + seconds, poll_seconds)
+    mailbox = Mailbox(grid)
+    mailbox.send(messages)
+    return _pulled(mailbox, time.monotonic() + seconds, poll_seconds)
+
+
+def in_order(asked: Mapping[str, int], replies: Iterable[Message]) -> Iterator[tuple[int, Message | None]]:
+    """Replies by ascending partition, each as soon as all before it are there; only those that come early are kept.
+
+    Args:
+        asked: id of a message that was sent -> the partition that it went to.
+        replies: in any order. What answers none of these messages, or one of them again, is left out.
+
+    Yields:
+        Every partition that was asked, once, and its reply; None if there was none.
+    """
+    waiting = sorted(asked.values())
+    early: dict[int, Message] = {}
+    for reply in replies:
+        partition = asked.get(reply.metadata.reply_to_message_id)
+        if partition is None or partition not in waiting or partition in early:
+            log(WARNING, "a reply that nobody asked for is left out")
+            continue
+        early[partition] = reply
+        while waiting and waiting[0] in early:
+            first = waiting.pop(0)
+            yield first, early.pop(first)
+    for partition in waiting:
+        yield partition, early.pop(partition, None)
 
 
 def _push(grid: Grid, messages: list[Message]) -> list[str]:
@@ -50,25 +95,22 @@ def _push(grid: Grid, messages: list[Message]) -> list[str]:
     again, and says that it was not stored. The same messages have the same identities: a second push takes up what is
     missing, and sends nothing twice.
     """
-    for left in reversed(range(PUSH_TRIES)):
+    for tries_after_this in reversed(range(PUSH_TRIES)):
         try:
             return list(grid.push_messages(messages))
         except ObjectPushError as error:
-            if not left:
+            if not tries_after_this:
                 raise
             log(WARNING, "%s The messages are sent again", error)
     raise AssertionError
 
 
-def _pulled(grid: Grid, unanswered: dict[str, Message], deadline: float, poll_seconds: float) -> Iterator[Message]:
-    while unanswered:
-        for identity, message in list(unanswered.items()):
-            for reply in _reply_to(grid, identity, message):
-                if unanswered.pop(identity, None) is not None:
-                    yield reply
+def _pulled(mailbox: Mailbox, deadline: float, poll_seconds: float) -> Iterator[Message]:
+    while mailbox.unanswered:
+        yield from mailbox.arrived()
         if time.monotonic() >= deadline:
             return
-        if unanswered:
+        if mailbox.unanswered:
             time.sleep(poll_seconds)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gradcodec.layout import Layout
 from gradcodec.training.recording import save_recording
-from strategies.records import ARRAYS, METRICS, PARTITION, metric
 from strategies.tensors import from_record
+from strategies.wire import ARRAYS, METRICS, PARTITION, metric
 from strategies.wrapping import AdapterStrategy
 
 

@@ -21,6 +21,8 @@ class StrategySettings:
     momentum: float = 0.9  # fedavgm; beta_1 of fedadam
     beta_2: float = 0.99  # fedadam
     tau: float = 1e-4  # fedadam: added to the root of the second moment
+    clip_norm_ratio: float | None = 3.0  # an update longer than so many usual ones is scaled down; null: never
+    max_norm_ratio: float | None = 10.0  # a longer one is refused; null: never
 
 
 def check_strategy(settings: StrategySettings) -> None:
@@ -34,3 +36,7 @@ def check_strategy(settings: StrategySettings) -> None:
             raise FederationError(f"strategy.{key}={getattr(settings, key)} must be at least 0 and less than 1")
     if not (settings.tau > 0 and math.isfinite(settings.tau)):
         raise FederationError(f"strategy.tau={settings.tau} must be greater than 0")
+    for key in ("clip_norm_ratio", "max_norm_ratio"):
+        ratio = getattr(settings, key)
+        if ratio is not None and not (ratio >= 1 and math.isfinite(ratio)):
+            raise FederationError(f"strategy.{key}={ratio} must be at least 1, or null")

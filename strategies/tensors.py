@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -9,7 +10,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from gradcodec.errors import CodecError
-from strategies.records import array_of, arrays_of
+from strategies.wire import array_of, arrays_of
 
 MAX_VALUE = 1e6
 """No weight of an adapter is ever near this; larger ones are an attack or a diverged client."""
@@ -28,6 +29,12 @@ def moved_to_record(tensors: dict[str, Tensor]) -> ArrayRecord:
 def from_record(record: ArrayRecord) -> dict[str, Tensor]:
     """Inverse of both."""
     return {name: torch.from_numpy(array) for name, array in arrays_of(record).items()}
+
+
+def distance(adapter: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """The L2 norm of what lies between two adapters of the same tensors; in float64, a tensor at a time."""
+    squares = (float((adapter[name] - tensor).double().square().sum()) for name, tensor in other.items())
+    return math.sqrt(sum(squares))
 
 
 def check_values(name: str, tensor: Tensor) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from logging import WARNING
+from collections.abc import Iterable
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from flwr.supercore import log
 from torch import Tensor
 
-from strategies.errors import RoundError
-from strategies.records import ARRAYS, wrap_adapter
 from strategies.tensors import from_record
 
 
@@ -54,37 +50,3 @@ class AdapterStrategy(WrappingStrategy):
     ) -> Iterable[Message]:
         self.current = from_record(arrays)
         return super().configure_train(server_round, arrays, config, grid)
-
-
-class FacingClients(AdapterStrategy):
-    """Between the wire and a strategy of dense Arrays: the adapter leaves in one Array, and replies may be refused."""
-
-    def __init__(self, inner: Strategy, min_replies: int = 1) -> None:
-        super().__init__(inner)
-        self.min_replies = min_replies
-        self.on_refused: Callable[[int, str], None] = lambda node, reason: None
-
-    def enough(self, server_round: int, replies: Iterable[Message]) -> Iterator[Message]:
-        """The replies, and behind the last one RoundError if they were too few: before anything is averaged."""
-        count = 0
-        for reply in replies:
-            count += 1
-            yield reply
-        if count < self.min_replies:
-            raise RoundError(
-                f"round {server_round}: {count} usable replies, federation.min_replies={self.min_replies}; see above"
-            )
-
-    def refuse(self, node: int, reason: str) -> None:
-        """A reply is left out; that never ends the run."""
-        log(WARNING, "the reply of node %s is refused: %s", node, reason)
-        self.on_refused(node, reason)
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        messages = super().configure_train(server_round, arrays, config, grid)
-        adapter = wrap_adapter({name: tensor.numpy() for name, tensor in self.current.items()})  # one for all
-        for message in messages:
-            message.content = RecordDict({**message.content, ARRAYS: adapter})
-            yield message

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# before torch is loaded: threads of several workers that wait for each other cost far more than they save
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence

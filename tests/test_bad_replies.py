@@ -1,7 +1,7 @@
 """The other half of the fault table: what one client answers in one round, and what becomes of the run.
 
 Partition 1 of three answers something else in round 2 of 4. The run goes on without that reply, says so, and tells the
-client in the next round that its payload was not accepted, so that the client sends its mass again. ``-rP`` prints the
+client in the next round that its payload was not accepted, so that the client sends it again. ``-rP`` prints the
 held-out losses beside the undisturbed run's.
 """
 
@@ -16,6 +16,7 @@ from flwr.app import Message
 from test_federation import settings_for
 
 from client.app import app as client_app
+from conf.schema import Settings
 from gradcodec.artifact import Artifact, save_artifact
 from gradcodec.exchange import digest_of, encode_update
 from gradcodec.frame import Frame, pack, unpack
@@ -24,33 +25,37 @@ from gradcodec.learned.codec import LearnedCodec
 from gradcodec.learned.tables import LearnedTables
 from server.results import RunResults
 from server.rounds import run_federation
-from strategies.records import (
+from strategies.wire import (
     ACCEPTED,
     ARRAYS,
     CONFIG,
     METRICS,
     NUM_EXAMPLES,
     SERVER_ROUND,
+    SETTINGS,
     TRAIN_LOSS,
+    context_of,
     unwrap_payload,
     wrap_payload,
 )
 
 BAD_NODE, BAD_ROUND = 1007, 2
-Change = Callable[[bytes], bytes]
+Change = Callable[[bytes, bytes], bytes]  # payload and its context -> what is sent
 
 
 class BadGrid(InProcessGrid):
     """Changes the payload of one node in one round, or its metrics, or loses, delays or doubles its reply."""
 
-    change: Change = staticmethod(lambda payload: payload)
+    change: Change = staticmethod(lambda payload, context: payload)
     nan = late = twice = weightless = False
 
     def answer(self, message: Message) -> Message | None:
         reply = super().answer(message)
         if reply is not None and is_bad(message):
             self.sent_digest = digest_of(unwrap_payload(reply.content))
-            reply.content[ARRAYS] = wrap_payload(self.change(unwrap_payload(reply.content)))
+            settings = Settings.from_json(str(message.content.config_records[CONFIG][SETTINGS]))
+            context = context_of(settings.run_id, BAD_ROUND, 1)
+            reply.content[ARRAYS] = wrap_payload(self.change(unwrap_payload(reply.content), context))
             if self.weightless:
                 reply.content.metric_records[METRICS][NUM_EXAMPLES] = 1e-300
             if self.nan:
@@ -98,16 +103,16 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, artifact: str) -> RunR
     return results
 
 
-def of_an_old_artifact(payload: bytes) -> bytes:
-    frame = unpack(payload, 1)
-    return pack(Frame(bytes(4), frame.layout_id, frame.gain, frame.codes))
+def of_an_old_artifact(payload: bytes, context: bytes) -> bytes:
+    frame = unpack(payload, 1, context)
+    return pack(Frame(bytes(4), frame.layout_id, frame.gain, frame.codes), context)
 
 
 @pytest.fixture(scope="module")
 def other_layout(layout: Layout, learned_tables: LearnedTables) -> Change:
     codec = LearnedCodec(layout, learned_tables, b"test")
     other, _ = encode_update(heavy_tailed_update(1), None, codec=codec, max_bytes=200)
-    return lambda payload: other
+    return lambda payload, context: pack(unpack(other, 1), context)
 
 
 @pytest.mark.parametrize(
@@ -116,18 +121,20 @@ def other_layout(layout: Layout, learned_tables: LearnedTables) -> Change:
         ("NaN", "its metrics are not the finite numbers"),
         ("garbage", "payload"),
         ("a bomb", "are the most of this run"),
+        ("damaged", "was damaged or cut off"),
         ("no examples", "examples"),
         ("an old artifact", "both ends need the same codec artifact"),
         ("another layout", "both ends need the same"),
         ("too late", "no answer within federation.round_seconds"),
     ],
 )
-def test_a_bad_reply_costs_itself_and_its_mass_stays_with_the_client(
+def test_a_bad_reply_costs_itself_and_its_update_stays_with_the_client(
     tmp_path: Path, artifact: str, undisturbed: RunResults, other_layout: Change, fault: str, reason: str
 ) -> None:
     changes: dict[str, Change] = {
-        "garbage": lambda payload: b"\xc6\x01 garbage",
-        "a bomb": lambda payload: payload + bytes(10_000_000),
+        "garbage": lambda payload, context: b"\xc6\x01 garbage",
+        "a bomb": lambda payload, context: payload + bytes(10_000_000),
+        "damaged": lambda payload, context: payload[:-1] + bytes([payload[-1] ^ 1]),
         "an old artifact": of_an_old_artifact,
         "another layout": other_layout,
     }

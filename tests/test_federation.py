@@ -34,7 +34,7 @@ from server.federate import resumed
 from server.results import RunResults
 from server.rounds import run_federation
 from strategies.errors import FederationError
-from strategies.records import (
+from strategies.wire import (
     ACCEPTED,
     ADAPTER,
     ADAPTER_TYPE,
@@ -127,7 +127,7 @@ def test_coded_training_learns_within_its_budget(dense: RunResults, coded: RunRe
 def test_the_same_seed_gives_the_same_payloads_and_another_does_not(
     tmp_path: Path, coded: RunResults, artifact: str
 ) -> None:
-    again = run(settings_for(tmp_path, "again", codec__artifact=artifact), tmp_path)
+    again = run(settings_for(tmp_path, "again", codec__artifact=artifact, run_id=coded.settings.run_id), tmp_path)
     assert [u.payload_digest for u in again.uplinks] == [u.payload_digest for u in coded.uplinks]
     assert again.heldout_loss == coded.heldout_loss
     other = run(settings_for(tmp_path, "other", codec__artifact=artifact, seed=1), tmp_path)
@@ -372,12 +372,13 @@ def test_a_resumed_run_is_the_one_that_was_never_interrupted(tmp_path: Path, art
         "strategy__name": strategy,
         "strategy__lr": 0.03 if strategy == "fedadam" else 1.3,
     }
-    whole = run(settings_for(tmp_path, "whole", **changes), tmp_path)
+    changes["run_id"] = "same"  # it goes into the payloads' checksums
+    whole = run(settings_for(tmp_path, "whole", **changes), tmp_path / "apart")
     with pytest.raises(KeyboardInterrupt):
         run(settings_for(tmp_path, "cut", **changes), tmp_path, DyingGrid)
     assert load_checkpoint(tmp_path / "cut").server_round == 2
     settings = resumed(tmp_path / "cut", ["resume=x", "federation.wait_seconds=7"])
-    assert settings.run_id == f"{tmp_path.name}-cut"
+    assert settings.run_id == "same"
     assert settings.federation.wait_seconds == 7
     result = run(settings, tmp_path)
     assert result.heldout_loss == whole.heldout_loss
@@ -431,8 +432,8 @@ class FlakyGrid(InProcessGrid):
 
 
 def test_a_round_that_is_tried_again_gives_what_the_first_try_would_have(tmp_path: Path, artifact: str) -> None:
-    changes: dict[str, object] = {"codec__artifact": artifact, "federation__round_seconds": 0.5}
-    smooth = run(settings_for(tmp_path, "smooth", **changes), tmp_path)
+    changes: dict[str, object] = {"codec__artifact": artifact, "federation__round_seconds": 0.5, "run_id": "same"}
+    smooth = run(settings_for(tmp_path, "smooth", **changes), tmp_path / "apart")
     flaky = run(settings_for(tmp_path, "flaky", **changes), tmp_path, FlakyGrid)
     assert flaky.heldout_loss == smooth.heldout_loss
     assert [u.payload_digest for u in flaky.uplinks] == [u.payload_digest for u in smooth.uplinks]
@@ -524,7 +525,7 @@ def test_a_node_that_comes_back_in_time_loses_nothing(tmp_path: Path, artifact: 
 def test_a_node_that_is_gone_for_good_is_waited_for_once(
     tmp_path: Path, artifact: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("strategies.sampling.RETURN_SECONDS", 0.6)
+    monkeypatch.setattr("strategies.federated.RETURN_SECONDS", 0.6)
     settings = settings_for(tmp_path, "gone", codec__artifact=artifact, federation__clients_per_round=3)
     looks: list[int] = []
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradcodec.errors import CodecError
-from gradcodec.frame import HEADER_BYTES, Frame, pack, unpack
+from gradcodec.frame import HEADER_BYTES, Frame, has_context, pack, unpack
 
 FRAME = Frame(b"code", b"layo", 0.5, (b"first", b"", b"the rest"))
 GOLDEN_V1 = bytes.fromhex("c601636f64656c61796f0038c29e0416056669727374007468652072657374")
@@ -15,6 +15,24 @@ GOLDEN_V1 = bytes.fromhex("c601636f64656c61796f0038c29e0416056669727374007468652
 def test_golden_bytes_of_wire_version_1() -> None:
     assert pack(FRAME) == GOLDEN_V1
     assert unpack(GOLDEN_V1, 3) == FRAME
+
+
+def test_golden_bytes_of_a_frame_with_a_context() -> None:
+    """The context costs no byte; it changes the checksum alone."""
+    payload = pack(FRAME, b"run/3/1")
+    assert payload == GOLDEN_V1[:12] + bytes.fromhex("5826c1bf") + GOLDEN_V1[16:]
+    assert unpack(payload, 3, b"run/3/1") == FRAME
+
+
+def test_a_payload_counts_in_its_own_context_alone() -> None:
+    payload = pack(FRAME, b"run/3/1")
+    for other in (b"", b"run/3/2", b"run/2/1", b"other/3/1"):
+        with pytest.raises(CodecError, match="checksum"):
+            unpack(payload, 3, other)
+        assert not has_context(payload, other)
+    assert has_context(payload, b"run/3/1"), "a payload that is foreign can be told from a damaged one"
+    assert not has_context(payload[:-1], b"run/3/1")
+    assert not has_context(b"short", b"run/3/1")
 
 
 @given(

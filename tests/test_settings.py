@@ -244,7 +244,7 @@ def test_an_unwritable_output_is_named_before_work(tmp_path: Path) -> None:
 def test_a_folder_does_not_decide_that_foreign_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = composed("arm=dense", "model.trust_remote_code=true")
     checkpoint = SimpleNamespace(settings=settings, server_round=1)
-    monkeypatch.setattr("server.checkpoint.load_checkpoint", lambda folder: checkpoint)
+    monkeypatch.setattr("server.checkpoint.load_checkpoint", lambda folder, from_round=None: checkpoint)
     with pytest.raises(ValueError, match=r"there is no checkpoint\.safetensors"):
         resumed(tmp_path, [])
     (tmp_path / CHECKPOINT).touch()

@@ -56,7 +56,7 @@ def check(settings: TgapRun) -> None:
     if tgap.record is None:
         check_files(settings)
     elif not Path(tgap.record).is_file():
-        raise ValueError(f"tgap.record: recording {tgap.record} is no file: `python -m tgap record=FILE` makes one")
+        raise ValueError(f"tgap.record={tgap.record} is no file: `python -m tgap record=FILE` makes one")
     if Path(tgap.artifact).is_file():
         raise ValueError(f"tgap.artifact={tgap.artifact} is a file: a codec artifact is a folder")
 

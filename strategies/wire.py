@@ -34,14 +34,21 @@ TRAIN_LOSS = "train-loss"
 SECONDS_TRAIN = "seconds-train"
 SECONDS_ENCODE = "seconds-encode"
 
-REPLY_METRICS = (NUM_EXAMPLES, PARTITION, TRAIN_LOSS, SECONDS_TRAIN, SECONDS_ENCODE)
+SERVER_ROUND = "server-round"
+
+REPLY_METRICS = (NUM_EXAMPLES, PARTITION, SERVER_ROUND, TRAIN_LOSS, SECONDS_TRAIN, SECONDS_ENCODE)
+"""All that a reply must say, and no more: round and partition, too, so that one of an earlier round is noticed."""
 
 SETTINGS = "settings"  # the run's resolved settings, as JSON
-SERVER_ROUND = "server-round"
 MEMORY_VARIABLE = "CG_FEDLLM_MEMORY"  # environment: where the clients of a simulation keep residuals
 TRUST_VARIABLE = "CG_FEDLLM_TRUST_REMOTE_CODE"  # environment: the clients of a simulation run a model's own code
 ACCEPTED = "accepted"  # digest of the client's last payload that the server took
 REFUSAL = "refusal"  # why a node cannot take part, at the roll call
+
+
+def context_of(run_id: str, server_round: int, partition: int) -> bytes:
+    """What a payload's checksum is made with (``gradcodec.frame``), so that it counts in its own place alone."""
+    return f"{run_id}/{server_round}/{partition}".encode()
 
 
 def array_of(array: Floats) -> Array:

@@ -1,0 +1,67 @@
+"""What a run notes as it goes: in its results and in its event log, from which it is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from logging import WARNING
+from typing import Any
+
+from flwr.supercore import log
+
+from conf.output import OutputError
+from server.events import EventLog
+from server.results import NodeRefusal, RunResults
+from strategies.outcomes import Fault, Uplink
+
+
+class Journal:
+    """The observer of a run's strategies, and its clock."""
+
+    def __init__(self, results: RunResults, events: EventLog) -> None:
+        self.results = results
+        self._events = events
+        self._started = time.monotonic() - results.seconds
+        self._here = -1  # nodes, as long as some are waited for
+
+    def event(self, event: str, **fields: Any) -> None:
+        """A line of the event log. A full disk costs the line, not the run."""
+        try:
+            self._events.write(event, **fields)
+        except OutputError as error:
+            log(WARNING, "the event %s is not logged: %s", event, error)
+
+    def waiting(self, num_nodes: int) -> None:
+        """Nodes are missing at the roll call."""
+        if num_nodes != self._here:
+            self._here = num_nodes
+            self.event("waiting", count=num_nodes, of=self.results.settings.federation.num_clients)
+
+    def round_started(self, server_round: int, num_clients: int, num_bytes: int) -> None:
+        self.results.downlink_bytes += num_bytes
+        self.event("round_started", server_round=server_round, clients=num_clients, bytes_down=num_bytes)
+
+    def round_finished(self, server_round: int, uplinks: list[Uplink]) -> None:
+        """``uplinks``: what it is made of."""
+        self.results.uplinks += uplinks
+        self._tick()
+        self.event("round_finished", server_round=server_round)
+
+    def evaluated(self, server_round: int, loss: float) -> None:
+        self.results.heldout_loss.append(loss)
+        self._tick()
+        self.event("evaluated", server_round=server_round, heldout_loss=loss)
+
+    def uplink(self, uplink: Uplink) -> None:
+        self.event("uplink", **dataclasses.asdict(uplink))
+
+    def fault(self, fault: Fault) -> None:
+        self.results.faults.append(fault)
+        self.event("fault", **dataclasses.asdict(fault))
+
+    def node_refused(self, node: int, reason: str) -> None:
+        self.results.refused_nodes.append(NodeRefusal(node, reason))
+        self.event("node_refused", node=node, reason=reason)
+
+    def _tick(self) -> None:
+        self.results.seconds = time.monotonic() - self._started

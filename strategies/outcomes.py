@@ -1,0 +1,48 @@
+"""What becomes of a client in a round: its reply is used (``Uplink``), or there is none of use (``Fault``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+ABSENT = "absent"  # its node was not connected, or went away in the round
+FAILED = "failed"  # it said that it could not, or nothing within the round's time
+REFUSED = "refused"  # the server did not take what it sent
+KINDS = (ABSENT, FAILED, REFUSED)
+
+
+@dataclass(frozen=True)
+class Uplink:
+    """What one client sent in one round; counted from the arrays as they arrived, before they are decoded."""
+
+    server_round: int
+    partition: int
+    payload_bytes: int
+    payload_digest: str
+    train_loss: float
+    seconds_train: float
+    seconds_encode: float
+    update_norm: float = 0.0  # L2, of the whole decoded update
+    scale: float = 1.0  # below 1: the update was scaled down to the bound (``norms.py``)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A client that gave nothing usable in a round, and why. Only ``failed`` and ``refused`` count towards a rest."""
+
+    server_round: int
+    partition: int
+    reason: str
+    kind: str = REFUSED
+    node: int = 0  # Flower's id; 0: none is known for the partition
+
+
+class Observer(Protocol):
+    """Who is told of outcomes as they come. A round that is tried again tells of its clients again."""
+
+    def uplink(self, uplink: Uplink) -> None: ...
+
+    def fault(self, fault: Fault) -> None: ...
+
+    def node_refused(self, node: int, reason: str) -> None:
+        """A node that may not take part, or not as what it says to be."""

@@ -1,0 +1,144 @@
+"""A reply is judged here, and only here: ``receive`` gives what it holds, or why it is of no use.
+
+Nothing that a client sends may end the run, and nothing of a reply is used before all of it has been checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
+from torch import Tensor
+
+from gradcodec.errors import CodecError
+from gradcodec.exchange import digest_of
+from strategies.outcomes import ABSENT, FAILED, REFUSED, Uplink
+from strategies.peer_text import clean
+from strategies.state import State
+from strategies.tensors import distance
+from strategies.wire import (
+    ARRAYS,
+    METRICS,
+    NUM_EXAMPLES,
+    PARTITION,
+    REPLY_METRICS,
+    SECONDS_ENCODE,
+    SECONDS_TRAIN,
+    SERVER_ROUND,
+    TRAIN_LOSS,
+    metric,
+)
+
+Adapter = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Whom the server asked for what."""
+
+    server_round: int
+    partition: int
+    max_examples: float  # a client's weight in the mean is its own word: this bounds it
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A reply that can be used. Without ``adapter`` it takes no more memory than what was sent: see ``without``."""
+
+    asked: Asked
+    content: RecordDict
+    uplink: Uplink
+    adapter: Adapter | None
+
+    def without(self) -> Decoded:
+        """The same, its adapter to be decoded again."""
+        return replace(self, adapter=None)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A reply that cannot be used, or none. ``kind`` as in ``outcomes.py``; ``reason`` is clean."""
+
+    kind: str
+    reason: str
+    claims_another: bool = False  # it says that it holds another partition
+
+
+class Receiver(Protocol):
+    """What the arm decides: how an adapter comes out of a reply, and what goes out beside the next one."""
+
+    def outgoing(self, partition: int) -> tuple[RecordDict, ConfigRecord]:
+        """Records and config entries for one client, beside the adapter."""
+        ...
+
+    def adapter_of(self, content: RecordDict, asked: Asked, current: Mapping[str, Tensor]) -> Adapter:
+        """The adapter that a reply stands for, with the names and shapes of the one that the round started from, in
+        their order, all values finite. Raises CodecError: it stands for none."""
+        ...
+
+    def averaged(self, uplinks: Iterable[Uplink], step: Adapter) -> None:
+        """The round is done: these are settled, used or never to be used, and the adapter changed by ``step``."""
+        ...
+
+    def state(self) -> State: ...
+
+    def load_state(self, state: State) -> None:
+        """Inverse of ``state``. Raises ValueError or KeyError: it is none."""
+        ...
+
+
+def receive(
+    reply: Message | None, asked: Asked, receiver: Receiver, current: Mapping[str, Tensor]
+) -> Decoded | Refused:
+    """Judges one reply; None: there was none in the round's time."""
+    if reply is None:
+        return Refused(FAILED, "no answer within federation.round_seconds")
+    if reply.has_error():
+        code = reply.error.code
+        kind = ABSENT if code == ErrorCode.NODE_UNAVAILABLE else FAILED
+        return Refused(kind, clean(reply.error.reason or "") or f"Flower's error {code}")
+    try:
+        metrics = _metrics_of(reply.content, asked)
+        partition, server_round = metric(metrics, PARTITION), metric(metrics, SERVER_ROUND)
+        if (partition, server_round) != (asked.partition, asked.server_round):
+            reason = f"it answers for partition {partition:g} and round {server_round:g}"
+            return Refused(REFUSED, reason, claims_another=partition != asked.partition)
+        adapter = receiver.adapter_of(reply.content, asked, current)
+    except (CodecError, ValueError) as error:
+        return Refused(REFUSED, clean(error))
+    uplink = _uplink_of(reply.content, metrics, asked, distance(adapter, current))
+    return Decoded(asked, reply.content, uplink, adapter)
+
+
+def _metrics_of(content: RecordDict, asked: Asked) -> MetricRecord:
+    """Raises ValueError: the reply is not made of one record of arrays and one of the metrics that are wanted."""
+    arrays, metrics = content.array_records.get(ARRAYS), content.metric_records.get(METRICS)
+    if not arrays or metrics is None or len(content) != 2:
+        names = ", ".join(sorted(str(name)[:20] for name in content)[:8])
+        raise ValueError(f"its reply holds no arrays, no metrics, or more: {names}")
+    values = [metric(metrics, key) for key in REPLY_METRICS]
+    if len(metrics) != len(values) or not all(map(math.isfinite, values)):
+        raise ValueError(f"its metrics are not the finite numbers {', '.join(REPLY_METRICS)}")
+    examples = metric(metrics, NUM_EXAMPLES)
+    if not 1 <= examples <= asked.max_examples:
+        raise ValueError(f"it says {examples:g} examples: between 1 and {asked.max_examples:g} are expected")
+    return metrics
+
+
+def _uplink_of(content: RecordDict, metrics: MetricRecord, asked: Asked, norm: float) -> Uplink:
+    arrays = content.array_records[ARRAYS]
+    data = [arrays[name].data for name in sorted(arrays)]
+    return Uplink(
+        asked.server_round,
+        asked.partition,
+        sum(map(len, data)),
+        digest_of(data[0] if len(data) == 1 else b"".join(data)),
+        metric(metrics, TRAIN_LOSS),
+        metric(metrics, SECONDS_TRAIN),
+        metric(metrics, SECONDS_ENCODE),
+        norm,
+    )
