@@ -93,6 +93,7 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
     """The ends of module names by which PEFT finds the layers for an adapter.
 
     Args:
+        model: the base model, without an adapter; its modules are enough.
         wanted: names of modules or ends of them; ``attention`` stands for q, k, v and o whatever the architecture calls
             them, ``all-linear`` for every linear layer but the output head.
 

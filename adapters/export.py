@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from adapters.architectures import left_out
 from adapters.model import Adapter, adapter_shapes, set_adapter
 from adapters.settings import LoraSettings
 from adapters.text import one_line
@@ -46,6 +47,7 @@ def save_adapter(
         adapter: as ``get_adapter`` gives it.
         config: that of its model, ``model.peft_config["default"]``.
         facts: what the card tells of the run, label -> text.
+        folder: made where it is not there; files of the same names in it are replaced.
         tokenizer: of the base model, written beside the adapter; None: there is none at hand.
         served_by_vllm: as ``served_by_vllm`` says; else the card warns.
     """
@@ -158,6 +160,20 @@ def served_by_vllm(config: PreTrainedConfig, names: Iterable[str]) -> bool:
     return not whole or any(".language_model." in name for name in names)
 
 
+def what_to_know(model: PeftModel, config: PreTrainedConfig, lora: LoraSettings) -> list[str]:
+    """What a user would expect of an adapter and does not get, known before any training; one line each.
+
+    Args:
+        model: with the adapter in it; its shapes are enough (``empty_model``).
+        config: the base model's config.json, which names all of a model of which ``model`` may be the text part.
+        lora: the settings of the adapter.
+    """
+    lines = [left_out(model.get_base_model(), lora.target_modules)]
+    if not served_by_vllm(config, adapter_shapes(model)):
+        lines.append("vLLM does not apply adapters of this model's text part by their names: export with --merged")
+    return [line for line in lines if line is not None]
+
+
 def public_name(path: str) -> str:
     """A base model's name as others can use it: its name on the hub where the path shows it, else its path, relative
     to the current directory if it lies below it."""
@@ -258,7 +274,7 @@ def _escaped(text: str) -> str:
 
 
 def _follow_umask(folder: Path) -> None:
-    """safetensors makes files that their owner alone can read."""
+    """Gives all files the mode of new ones: safetensors makes files that their owner alone can read."""
     os.umask(umask := os.umask(0))
     for file in folder.iterdir():
         if file.is_file() and not file.is_symlink():

@@ -94,6 +94,7 @@ def finetune(
         model: base model with any adapter of the same shape in it; left in an undefined state.
         adapter: where training starts.
         windows: at least one, and in each at least one token that counts.
+        settings: steps or epochs, batches, learning rate and its schedule.
         seed: of batches and dropout; the same seed, data and thread count give the same update to the bit.
         on_step: called after each step with the steps done; may evaluate the model.
         team: processes that do this together, all with the same arguments; all get the same update, which is that of

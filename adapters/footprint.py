@@ -75,6 +75,9 @@ def estimate_memory(
     """What ``finetune`` needs of the device's memory; nothing but config.json is read.
 
     Args:
+        settings: the base model and how it is held.
+        lora: the adapter in it.
+        training: of the micro-batch and the optimizer.
         window: tokens a window; a pass takes ``training.micro_batch_size`` windows.
 
     Raises:

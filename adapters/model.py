@@ -1,6 +1,7 @@
 """The base model, the LoRA adapter in it, and the adapter's tensors in and out.
 
-An adapter is a dict: PEFT tensor name -> float32 tensor on the CPU. The base model's weights never leave this module.
+An adapter is a dict, PEFT tensor name -> float32 tensor: on the model's device where it comes from the model, else on
+the CPU.
 """
 
 from __future__ import annotations
@@ -21,27 +22,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters.architectures import Parts, fused_parts, target_modules
-from adapters.base import empty_base, is_quantized, load_base, load_tokenizer, resolve_device
-from adapters.settings import LoraSettings, ModelSettings, check_lora, check_model
-
-__all__ = [
-    "Adapter",
-    "LoraSettings",
-    "ModelSettings",
-    "adapter_parts",
-    "adapter_shapes",
-    "add",
-    "check_lora",
-    "check_model",
-    "empty_model",
-    "get_adapter",
-    "load_model",
-    "load_tokenizer",
-    "on_host",
-    "resolve_device",
-    "set_adapter",
-    "subtract",
-]
+from adapters.base import empty_base, is_quantized, load_base, resolve_device
+from adapters.settings import LoraSettings, ModelSettings
 
 Adapter = dict[str, Tensor]
 

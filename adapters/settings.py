@@ -132,6 +132,10 @@ def check_training(settings: TrainSettings) -> None:
             raise ValueError(f"train.{key}={value} must be a number greater than 0")
     if not (math.isfinite(settings.weight_decay) and settings.weight_decay >= 0):
         raise ValueError(f"train.weight_decay={settings.weight_decay} must be a number, at least 0")
+    _check_warmup(settings)
+
+
+def _check_warmup(settings: TrainSettings) -> None:
     if settings.warmup_steps < 0:
         raise ValueError(f"train.warmup_steps={settings.warmup_steps} must be at least 0")
     if settings.epochs is None and settings.warmup_steps >= settings.steps:

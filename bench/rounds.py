@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from adapters.model import load_model, load_tokenizer
+from adapters.base import load_tokenizer
+from adapters.model import load_model
 from adapters.settings import LoraSettings, ModelSettings
 from bench.deployment import deployment
 from bench.programs import run_program

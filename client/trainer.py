@@ -18,10 +18,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from adapters.base import check_vocabulary, max_positions, resolve_device
+from adapters.base import check_vocabulary, load_tokenizer, max_positions, resolve_device
 from adapters.finetune import finetune
 from adapters.footprint import check_fits
-from adapters.model import Adapter, adapter_parts, adapter_shapes, load_model, load_tokenizer, on_host
+from adapters.model import Adapter, adapter_parts, adapter_shapes, load_model, on_host
 from adapters.settings import is_hub_name, num_examples
 from adapters.team import Team
 from client.console import note, round_line

@@ -9,14 +9,12 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from adapters.architectures import left_out
-from adapters.base import check_vocabulary, load_config, max_positions, resolve_device
-from adapters.export import load_start, save_adapter, served_by_vllm
+from adapters.base import check_vocabulary, load_config, load_tokenizer, max_positions, resolve_device
+from adapters.export import load_start, save_adapter, served_by_vllm, what_to_know
 from adapters.finetune import Windows
 from adapters.footprint import check_fits
-from adapters.model import Adapter, adapter_shapes, get_adapter, load_model, load_tokenizer, on_host, set_adapter
+from adapters.model import Adapter, adapter_shapes, get_adapter, load_model, on_host, set_adapter
 from adapters.settings import for_evaluation
 from conf.footprint import server_memory
 from conf.schema import Settings
@@ -47,12 +45,10 @@ class Evaluator:
         check_fits(server_memory(settings), resolve_device(settings.model), training=settings.arm == "centralised")
         model_settings = settings.model if settings.arm == "centralised" else for_evaluation(settings.model)
         self.model: PeftModel = load_model(model_settings, settings.lora, settings.seed)
-        base: PreTrainedModel = self.model.get_base_model()
-        if (missed := left_out(base, settings.lora.target_modules)) is not None:
-            _LOG.warning(missed)
-        self.served_by_vllm = served_by_vllm(load_config(settings.model), adapter_shapes(self.model))
-        if not self.served_by_vllm:
-            _LOG.warning("vLLM does not apply adapters of the text part of this model by name: export it with --merged")
+        config = load_config(settings.model)
+        self.served_by_vllm = served_by_vllm(config, adapter_shapes(self.model))
+        for warning in what_to_know(self.model, config, settings.lora):
+            _LOG.warning(warning)
         self.batch_size = settings.train.micro_batch_size  # what fits into memory in training fits here
         start = settings.lora.start
         self.initial: Adapter = (

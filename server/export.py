@@ -15,19 +15,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from adapters.base import load_config, load_tokenizer
-from adapters.export import save_adapter, save_merged, served_by_vllm
 from adapters.text import one_line
 from conf.output import open_output
-from server.arms import read_arm
 from server.quiet import quiet
 
 
 def main() -> None:
+    """The program: ends with one line that says what was written, or what is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m server.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("arm", metavar="RUN_OR_ADAPTER", help="a run's output folder or a PEFT adapter directory")
+    parser.add_argument("adapter", metavar="RUN_OR_ADAPTER", help="a run's output folder or a PEFT adapter directory")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="an empty or new folder")
     parser.add_argument("--merged", action="store_true", help="the base model with the adapter merged in")
     parser.add_argument(
@@ -36,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     quiet()
     try:
-        export(args.arm, args.output, args.merged, args.set)
+        export(args.adapter, args.output, args.merged, args.set)
     except ValueError as error:
         sys.exit(f"error: {one_line(error, 2000)}")
     except KeyboardInterrupt:
@@ -50,24 +48,28 @@ def export(path: str, output: Path, merged: bool, overrides: list[str]) -> None:
     Raises:
         ValueError: something is missing or does not fit, or ``output`` holds files already.
     """
-    arm = read_arm(path, overrides)
+    from adapters.base import load_config, load_tokenizer  # slow to import, and not needed for --help
+    from adapters.export import save_adapter, save_merged, served_by_vllm
+    from server.trained import read_trained
+
+    trained = read_trained(path, overrides)
     if any(open_output(output).iterdir()):
         raise ValueError(f"--output {output} holds files already: give an empty or new folder")
-    facts = arm.results.facts() if arm.results is not None else {}
+    facts = trained.results.facts() if trained.results is not None else {}
     if merged:
-        save_merged(arm.load_model(), load_tokenizer(arm.settings.model), facts, output)
+        save_merged(trained.load_model(), load_tokenizer(trained.settings.model), facts, output)
     else:
-        arm.config.base_model_name_or_path = arm.settings.model.path
+        trained.config.base_model_name_or_path = trained.settings.model.path
         try:
-            tokenizer, config = load_tokenizer(arm.settings.model), load_config(arm.settings.model)
+            tokenizer, config = load_tokenizer(trained.settings.model), load_config(trained.settings.model)
         except ValueError as error:
             print(f"no tokenizer is written beside the adapter: {one_line(error)}", file=sys.stderr)
-            save_adapter(arm.adapter, arm.config, facts, output)
+            save_adapter(trained.adapter, trained.config, facts, output)
             return
-        by_vllm = served_by_vllm(config, arm.adapter)
+        by_vllm = served_by_vllm(config, trained.adapter)
         if not by_vllm:
             print("vLLM does not apply this adapter by its names: use --merged for it", file=sys.stderr)
-        save_adapter(arm.adapter, arm.config, facts, output, tokenizer, by_vllm)
+        save_adapter(trained.adapter, trained.config, facts, output, tokenizer, by_vllm)
 
 
 if __name__ == "__main__":

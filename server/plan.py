@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from adapters.base import empty_base, max_positions
+from adapters.base import empty_base, load_config, max_positions
+from adapters.export import what_to_know
 from adapters.footprint import MemoryEstimate
 from adapters.model import adapter_parts, adapter_shapes, empty_model
 from adapters.settings import num_steps
@@ -49,6 +50,7 @@ class Plan:
     dense_bytes: int
     client_memory: MemoryEstimate
     server_memory: MemoryEstimate
+    warnings: tuple[str, ...] = ()  # of the adapter: what a user would expect of it and does not get
 
     @property
     def uplinks(self) -> int:
@@ -87,6 +89,7 @@ def plan_of(settings: Settings) -> Plan:
         dense_bytes=dense,
         client_memory=client_memory(settings),
         server_memory=server_memory(settings),
+        warnings=tuple(what_to_know(model, load_config(settings.model), settings.lora)),
     )
 
 
@@ -129,6 +132,7 @@ def _lines(plan: Plan) -> dict[str, str]:
         "model": f"{model.path}: {plan.num_base_parameters / 1e9:.2f} B parameters, {held}",
         "adapter": f"rank {lora.rank}, alpha {lora.alpha:g}: {plan.layout.num_parameters:,} parameters in "
         f"{len(plan.layout.shapes)} tensors",
+        **({"note": "; ".join(plan.warnings)} if plan.warnings else {}),
         "data": _data_line(plan),
         **_memory_lines(plan),
     }

@@ -20,9 +20,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from adapters.base import check_vocabulary, max_positions
+from adapters.base import check_vocabulary, load_tokenizer, max_positions
 from adapters.finetune import Windows
-from adapters.model import load_tokenizer
 from adapters.settings import check_training, num_steps
 from conf.arguments import run_program
 from conf.schema import Settings, register_schemas, settings_of

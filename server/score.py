@@ -1,7 +1,8 @@
 """What adapters are worth on C-Eval, MMLU and any other task of lm-eval, beside their base model.
 
 python -m server.score outputs/federate/dense outputs/federate/coded --tasks ceval,mmlu --shots 5 --json scores.json
-python -m server.score RUN --tasks ceval --data /data/ceval-exam      # from the original CSV files, without the hub
+python -m server.score RUN --tasks ceval --data /data/ceval-exam       # from the original CSV files, without the hub
+python -m server.score RUN --tasks ceval --subjects law,logic          # of C-Eval and MMLU these subjects alone
 python -m server.score ADAPTER --tasks arc_easy,hellaswag --limit 200  # any task or group of lm-eval, by its name
 python -m server.score ADAPTER --set model.path=/models/llama-7b --set model.dtype=bfloat16
 
@@ -12,7 +13,8 @@ paired tests (exact McNemar, all questions of a benchmark) and at the held-out l
 
 --data FOLDER holds val/<subject>_val.csv and dev/<subject>_dev.csv with the columns question, A, B, C, D, answer
 (C-Eval), or test/<subject>_test.csv and dev/<subject>_dev.csv with the same without a header (MMLU); for both at once,
-a folder `ceval` and a folder `mmlu` with these in it.
+a folder `ceval` and a folder `mmlu` with these in it. With --subjects the files of these subjects are enough; a
+benchmark that has none of them is left out.
 """
 
 from __future__ import annotations
@@ -33,17 +35,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
-from adapters.model import load_tokenizer
 from adapters.settings import for_evaluation
 from adapters.text import one_line
 from conf.output import open_output, provenance, write_json
-from server.arms import Arm, read_arm
 
-if TYPE_CHECKING:  # an extra, and slow to import
+if TYPE_CHECKING:  # slow to import, and not needed for --help or to refuse an argument
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
+    from server.trained import TrainedAdapter
     from tasks.benchmarks import Answers, Benchmark
     from tasks.paired import Comparison, Values
 
@@ -59,11 +60,13 @@ class Row:
 
 
 def main() -> None:
+    """The program: prints tables, or ends with one line that says what is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m server.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("arms", nargs="+", metavar="RUN_OR_ADAPTER", help="run folders or PEFT adapter directories")
+    parser.add_argument("adapters", nargs="+", metavar="RUN_OR_ADAPTER", help="run folders or PEFT adapter directories")
     parser.add_argument("--tasks", default="ceval,mmlu", help="ceval, mmlu, or any of lm-eval's (default ceval,mmlu)")
+    parser.add_argument("--subjects", metavar="NAMES", help="of ceval and mmlu these alone, as law,logic (default all)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="original CSV files; default: the hub")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of every subject")
     parser.add_argument("--shots", type=int, metavar="N", help="examples in the prompt (default: the task's own, or 0)")
@@ -85,20 +88,33 @@ def main() -> None:
 def score(args: argparse.Namespace) -> None:
     """Reads, asks, prints. Raises ValueError: something cannot be done as asked for."""
     check_arguments(args)
+    from adapters.base import load_tokenizer
+    from server.trained import read_trained
     from tasks.benchmarks import load_benchmarks
 
-    arms = [read_arm(path, args.set) for path in args.arms]
-    check_one_base(arms)
-    tokenizer = load_tokenizer(arms[0].settings.model)
-    benchmarks = load_benchmarks([name.strip() for name in args.tasks.split(",")], args.data, args.shots)
-    rows = ask_all(arms, tokenizer, benchmarks, args.limit, args.batch_size)
+    adapters = [read_trained(path, args.set) for path in args.adapters]
+    check_one_base(adapters)
+    tokenizer = load_tokenizer(adapters[0].settings.model)
+    subjects = None if args.subjects is None else names_in(args.subjects)
+    benchmarks = load_benchmarks(names_in(args.tasks), args.data, args.shots, subjects)
+    rows = ask_all(adapters, tokenizer, benchmarks, args.limit, args.batch_size)
     for benchmark in benchmarks:
         print_scores(benchmark, rows)
         print_comparisons(benchmark, rows)
     if args.json is not None:
-        asked = {"model": asdict(arms[0].settings.model), "shots": args.shots, "limit": args.limit}
+        asked = {
+            "model": asdict(adapters[0].settings.model),
+            "subjects": subjects,
+            "shots": args.shots,
+            "limit": args.limit,
+        }
         made_with = provenance() | {"lm_eval": version("lm-eval")}
         write_json({**asked, "benchmarks": [as_json(b, rows) for b in benchmarks], "made_with": made_with}, args.json)
+
+
+def names_in(text: str) -> list[str]:
+    """Those between commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -115,32 +131,32 @@ def check_arguments(args: argparse.Namespace) -> None:
         open_output(args.json.absolute().parent)
 
 
-def check_one_base(arms: Sequence[Arm]) -> None:
-    """Raises ValueError: the arms are not of one base model, so that a base row would stand for none of them."""
-    for arm in arms[1:]:
-        first, other = (asdict(for_evaluation(a.settings.model)) for a in (arms[0], arm))
+def check_one_base(adapters: Sequence[TrainedAdapter]) -> None:
+    """Raises ValueError: the adapters are not of one base model, so that a base row would stand for none of them."""
+    for adapter in adapters[1:]:
+        first, other = (asdict(for_evaluation(a.settings.model)) for a in (adapters[0], adapter))
         if key := next((key for key in first if first[key] != other[key] and key != "device"), None):
             raise ValueError(
-                f"{arm.path} has model.{key}={other[key]}, {arms[0].path} has {first[key]}: score them apart, "
+                f"{adapter.path} has model.{key}={other[key]}, {adapters[0].path} has {first[key]}: score them apart, "
                 f"or give one for all with --set model.{key}=..."
             )
 
 
-def base_loss(arms: Sequence[Arm]) -> float | None:
+def base_loss(adapters: Sequence[TrainedAdapter]) -> float | None:
     """The base model's held-out loss, if all runs that started from it saw the same."""
-    started = [arm.results for arm in arms if arm.results is not None and arm.results.settings.lora.start is None]
-    losses = {results.heldout_loss[0] for results in started}
+    runs = [adapter.results for adapter in adapters if adapter.results is not None]
+    losses = {results.heldout_loss[0] for results in runs if results.settings.lora.start is None}
     return losses.pop() if len(losses) == 1 else None
 
 
 def ask_all(
-    arms: Sequence[Arm],
+    adapters: Sequence[TrainedAdapter],
     tokenizer: PreTrainedTokenizerBase,
     benchmarks: Sequence[Benchmark],
     limit: int | None,
     batch_size: int,
 ) -> list[Row]:
-    """The base model's row, and one for every arm. Raises ValueError: an adapter does not fit the base model."""
+    """The base model's row, and one for every adapter. Raises ValueError: an adapter does not fit the base model."""
     from tasks.benchmarks import ask
 
     def answers(model: PeftModel) -> dict[str, Answers]:
@@ -153,20 +169,21 @@ def ask_all(
         return by_benchmark
 
     rows: list[Row] = []
-    for arm in arms:
-        model = arm.load_model()
+    for adapter in adapters:
+        model = adapter.load_model()
         if not rows:
             with model.disable_adapter():
-                rows.append(Row("base", arm.settings.model.path, base_loss(arms), answers(model)))
-        loss = arm.results.heldout_loss[-1] if arm.results is not None else None
-        rows.append(Row(label(arm, arms), arm.path, loss, answers(model)))
+                rows.append(Row("base", adapter.settings.model.path, base_loss(adapters), answers(model)))
+        loss = adapter.results.heldout_loss[-1] if adapter.results is not None else None
+        rows.append(Row(label(adapter, adapters), adapter.path, loss, answers(model)))
         del model  # or two would be held while the next one is loaded
     return rows
 
 
-def label(arm: Arm, arms: Sequence[Arm]) -> str:
-    """The arm's name, with its place where several have the same."""
-    return arm.name if [other.name for other in arms].count(arm.name) == 1 else f"{arm.name} {arm.path}"
+def label(adapter: TrainedAdapter, adapters: Sequence[TrainedAdapter]) -> str:
+    """The adapter's name, with its place where several have the same."""
+    alone = [other.name for other in adapters].count(adapter.name) == 1
+    return adapter.name if alone else f"{adapter.name} {adapter.path}"
 
 
 def values_of(row: Row, benchmark: Benchmark, category: str = "average") -> Values:
@@ -176,6 +193,7 @@ def values_of(row: Row, benchmark: Benchmark, category: str = "average") -> Valu
 
 
 def comparisons(benchmark: Benchmark, rows: Sequence[Row]) -> list[tuple[Row, Row, Comparison]]:
+    """Every two rows, each pair on the same questions of the benchmark."""
     from tasks.paired import compare
 
     pairs = itertools.combinations(rows, 2)
@@ -183,11 +201,12 @@ def comparisons(benchmark: Benchmark, rows: Sequence[Row]) -> list[tuple[Row, Ro
 
 
 def print_scores(benchmark: Benchmark, rows: Sequence[Row]) -> None:
+    """A row a model, a column a category."""
     from tasks.paired import score_of
 
     num_questions = len(values_of(rows[0], benchmark))
     table = Table(title=f"{benchmark.name}: % right ± standard error, {num_questions:,} questions")
-    table.add_column("arm", overflow="fold")
+    table.add_column("model", overflow="fold")
     for column in (*benchmark.categories, "held-out loss", "perplexity"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
@@ -201,6 +220,7 @@ def print_scores(benchmark: Benchmark, rows: Sequence[Row]) -> None:
 
 
 def print_comparisons(benchmark: Benchmark, rows: Sequence[Row]) -> None:
+    """A row for every two models: the difference of their scores, and how sure it is."""
     table = Table(title=f"{benchmark.name}: paired, on the same questions")
     for column in ("first", "second"):
         table.add_column(column, overflow="fold")
@@ -219,10 +239,12 @@ def print_comparisons(benchmark: Benchmark, rows: Sequence[Row]) -> None:
 
 
 def print_wide(table: Table) -> None:
+    """As wide as the terminal; into a file or a pipe 140 columns."""
     Console(width=140 if not sys.stdout.isatty() else None).print(table)
 
 
 def as_json(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
+    """The scores of every model by category and task, from 0 to 1, and the paired tests, as --json writes them."""
     from tasks.paired import score_of
 
     def scores(row: Row) -> dict[str, Any]:
@@ -234,7 +256,7 @@ def as_json(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
 
     return {
         "name": benchmark.name,
-        "rows": [{"arm": row.name, "path": row.path, "heldout_loss": row.heldout_loss, **scores(row)} for row in rows],
+        "rows": [{"name": row.name, "path": row.path, "heldout_loss": row.heldout_loss, **scores(row)} for row in rows],
         "pairs": [{"first": a.name, "second": b.name, **asdict(c)} for a, b, c in comparisons(benchmark, rows)],
     }
 

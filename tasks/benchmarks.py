@@ -2,7 +2,7 @@
 
 Prompts, few-shot examples and metrics are lm-eval's own task definitions; its documents come from the hub, or for
 C-Eval (Huang et al. 2023) and MMLU (Hendrycks et al. 2021) from the original CSV files. Knows models and tasks; must
-not know runs or arms. Scores are means over questions, as lm-eval's groups weigh them. Q: questions of a task.
+not know runs or adapters. Scores are means over questions, as lm-eval's groups weigh them. Q: questions of a task.
 """
 
 from __future__ import annotations
@@ -57,7 +57,12 @@ class _Original:
     categories: Mapping[str, frozenset[str]] | None  # category -> subjects; None: by lm-eval's tags
 
 
-def load_benchmarks(names: Sequence[str], data: Path | None = None, num_shots: int | None = None) -> list[Benchmark]:
+def load_benchmarks(
+    names: Sequence[str],
+    data: Path | None = None,
+    num_shots: int | None = None,
+    subjects: Sequence[str] | None = None,
+) -> list[Benchmark]:
     """The benchmarks with their documents.
 
     Args:
@@ -65,16 +70,24 @@ def load_benchmarks(names: Sequence[str], data: Path | None = None, num_shots: i
         data: folder of the original CSV files of C-Eval and MMLU, or with a folder ``ceval`` and ``mmlu`` in it; None:
             the hub.
         num_shots: examples in the prompt; None: as many as the task says itself, else none.
+        subjects: of C-Eval and MMLU these alone, without the benchmark that has none of them; None: all.
 
     Raises:
-        ValueError: an unknown task, documents that are missing or not as they should be, too few examples, or a task
-            whose score is no mean over its questions.
+        ValueError: an unknown task or subject, subjects beside a task that is neither C-Eval nor MMLU, documents that
+            are missing or not as they should be, too few examples, or a task whose score is no mean over its questions.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    managers = {name: _definitions(_ORIGINALS[name]) for name in names if name in _ORIGINALS}
+    if subjects is not None:
+        _check_subjects(names, subjects, {name: _tasks_of(name, manager) for name, manager in managers.items()})
     benchmarks = []
     for name in names:
-        if name in _ORIGINALS:
-            benchmark = _load_original(name, _ORIGINALS[name], data)
+        if name in managers:
+            asked = _tasks_of(name, managers[name])
+            asked = {subject: task for subject, task in asked.items() if subjects is None or subject in subjects}
+            if not asked:
+                continue
+            benchmark = _load_original(name, managers[name], asked, data)
         else:
             benchmark = Benchmark(name, tasks := _load_any(name), {"average": list(tasks)})
         for task in benchmark.tasks.values():
@@ -140,28 +153,56 @@ def _load_any(name: str) -> dict[str, Task]:
     manager = TaskManager()
     if name not in manager.task_index:
         near = difflib.get_close_matches(name, [*_ORIGINALS, *manager.all_tasks])
-        raise ValueError(f"task {name!r} is none of lm-eval's{': ' + ', '.join(near) + '?' if near else ''}")
+        raise ValueError(f"task {name!r} is none of lm-eval's{_did_you_mean(near)}")
     return _load(manager, [name], name)
 
 
-def _load_original(name: str, original: _Original, data: Path | None) -> Benchmark:
-    definitions = Path(lm_eval.tasks.__file__).parent / original.folder
-    manager = TaskManager(include_path=definitions, include_defaults=False)  # all of lm-eval's would take seconds
-    configs: dict[str, Row] = {task: dict(manager.task_index[task].cfg) for task in manager.all_subtasks}
+def _definitions(original: _Original) -> TaskManager:
+    folder = Path(lm_eval.tasks.__file__).parent / original.folder
+    return TaskManager(include_path=folder, include_defaults=False)  # all of lm-eval's would take seconds
+
+
+def _tasks_of(name: str, manager: TaskManager) -> dict[str, str]:
+    """Subject -> the name of its task."""
+    return {task.removeprefix(_ORIGINALS[name].prefix): task for task in manager.all_subtasks}
+
+
+def _check_subjects(names: Sequence[str], subjects: Sequence[str], known: Mapping[str, Mapping[str, str]]) -> None:
+    if other := next((name for name in names if name not in known), None):
+        raise ValueError(f"--subjects are those of {' and '.join(_ORIGINALS)}: task {other!r} has none: score it apart")
+    everything = [subject for tasks in known.values() for subject in tasks]
+    if unknown := next((subject for subject in subjects if subject not in everything), None):
+        near = difflib.get_close_matches(unknown, everything)
+        raise ValueError(f"--subjects: {unknown!r} is none of {' or '.join(known)}{_did_you_mean(near)}")
+
+
+def _did_you_mean(near: Sequence[str]) -> str:
+    return f": {', '.join(near)}?" if near else ""
+
+
+def _load_original(name: str, manager: TaskManager, asked: Mapping[str, str], data: Path | None) -> Benchmark:
+    """The tasks of ``asked``, subject -> the name of its task, with their documents."""
+    original = _ORIGINALS[name]
+    configs: dict[str, Row] = {subject: dict(manager.task_index[task].cfg) for subject, task in asked.items()}
     if data is not None:
-        folder = data / name if (data / name).is_dir() else data
-        documents = _read_documents(name, original, folder, [task.removeprefix(original.prefix) for task in configs])
-        for task, config in configs.items():
-            config["custom_dataset"] = _source(documents[task.removeprefix(original.prefix)])
+        documents = _read_documents(name, data / name if (data / name).is_dir() else data, list(asked))
+        for subject, config in configs.items():
+            config["custom_dataset"] = _source(documents[subject])
     tasks = _load(manager, list(configs.values()), name)
-    by_category: dict[str, list[str]] = {}
-    for category, subjects in (original.categories or {}).items():
-        by_category[category] = [task for task in tasks if task.removeprefix(original.prefix) in subjects]
+    return Benchmark(name, tasks, _categories(original, manager, list(tasks)))
+
+
+def _categories(original: _Original, manager: TaskManager, tasks: Sequence[str]) -> dict[str, list[str]]:
+    """Category -> those of the tasks that are in it, without categories that have none; ``average`` is all."""
+    prefix, members = original.prefix, {}
+    if original.categories is not None:
+        members = {name: {prefix + subject for subject in subjects} for name, subjects in original.categories.items()}
     for tag in manager.all_tags if original.categories is None else []:
-        category = tag.removeprefix(original.prefix).removesuffix("_tasks").replace("_", " ")
-        by_category[category] = sorted(manager.task_index[tag].tags)
-    hard = {"hard": by_category.pop("hard")} if "hard" in by_category else {}
-    return Benchmark(name, tasks, {**by_category, "average": list(tasks), **hard})
+        name = tag.removeprefix(prefix).removesuffix("_tasks").replace("_", " ")
+        members[name] = set(manager.task_index[tag].tags)
+    found = {name: [task for task in tasks if task in of_it] for name, of_it in members.items()}
+    hard = found.pop("hard", [])
+    return {name: some for name, some in {**found, "average": list(tasks), "hard": hard}.items() if some}
 
 
 def _load(manager: TaskManager, specifications: list[Any], name: str) -> dict[str, Task]:
@@ -193,8 +234,9 @@ def _source(documents: DatasetDict) -> Callable[..., DatasetDict]:
     return custom_dataset
 
 
-def _read_documents(name: str, original: _Original, folder: Path, subjects: list[str]) -> dict[str, DatasetDict]:
+def _read_documents(name: str, folder: Path, subjects: Sequence[str]) -> dict[str, DatasetDict]:
     """Subject -> its documents by split, with the hub's fields."""
+    original = _ORIGINALS[name]
     files = {(s, split): folder / split / f"{s}_{split}.csv" for s in subjects for split in (original.split, "dev")}
     if missing := [path for path in files.values() if not path.is_file()]:
         what = f"{len(missing)} of {len(files)} files of {name}, the first is {missing[0].relative_to(folder)}"

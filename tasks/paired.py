@@ -1,4 +1,4 @@
-"""How sure a score is, and whether two arms differ on the same questions. Knows numbers alone. Q: questions."""
+"""How sure a score is, and whether two models differ on the same questions. Knows numbers alone. Q: questions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two arms on the same questions."""
+    """Two models on the same questions."""
 
     difference: float  # mean of the second minus mean of the first
     stderr: float  # of the difference, paired

@@ -12,8 +12,9 @@ from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
+from adapters.base import load_tokenizer
 from adapters.finetune import DivergedError, Windows, finetune
-from adapters.model import add, get_adapter, load_model, load_tokenizer, set_adapter, subtract
+from adapters.model import add, get_adapter, load_model, set_adapter, subtract
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_lora, check_model, check_training
 from client.trainer import training_seed
 from conf.schema import Settings, check_settings
@@ -73,7 +74,7 @@ def test_gradient_mode_is_the_sum_of_clipped_steps(model: PeftModel, windows: Wi
     start = get_adapter(load_model(ModelSettings(), LoraSettings(), 0))
     one = dataclasses.replace(TRAINING, update="gradient", lr=0.5, clip=1e-3, steps=1)
     update, _ = finetune(model, start, windows, one, seed=1)
-    norm = torch.cat([t.flatten() for t in update.values()]).norm()
+    norm = torch.cat([t.flatten() for t in update.values()]).norm().item()
     assert norm == pytest.approx(0.5 * 1e-3, rel=1e-2)  # learning rate times the clipped norm
 
 

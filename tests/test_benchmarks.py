@@ -19,8 +19,9 @@ from lm_eval.api.task import ConfigurableTask
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from adapters.base import load_tokenizer
 from adapters.export import save_adapter
-from adapters.model import get_adapter, load_model, load_tokenizer
+from adapters.model import get_adapter, load_model
 from adapters.settings import LoraSettings, ModelSettings
 from conf.schema import Settings
 from server.results import RunResults
@@ -98,7 +99,7 @@ def model() -> PeftModel:
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 
@@ -114,14 +115,14 @@ def adapter(model: PeftModel, tmp_path: Path) -> Path:
 
 
 @torch.no_grad()
-def direct(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def direct(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """The letter of the highest log-likelihood after the prompt."""
     before = tokenizer(prompt)["input_ids"]
     likelihoods = []
     for letter in LETTERS:
         ids = tokenizer(f"{prompt} {letter}")["input_ids"]
         assert ids[: len(before)] == before
-        logs = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].float(), dim=-1)
+        logs = torch.log_softmax(model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float(), dim=-1)
         likelihoods.append(sum(float(logs[i - 1, ids[i]]) for i in range(len(before), len(ids))))
     return LETTERS[int(np.argmax(likelihoods))]
 
@@ -181,6 +182,31 @@ def test_every_subject_has_its_category(written: dict[str, Any], data: Path) -> 
         assert sorted(parts) == sorted(benchmark.tasks) and len(parts) == num_subjects
 
 
+def test_of_some_subjects_their_files_alone_are_read(tmp_path: Path) -> None:
+    write_ceval(tmp_path, ["law", "logic"], random.Random(3))
+    (ceval,) = load_benchmarks(["ceval", "mmlu"], tmp_path, subjects=["logic", "law"])  # MMLU has neither
+    both = ["ceval-valid_law", "ceval-valid_logic"]
+    assert {name: sorted(tasks) for name, tasks in ceval.categories.items()} == {"humanities": both, "average": both}
+    assert sorted(ceval.tasks) == both
+    write_mmlu(tmp_path / "mmlu", ["anatomy"], random.Random(3))
+    (mmlu,) = load_benchmarks(["mmlu"], tmp_path, subjects=["anatomy"])
+    assert mmlu.categories == {"stem": ["mmlu_anatomy"], "average": ["mmlu_anatomy"]}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "subjects", "said"),
+    [
+        (["ceval"], ["law", "logics"], "--subjects: 'logics' is none of ceval: logic"),
+        (["ceval", "mmlu"], ["anatomi"], "--subjects: 'anatomi' is none of ceval or mmlu: anatomy"),
+        (["mmlu"], ["law"], "--subjects: 'law' is none of mmlu"),
+        (["ceval", "arc_easy"], ["law"], "task 'arc_easy' has none: score it apart"),
+    ],
+)
+def test_unknown_subjects_are_refused_with_near_ones(tasks: list[str], subjects: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        load_benchmarks(tasks, None, subjects=subjects)
+
+
 def test_a_prompt_beyond_the_context_is_counted(
     tmp_path: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -199,7 +225,8 @@ def test_a_prompt_beyond_the_context_is_counted(
 
 def test_a_task_that_generates_has_its_own_metric(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
     with torch.no_grad():
-        following = model(input_ids=torch.tensor([tokenizer("import os")["input_ids"]])).logits[0, -1].argmax()
+        ids = torch.tensor([tokenizer("import os")["input_ids"]], device=model.device)
+        following = model(input_ids=ids).logits[0, -1].argmax()
     rows = [
         {"asked": "import os", "wanted": tokenizer.decode([int(following)])},
         {"asked": "def f(", "wanted": "never"},
@@ -253,7 +280,7 @@ def test_the_program_prints_and_writes_scores_and_tests(
         assert text in printed
     content = json.loads(out.read_text())
     ceval, mmlu = content["benchmarks"]
-    assert [row["arm"] for row in ceval["rows"]] == ["base", "dense", "adapter"]
+    assert [row["name"] for row in ceval["rows"]] == ["base", "dense", "adapter"]
     assert [row["heldout_loss"] for row in mmlu["rows"]] == [3.5, 3.25, None]
     first, _, same = mmlu["pairs"]
     assert (first["first"], first["second"]) == ("base", "dense")
@@ -264,9 +291,19 @@ def test_the_program_prints_and_writes_scores_and_tests(
     assert content["made_with"]["lm_eval"].startswith("0.4")
     stem = [row["tasks"][task]["mean"] for row in ceval["rows"][:1] for task in row["tasks"] if "law" in task]
     assert stem and all(value in (0.0, 1.0) for value in stem)
+    assert content["subjects"] is None
+    run_main(monkeypatch, str(run), base, "--data", str(data), "--subjects", "law, logic", "--json", str(out))
+    content = json.loads(out.read_text())
+    assert (content["subjects"], [benchmark["name"] for benchmark in content["benchmarks"]]) == (
+        ["law", "logic"],
+        ["ceval"],
+    )
+    assert content["benchmarks"][0]["rows"][0]["tasks"].keys() == {"ceval-valid_law", "ceval-valid_logic"}
 
 
-def test_arms_of_two_base_models_are_refused(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_of_two_base_models_are_refused(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = shutil.copytree(adapter, tmp_path / "other")
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "someone/else"}))
@@ -319,6 +356,7 @@ def test_too_many_shots_are_refused(written: dict[str, Any], data: Path) -> None
     ("arguments", "said"),
     [
         (["--tasks", "mmlu_anatomi"], "task 'mmlu_anatomi' is none of lm-eval's: mmlu_anatomy"),
+        (["--subjects", "law,logics"], "--subjects: 'logics' is none of ceval or mmlu: logic"),
         (["--limit", "0"], "--limit 0 must be at least 1"),
         (["--data", "nowhere"], "--data nowhere is no folder"),
         (["--set", "model.size=7"], "settings: .*size"),
@@ -334,7 +372,7 @@ def test_wrong_arguments_are_named_before_the_model_is_loaded(
         run_main(monkeypatch, str(adapter), *arguments)
 
 
-def test_mcnemar_counts_what_only_one_arm_knew() -> None:
+def test_mcnemar_counts_what_only_one_model_knew() -> None:
     first = np.array([1.0] * 10 + [0.0] * 2 + [1.0] * 8 + [0.0] * 80)
     second = np.array([0.0] * 10 + [1.0] * 2 + [1.0] * 8 + [0.0] * 80)
     comparison = compare(first, second)

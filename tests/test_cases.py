@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from adapters.base import load_tokenizer
 from adapters.finetune import Windows
-from adapters.model import load_tokenizer
 from adapters.settings import ModelSettings
 from tasks.settings import TaskSettings, check_task, format_of, is_hub_name
 from tasks.shards import Shard, load_shards, what_is_lost

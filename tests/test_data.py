@@ -22,9 +22,9 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from adapters.base import max_positions
+from adapters.base import load_tokenizer, max_positions
 from adapters.finetune import Windows, finetune, next_token_loss
-from adapters.model import get_adapter, load_model, load_tokenizer
+from adapters.model import get_adapter, load_model, on_host
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_training, num_examples, num_steps
 from client.app import app as client_app
 from client.trainer import Trainer
@@ -268,7 +268,7 @@ def test_where_every_token_counts_the_losses_are_the_plain_ones_to_the_bit(
     model.eval()
     total = 0.0
     with torch.no_grad():
-        for ids in windows.ids.split(5):
+        for ids in windows.ids.to(model.device).split(5):
             logits = model(input_ids=ids).logits
             loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
             assert torch.equal(next_token_loss(model, Windows.whole(ids)), loss)
@@ -337,7 +337,7 @@ def federation(folder: Path, dolly: str, **changes: Any) -> Settings:
 def test_clients_of_unequal_size_train_for_an_epoch_and_weigh_what_they_hold(tmp_path: Path, dolly: str) -> None:
     settings = federation(tmp_path, dolly)
     trainer = Trainer(settings)
-    adapter = {name: tensor.numpy() for name, tensor in get_adapter(trainer.model).items()}
+    adapter = {name: tensor.numpy() for name, tensor in on_host(get_adapter(trainer.model)).items()}
     done = [trainer.train(Work(adapter, None, i, 1, "", tmp_path)) for i in (0, 1)]
     sizes = [len(trainer.shard(i).train) for i in (0, 1)]
     assert sizes[1] > 1.5 * sizes[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from adapters.export import CARD, CONFIG, WEIGHTS, load_adapter, load_start, public_name, save_adapter
 from adapters.finetune import Windows
-from adapters.model import get_adapter, load_model, set_adapter
+from adapters.model import get_adapter, load_model, on_host, set_adapter
 from adapters.settings import LoraSettings, ModelSettings
-from server.arms import read_arm
 from server.evaluate import Evaluator
 from server.export import export
 from server.results import RunResults
+from server.trained import read_trained
 from tasks.windows import heldout_loss
 
 BASE = Path("assets/tiny-llama")
@@ -133,8 +135,8 @@ def test_another_runs_folder_may_not_say_that_code_is_run(finished: RunResults, 
     content = json.loads((copy / "results.json").read_text())
     content["settings"]["model"]["trust_remote_code"] = True
     (copy / "results.json").write_text(json.dumps(content))
-    assert not read_arm(str(copy)).settings.model.trust_remote_code
-    assert read_arm(str(copy), ["model.trust_remote_code=true"]).settings.model.trust_remote_code
+    assert not read_trained(str(copy)).settings.model.trust_remote_code
+    assert read_trained(str(copy), ["model.trust_remote_code=true"]).settings.model.trust_remote_code
 
 
 def test_a_card_shows_foreign_text_as_text(adapter: Path, tmp_path: Path) -> None:
@@ -190,16 +192,17 @@ def test_an_adapter_of_peft_gives_pefts_logits_or_is_refused_by_name(kind: str, 
     made.save_pretrained(str(tmp_path / "made"))
     if kind not in SERVED:
         with pytest.raises(ValueError, match=r"is no plain LoRA adapter: .* is not served|is no linear layer"):
-            read_arm(str(tmp_path / "made")).load_model()
+            read_trained(str(tmp_path / "made")).load_model()
         return
     again = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     wanted = PeftModel.from_pretrained(again, str(tmp_path / "made")).eval()(input_ids=IDS).logits
-    adapter = read_arm(str(tmp_path / "made"))
+    there = ["model.device=cpu"]  # where the logits of transformers and PEFT alone are computed
+    adapter = read_trained(str(tmp_path / "made"), there)
     assert float((adapter.load_model().eval()(input_ids=IDS).logits - wanted).abs().max()) < 1e-5
     started = load_start(tmp_path / "made", fresh := load_model(adapter.settings.model, adapter.settings.lora, seed=1))
     set_adapter(fresh, started)
     assert float((fresh.eval()(input_ids=IDS).logits - wanted).abs().max()) < 1e-5
-    export(str(tmp_path / "made"), tmp_path / "merged", merged=True, overrides=[])
+    export(str(tmp_path / "made"), tmp_path / "merged", merged=True, overrides=there)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     rounding = 1e-5 * float(wanted.abs().max())  # of the sum of weights, which PEFT does not form
     assert float((merged(input_ids=IDS).logits - wanted).abs().max()) < rounding
@@ -214,7 +217,10 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_the_unquantised_one(adapt
     assert exported.get("use_cache") == original.get("use_cache")
 
 
-def test_an_exported_adapter_is_the_same_under_another_base_name(finished: RunResults, tmp_path: Path) -> None:
+def test_an_exported_adapter_is_the_same_under_another_base_name(
+    finished: RunResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or it would be asked for a minute
     export(finished.settings.output, tmp_path / "out", merged=False, overrides=["model.path=someone/tiny-llama"])
     config, tensors = load_adapter(tmp_path / "out")
     assert config.base_model_name_or_path == "someone/tiny-llama"
@@ -226,10 +232,11 @@ def test_an_exported_adapter_is_the_same_under_another_base_name(finished: RunRe
         export(finished.settings.output, tmp_path / "out", merged=False, overrides=[])
 
 
-def test_an_adapter_alone_is_an_arm_of_its_own_base_model(adapter: Path) -> None:
-    arm = read_arm(str(adapter))
-    assert (arm.name, arm.results, arm.settings.model.path) == ("adapter", None, "assets/tiny-llama")
-    assert all(torch.equal(tensor, arm.adapter[name]) for name, tensor in get_adapter(arm.load_model()).items())
+def test_an_adapter_alone_stands_on_its_own_base_model(adapter: Path) -> None:
+    trained = read_trained(str(adapter))
+    assert (trained.name, trained.results, trained.settings.model.path) == ("adapter", None, "assets/tiny-llama")
+    loaded = on_host(get_adapter(trained.load_model()))
+    assert all(torch.equal(tensor, trained.adapter[name]) for name, tensor in loaded.items())
 
 
 def test_a_run_goes_on_from_an_adapter(finished: RunResults, tmp_path: Path) -> None:
@@ -323,7 +330,7 @@ def test_results_of_another_program_are_named(finished: RunResults, tmp_path: Pa
     copy = shutil.copytree(finished.settings.output, tmp_path / "run")
     (copy / "results.json").write_text("{}")
     with pytest.raises(ValueError, match=r"results\.json is not what a run writes"):
-        read_arm(str(copy))
+        read_trained(str(copy))
 
 
 def test_a_base_models_public_name_is_its_name_on_the_hub() -> None:
@@ -332,3 +339,10 @@ def test_a_base_models_public_name_is_its_name_on_the_hub() -> None:
     assert public_name("Qwen/Qwen2.5-1.5B") == "Qwen/Qwen2.5-1.5B"
     assert public_name(str(BASE.absolute())) == "assets/tiny-llama"
     assert public_name("/models/llama") == "/models/llama"
+
+
+def test_exports_and_scores_answer_help_and_wrong_arguments_without_an_engine() -> None:
+    slow = "{'torch', 'transformers', 'peft', 'datasets', 'lm_eval', 'flwr'}"
+    program = f"import sys, server.export, server.score; print({slow} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

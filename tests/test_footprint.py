@@ -71,7 +71,7 @@ def test_bytes_of_weights_are_exact(name: str, quantization: str, tmp_path: Path
     ],
 )
 def test_the_estimate_is_near_the_peak_that_is_measured(change: dict[str, object], most: float) -> None:
-    settings = ModelSettings(**change)  # type: ignore[arg-type]
+    settings = ModelSettings(device="cpu", **change)  # type: ignore[arg-type]
     model = load_model(settings, LoraSettings(), seed=0)
     windows, adapter = Windows.whole(torch.randint(1, 1024, (8, 128))), get_adapter(model)
     peak = peak_of(lambda: finetune(model, adapter, windows, TRAINING, seed=0))
@@ -81,7 +81,7 @@ def test_the_estimate_is_near_the_peak_that_is_measured(change: dict[str, object
 
 @pytest.mark.parametrize("change", [{}, {"dtype": "bfloat16"}, {"quantization": "nf4"}])
 def test_what_evaluating_takes_is_near_the_peak_that_is_measured(change: dict[str, object]) -> None:
-    settings = ModelSettings(**change)  # type: ignore[arg-type]
+    settings = ModelSettings(device="cpu", **change)  # type: ignore[arg-type]
     model = load_model(settings, LoraSettings(), seed=0)
     windows = Windows.whole(torch.randint(1, 1024, (16, 128)))
     peak = peak_of(lambda: heldout_loss(model, windows, TRAINING.micro_batch_size))
@@ -103,7 +103,7 @@ def test_what_the_codec_takes_is_near_the_peak_that_is_measured() -> None:
 
 
 def peak_of(work: Callable[[], object]) -> int:
-    """Bytes that it held at once and did not hold before."""
+    """Bytes of the host that it held at once and did not hold before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
         work()
     events = [e for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"]

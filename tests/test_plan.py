@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_settings import composed
+from transformers import Qwen3_5Config, Qwen3MoeConfig
 
 from adapters.model import adapter_parts, adapter_shapes, empty_model
 from adapters.settings import LoraSettings, ModelSettings
@@ -109,6 +111,21 @@ def test_what_an_update_decides_is_not_planned(capsys: pytest.CaptureFixture[str
     assert plan.payload_bytes is None
     print_plan(plan)
     assert "codec.bits=null" in capsys.readouterr().out
+
+
+def test_what_an_adapter_does_not_reach_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 16}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    Qwen3MoeConfig(**sizes, **experts, vocab_size=64).save_pretrained(tmp_path / "experts")
+    whole = Qwen3_5Config(text_config={**sizes, "vocab_size": 64}, architectures=["Qwen3_5ForConditionalGeneration"])
+    whole.save_pretrained(tmp_path / "whole")
+    for name, said in (("experts", "leaves out the experts"), ("whole", "vLLM does not apply")):
+        plan = plan_of(composed(f"model.path={tmp_path / name}", "lora.target_modules=[all-linear]", "task=alpaca"))
+        (warning,) = plan.warnings
+        assert said in warning
+        print_plan(plan)
+        assert warning in " ".join(capsys.readouterr().out.split())
+    assert plan_of(composed(f"model.path={tmp_path / 'experts'}", "task=alpaca")).warnings == ()
 
 
 def test_simulated_clients_have_a_gpu_or_the_run_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

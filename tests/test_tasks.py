@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapters.base import load_tokenizer
 from adapters.finetune import Windows
-from adapters.model import load_tokenizer
 from adapters.settings import ModelSettings
 from tasks.settings import TaskSettings, check_task
 from tasks.shards import client_records, load_shard

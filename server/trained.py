@@ -17,7 +17,7 @@ from server.results import RunResults, load_results
 
 
 @dataclass(frozen=True)
-class Arm:
+class TrainedAdapter:
     """One adapter, and what is known of the run that it came from."""
 
     name: str
@@ -37,10 +37,11 @@ class Arm:
         return model
 
 
-def read_arm(path: str, overrides: Sequence[str] = ()) -> Arm:
-    """The arm in a run's output folder or in a PEFT adapter directory; loads no model.
+def read_trained(path: str, overrides: Sequence[str] = ()) -> TrainedAdapter:
+    """The adapter in a run's output folder or in a PEFT adapter directory; loads no model.
 
     Args:
+        path: of the folder.
         overrides: ``key=value`` changes to its settings, such as ``model.path=...``.
 
     Raises:
@@ -55,7 +56,7 @@ def read_arm(path: str, overrides: Sequence[str] = ()) -> Arm:
     settings.model = replace(settings.model, trust_remote_code=False)  # whose folder it is may not say so: --set does
     settings = changed(replace(settings, lora=lora_settings(config)), overrides)
     name = results.settings.arm if results is not None else "adapter"
-    return Arm(name, path, config, adapter, settings, results)
+    return TrainedAdapter(name, path, config, adapter, settings, results)
 
 
 def read_results(run: Path) -> RunResults:
