@@ -42,6 +42,7 @@ def say(text: object) -> None:
 
 
 def bytes_text(count: float) -> str:
+    """A number of bytes with its decimal unit, as ``3.1 KB``."""
     for unit in ("B", "KB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

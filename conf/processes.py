@@ -100,6 +100,7 @@ def _end_with_parent() -> None:
 
 
 def last_line(log: Path) -> str:
+    """Of a program's log, its white space folded; empty if there is none."""
     return " ".join(log.read_text(errors="replace").strip().splitlines()[-1:]) if log.is_file() else ""
 
 
@@ -137,6 +138,7 @@ def path_with_binaries() -> str:
 
 
 def end_all(children: Sequence[Child]) -> None:
+    """Ends them and what they started, the last first."""
     for child in reversed(children):
         child.end()
 

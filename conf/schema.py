@@ -147,6 +147,7 @@ def changed(settings: Settings, overrides: Sequence[str]) -> Settings:
 
 
 def tgap_run_of(config: DictConfig) -> TgapRun:
+    """Hydra's config of TGAP -> settings, all paths absolute. Raises ValueError naming the key."""
     run = _absolute(_typed(TgapRun, config))
     if run.tgap.record is not None:
         run.tgap.record = _located(run.tgap.record)
@@ -157,17 +158,29 @@ def tgap_run_of(config: DictConfig) -> TgapRun:
 def check_settings(settings: Settings) -> None:
     """Raises ValueError naming the first key that cannot be served, before any work; a dry run needs no GPU."""
     _check_numbers(settings)
-    for key, seed in (("seed", settings.seed), ("task.partition_seed", settings.task.partition_seed)):
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"{key}={seed} must lie between 0 and {2**32 - 1}")
     if settings.arm not in ARMS:
         raise ValueError(f"arm={settings.arm!r} is none of {', '.join(ARMS)}")
     if settings.backend.name not in BACKENDS:
         raise ValueError(f"backend.name={settings.backend.name!r} is none of {', '.join(BACKENDS)}")
-    federation = settings.federation
-    for key in ("rounds", "num_clients", "clients_per_round"):
-        if getattr(federation, key) < 1:
-            raise ValueError(f"federation.{key}={getattr(federation, key)} must be at least 1")
+    _check_federation(settings.federation)
+    _check_together(settings)
+    check_seed(settings.seed)
+    check_model(settings.model)
+    check_lora(settings.lora)
+    check_training(settings.train)
+    check_task(settings.task)
+    check_strategy(settings.strategy)
+    if settings.arm == "coded":
+        _check_codec_group(settings.codec)
+    if settings.backend.name == "simulation" and settings.arm in ("dense", "coded"):
+        _check_simulation(settings.backend, settings.dry_run)
+
+
+def _check_federation(federation: FederationSettings) -> None:
+    least = {"rounds": 1, "num_clients": 1, "clients_per_round": 1, "retries": 0, "rest_rounds": 0, "max_failures": 1}
+    for key, lowest in least.items():
+        if getattr(federation, key) < lowest:
+            raise ValueError(f"federation.{key}={getattr(federation, key)} must be at least {lowest}")
     if federation.clients_per_round > federation.num_clients:
         raise ValueError(
             f"federation.clients_per_round={federation.clients_per_round} is more than "
@@ -183,16 +196,15 @@ def check_settings(settings: Settings) -> None:
             f"federation.min_clients={federation.min_clients} must lie between 1 and "
             f"federation.num_clients={federation.num_clients}, or be null"
         )
-    for key in ("retries", "rest_rounds"):
-        if getattr(federation, key) < 0:
-            raise ValueError(f"federation.{key}={getattr(federation, key)} must be at least 0")
-    if federation.max_failures < 1:
-        raise ValueError(f"federation.max_failures={federation.max_failures} must be at least 1")
     if federation.metrics_port is not None and not 1 <= federation.metrics_port <= 65535:
         raise ValueError(f"federation.metrics_port={federation.metrics_port} must lie between 1 and 65535, or be null")
     for key in ("wait_seconds", "round_seconds"):
         if not getattr(federation, key) > 0:
             raise ValueError(f"federation.{key}={getattr(federation, key)} must be greater than 0")
+
+
+def _check_together(settings: Settings) -> None:
+    """Settings that only go together with others."""
     if settings.record is not None and settings.resume is not None:
         raise ValueError("record=... and resume=... do not go together: the rounds before were not kept")
     if settings.from_round is not None and settings.resume is None:
@@ -201,16 +213,6 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(f"resume=... needs arm=dense or arm=coded, not arm={settings.arm}")
     if settings.record is not None and settings.arm != "dense":
         raise ValueError(f"record=... needs arm=dense, not arm={settings.arm}: payloads are no updates")
-    check_seed(settings.seed)
-    check_model(settings.model)
-    check_lora(settings.lora)
-    check_training(settings.train)
-    check_task(settings.task)
-    check_strategy(settings.strategy)
-    if settings.arm == "coded":
-        _check_codec_group(settings.codec)
-    if settings.backend.name == "simulation" and settings.arm in ("dense", "coded"):
-        _check_simulation(settings.backend, settings.dry_run)
 
 
 def _check_numbers(settings: Any, head: str = "") -> None:

@@ -54,17 +54,22 @@ class RunView:
         elif kind == "uplink":
             self._came.append(printable(event.get("partition"), 12))
             self._sent += max(0, size) if isinstance(size := event.get("payload_bytes"), int) else 0
-        elif kind == "fault":
-            self._shown.tell(f"fault: {status.last_fault}")
-        elif kind == "node_refused":
-            self._shown.tell(f"node {printable(event.get('node'), 24)} is refused: {printable(event.get('reason'))}")
-        elif kind == "checkpoint_failed":
-            self._shown.tell(printable(event.get("reason")))
+        elif kind in ("fault", "node_refused", "checkpoint_failed"):
+            self._wrong(event)
         elif kind == "round_finished":
             self._finished = self._round_text()
         elif kind == "evaluated":
             self._evaluated(event)
         self._bar()
+
+    def _wrong(self, event: Event) -> None:
+        """What went wrong is said on a terminal, too."""
+        reason = printable(event.get("reason"))
+        said = {
+            "fault": f"fault: {self.status.last_fault}",
+            "node_refused": f"node {printable(event.get('node'), 24)} is refused: {reason}",
+        }
+        self._shown.tell(said.get(str(event["event"]), reason))
 
     def _evaluated(self, event: Event) -> None:
         status = self.status

@@ -52,6 +52,7 @@ def context_of(run_id: str, server_round: int, partition: int) -> bytes:
 
 
 def array_of(array: Floats) -> Array:
+    """A float32 array of any shape as Flower's Array."""
     return Array(np.ascontiguousarray(array))
 
 
@@ -61,6 +62,7 @@ def arrays_of(record: ArrayRecord) -> dict[str, Floats]:
 
 
 def wrap_adapter(adapter: Mapping[str, Floats]) -> ArrayRecord:
+    """An adapter, tensor name -> float32 array, in one Array of safetensors."""
     return _in_one_array(ADAPTER, ADAPTER_TYPE, save({name: np.ascontiguousarray(a) for name, a in adapter.items()}))
 
 
@@ -80,6 +82,7 @@ def unwrap_adapter(content: RecordDict) -> dict[str, Floats]:
 
 
 def wrap_payload(payload: bytes) -> ArrayRecord:
+    """A payload of ``gradcodec.exchange`` in one Array."""
     return _in_one_array(PAYLOAD, PAYLOAD_TYPE, payload)
 
 

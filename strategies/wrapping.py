@@ -13,6 +13,8 @@ from strategies.tensors import from_record
 
 
 class WrappingStrategy(Strategy):
+    """Passes every call on to the strategy inside."""
+
     def __init__(self, inner: Strategy) -> None:
         self.inner = inner
 

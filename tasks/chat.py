@@ -30,6 +30,8 @@ class Answer(NamedTuple):
 
 
 class ChatTemplate:
+    """A tokenizer's own chat template, asked for what it writes turn by turn."""
+
     def __init__(self, tokenizer: ChatTokenizer, all_counts: bool) -> None:
         """With ``all_counts`` every token counts but those of turns that are not to be trained on."""
         self._tokenizer = tokenizer

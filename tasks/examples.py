@@ -22,6 +22,8 @@ class ChatTokenizer(Protocol):
 
 
 class Part(NamedTuple):
+    """A piece of an example's text, and whether its tokens count in the loss."""
+
     text: str
     counts: bool
 

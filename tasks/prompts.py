@@ -30,6 +30,8 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class Turn(NamedTuple):
+    """One turn of a dialogue; ``extra`` is what else it holds for the template, as ``tool_calls``."""
+
     role: str  # one of ROLES
     content: str
     extra: Mapping[str, Any] = {}
@@ -43,6 +45,8 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
+    """A question and its answer; ``given`` is what the question is about."""
+
     instruction: str
     answer: str
     given: str = ""
@@ -61,6 +65,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Dialogue:
+    """Turns of several roles, and the tools that the assistant may call."""
+
     turns: Sequence[Turn]
     tools: Sequence[Any] = field(default_factory=list)  # that the assistant may call, as JSON schemas
 

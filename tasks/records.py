@@ -15,6 +15,8 @@ Fields = Mapping[str, Any]
 
 
 class Record(NamedTuple):
+    """The fields of one record, and where it stands."""
+
     fields: Fields
     file: str  # or the data set's name
     row: str  # as in ``line 3``; empty where the file is the record
@@ -84,6 +86,7 @@ def as_text(value: Any) -> str:
 
 
 def is_missing(value: Any) -> bool:
+    """Whether a field counts as absent: null or NaN."""
     return value is None or (isinstance(value, float) and value != value)
 
 

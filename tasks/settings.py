@@ -61,6 +61,7 @@ def format_of(path: str | Path) -> str:
 
 
 def is_text(path: str | Path) -> bool:
+    """Whether a file of this name holds plain text."""
     return Path(path).suffix.lower() in TEXTS
 
 
@@ -90,6 +91,10 @@ def check_task(settings: TaskSettings) -> None:
             f"task.partition_by={settings.partition_by} and task.partition={settings.partition} do not go together: "
             "dirichlet and column need a column, iid and local have none"
         )
+    _check_numbers(settings)
+
+
+def _check_numbers(settings: TaskSettings) -> None:
     if settings.window < 2:
         raise ValueError(f"task.window={settings.window} must be at least 2 tokens")
     for key in ("heldout_windows", "max_windows"):
@@ -100,6 +105,8 @@ def check_task(settings: TaskSettings) -> None:
     for key in ("tgap_fraction", "heldout_fraction"):
         if not 0 < getattr(settings, key) < 1:
             raise ValueError(f"task.{key}={getattr(settings, key)} must lie between 0 and 1")
+    if not 0 <= settings.partition_seed < 2**32:
+        raise ValueError(f"task.partition_seed={settings.partition_seed} must lie between 0 and {2**32 - 1}")
 
 
 def check_window(settings: TaskSettings, max_positions: int | None) -> None:

@@ -20,6 +20,7 @@ _LEFT_OUT = frozenset(
 
 
 def stdlib_folder() -> Path:
+    """Where this Python's standard library lies."""
     return Path(sysconfig.get_path("stdlib"))
 
 
