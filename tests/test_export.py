@@ -80,7 +80,7 @@ def test_the_card_tells_the_run_and_no_path_of_its_host(finished: RunResults) ->
     for fact in (
         finished.settings.run_id,
         "| arm | coded |",
-        "| rounds | 3, 2 of 3 clients each |",
+        "| rounds | 3, 2 of 3 clients drawn for each |",
         f"| bytes up per client and round | {finished.payload_bytes_per_client_round:,.0f} |",
         f"| bits up per parameter | {finished.bits_per_parameter:.3f} |",
         f"{finished.heldout_loss[0]:.4f} -> {finished.heldout_loss[-1]:.4f}",
