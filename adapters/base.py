@@ -36,6 +36,10 @@ from adapters.settings import ModelSettings, check_device, check_model, is_hub_n
 disable_progress_bar()  # a bar for every load would run over the rounds' own
 
 
+_GRAPHS = 64
+"""So many graphs of one layer may be compiled before torch gives up on it."""
+
+
 def _compile_layers(base: PreTrainedModel) -> None:
     """Has torch compile every layer when it first runs. All share the code: a few graphs serve a model of any depth.
 
@@ -45,9 +49,12 @@ def _compile_layers(base: PreTrainedModel) -> None:
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"model.compile=true: {type(base).__name__} has no layers that transformers marks as such")
+    from torch._dynamo import config  # here, as it takes a second
+
+    config.recompile_limit = max(config.recompile_limit, _GRAPHS)  # `compile` takes it as an argument in newer releases
     for layer in layers:
         # batches are as long as their longest window; training, evaluating and single windows have graphs of their own
-        layer.compile(dynamic=True, recompile_limit=64)
+        layer.compile(dynamic=True)
 
 
 def resolve_device(settings: ModelSettings) -> torch.device:

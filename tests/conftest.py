@@ -29,9 +29,19 @@ from gradcodec.learned.tables import LearnedTables
 TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # outside a Flower process Message() needs them
 
 
+DEPLOYMENTS = {"test_faults.py": "deployments 1"}
+"""File -> the worker's group; all other deployments are one group. Two at a time are what two cores bear."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Deployments first: they wait for most of their time, and would be waited for at the end."""
+    """Deployments first: they wait for most of their time, and would be waited for at the end. Other tests stay together
+    by file, so that what they share is made once."""
     items.sort(key=lambda item: item.get_closest_marker("grpc") is None)
+    for item in items:
+        name = item.path.name
+        deployed = item.get_closest_marker("grpc") is not None
+        item.add_marker(pytest.mark.xdist_group(DEPLOYMENTS.get(name, "deployments 2") if deployed else name))
 
 
 SHAPES = {
