@@ -35,8 +35,8 @@ DEPLOYMENTS = {"test_faults.py": "deployments 1"}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Deployments first: they wait for most of their time, and would be waited for at the end. Other tests stay together
-    by file, so that what they share is made once."""
+    """Deployments first: they wait for most of their time, and would be waited for at the end. Other tests stay
+    together by file, so that what they share is made once."""
     items.sort(key=lambda item: item.get_closest_marker("grpc") is None)
     for item in items:
         name = item.path.name
