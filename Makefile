@@ -4,7 +4,7 @@ VENV ?= .venv
 SEEDS ?= 1
 # one more than two cores: a deployment waits for most of its time
 JOBS ?= 3
-PARALLEL := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 

@@ -29,22 +29,6 @@ from gradcodec.learned.tables import LearnedTables
 TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # outside a Flower process Message() needs them
 
 
-DEPLOYMENTS = {"test_faults.py": "deployments 1"}
-"""File -> the worker's group; all other deployments are one group. Two at a time are what two cores bear."""
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Tests stay with one worker by file, so that what they share is made once; deployments by group."""
-    name = item.path.name
-    deployed = item.get_closest_marker("grpc") is not None
-    item.add_marker(pytest.mark.xdist_group(DEPLOYMENTS.get(name, "deployments 2") if deployed else name))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Deployments first: they wait for most of their time, and would be waited for at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("grpc") is None)
-
-
 SHAPES = {
     "layers.0.q.lora_A.weight": (8, 64),
     "layers.0.q.lora_B.weight": (64, 8),
