@@ -31,9 +31,9 @@ if TYPE_CHECKING:  # slow to import, and not needed to refuse a connection
 
 APP_FOLDER = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 2.0
-ASK_SECONDS = 20.0
-"""How often the SuperLink is asked while the run's process is seen alive on this host: every time starts a program of
-Flower's, which takes more than a second of a core that nodes may need."""
+START_SECONDS, ASK_SECONDS = 5.0, 20.0
+"""How often the SuperLink is asked before the run's process is seen on this host, and while it is seen alive: every time
+starts a program of Flower's, which takes more than a second of a core that nodes may need."""
 PATIENCE_SECONDS = 300.0
 """How long a SuperLink may be silent before the run is given up here; it goes on there."""
 STOP_SECONDS = 90.0
@@ -103,7 +103,7 @@ class DeployedRun:
             shown.show(0, 0, f"run {self.run_id} on {self.connection}")
             status, silent, asked = "", False, float("-inf")
             while not status.startswith("finished"):
-                if not self._lives_here() or time.monotonic() - asked > ASK_SECONDS:
+                if time.monotonic() - asked >= self._ask_seconds():
                     status, asked = self._status(), time.monotonic()
                 if silent != (silent := not status):
                     shown.tell("the SuperLink does not answer" if silent else "the SuperLink answers again")
@@ -141,6 +141,11 @@ class DeployedRun:
 
     def _lives_here(self) -> bool:
         return self._own_beat() is not None and is_alive(self.output)
+
+    def _ask_seconds(self) -> float:
+        if self._lives_here():
+            return ASK_SECONDS
+        return POLL_SECONDS if self._seen_alive else START_SECONDS
 
     def _is_dead(self) -> bool:
         """Whether its process, which was seen alive on this host, has gone. The engine takes a minute to see that."""
