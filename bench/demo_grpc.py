@@ -42,7 +42,7 @@ def main() -> None:
         output = open_output(args.output.absolute())
         common = [f"federation.rounds={args.rounds}", f"federation.num_clients={NUM_NODES}"]
         common += [f"federation.clients_per_round={NUM_NODES}", *args.overrides]
-        common += [f"run_id={uuid.uuid4().hex[:12]}"]  # one for both: a payload's checksum holds it
+        common += [f"run_id=demo-{uuid.uuid4().hex[:12]}"]  # one for both: a payload's checksum holds it
         results = compare(output, common)
     except ValueError as error:
         sys.exit(f"error: {error}")
