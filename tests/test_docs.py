@@ -77,7 +77,7 @@ def understood_by_hydra(module: str, arguments: list[str]) -> None:
     overrides = [a for a in overrides_of(arguments, ALL_OPTIONS) if a not in ("-m", "--cfg", "job")]
     if swept:  # a job of the sweep
         overrides = [re.sub(r",[^\]]*$", "", override) for override in overrides]
-    overrides = [o for o in overrides if not o.startswith(("resume=", "hydra."))]
+    overrides = [o for o in overrides if not o.startswith(("resume=", "from_round=", "hydra."))]  # need a run
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose(COMPOSED[module], [*overrides, "output=here", "hydra.run.dir=here"], return_hydra_config=False)
     settings: Settings = tgap_run_of(config) if module == "tgap" else settings_of(config)
