@@ -3,7 +3,6 @@ what they were made with."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -13,6 +12,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from gradcodec import files
 
 TRIAL_BYTES = 64 * 1024
 
@@ -40,43 +41,28 @@ def open_output(folder: Path) -> Path:
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Writes a file whole or not at all, so that not even a loss of power leaves half of it or an empty one.
 
-    ``write`` gets a temporary path beside it; the file there is flushed to the disk, takes the place of ``path``, and
-    so does its entry in the folder. What a killed process left of the temporary file is written over.
+    As ``gradcodec.files.replace_file``, with an error that names the file. What a killed process left of the temporary
+    file is written over.
 
     Raises:
         OutputError: the disk is full, or the place cannot be written to; ``path`` is as it was.
     """
-    part = path.with_name(path.name + ".part")
     try:
-        write(part)
-        _flush(part)
-        os.replace(part, path)
-        _flush(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        files.replace_file(path, write)
+    except Exception as error:
         reason = _reason(error)
         if reason is None:
             raise
         raise OutputError(f"{path} cannot be written: {reason}") from error
 
 
-def _flush(path: Path) -> None:
-    """To the disk: a file's bytes, or a folder's entries."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _reason(error: BaseException) -> str | None:
+def _reason(error: Exception) -> str | None:
     """Why a file cannot be written, if that is what the error says; libraries of their own kinds say it in words."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     text = str(error)
     words = ("No space left", "Disk quota", "Permission denied", "Read-only file system", "File too large")
-    return " ".join(text.split()) if isinstance(error, Exception) and any(word in text for word in words) else None
+    return " ".join(text.split()) if any(word in text for word in words) else None
 
 
 def write_text(text: str, path: Path) -> None:
