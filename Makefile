@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 SEEDS ?= 1
-# one more than two cores: a deployment waits for most of its time
-JOBS ?= 3
+JOBS ?= 2
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
