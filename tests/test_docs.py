@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 import pytest
 from hydra import compose, initialize_config_dir
 
+import server.federate
+import tgap.__main__
 from conf.arguments import OPTIONS, overrides_of
 from conf.schema import Settings, check_settings, register_schemas, settings_of, tgap_run_of
 
@@ -23,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
 COMPOSED = {"server.federate": "federate", "server.preview": "preview", "tgap": "tgap"}
 """Program -> its configuration, for those that Hydra composes."""
-ALL_OPTIONS = {**OPTIONS, "--resume": "resume", "--artifact": "tgap.artifact", "--record": "record"}
+ALL_OPTIONS = {**OPTIONS, **server.federate.OPTIONS, **tgap.__main__.OPTIONS}
 
 
 def commands() -> list[tuple[str, str]]:
