@@ -5,8 +5,8 @@
 Real deployments on loopback (gRPC, TLS, node keys, two nodes) carry one run after the other, and any of their
 processes is killed at random moments: SuperLink, executor, server app, SuperNodes, trainers, the processes of single
 messages, and the programs that a user started. What a user started is started again, as an init system would; a run
-that ended is gone on with by ``resume``. Every run must end with the held-out losses of the undisturbed one, to the
-bit; a round counts when all its clients answered (``federation.min_replies``), so that a lost reply costs a try, not
+that ended is gone on with by ``resume=latest``. Every run must end with the held-out losses of the undisturbed one, to
+the bit; a round counts when all its clients answered (``federation.min_replies``), so that a lost reply costs a try, not
 a client's share.
 """
 
@@ -54,10 +54,11 @@ KINDS = {
     "flwr-serverapp": "server app",
     "client.supernode": "SuperNode",
     "client.executor": "node's executor",
-    "flwr-clientapp": "client app",
+    "client.own_app": "client app",
     "client.resident": "trainer",
 }
 """A word of the command line -> what the process is."""
+CHECKOUT = Path(__file__).resolve().parents[1]
 MOST_KILLS_A_RUN = 6
 LONGEST_PAUSE = 12.0
 RUN_SECONDS = 900.0
@@ -189,11 +190,13 @@ def run_to_the_end(running: Deployment, output: Path, now_and_then: Callable[[],
     deadline = time.monotonic() + RUN_SECONDS
     overrides = [*SMALL, f"output={output}"]
     output.mkdir(parents=True)
+    own = {"FLWR_HOME": str(running.flwr_home), "PYTHONPATH": str(CHECKOUT)}
     while time.monotonic() < deadline:
         with (output / "run.log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "server.federate", "backend=superlink", f"hydra.run.dir={output}", *overrides],
-                env={**os.environ, "FLWR_HOME": str(running.flwr_home)},
+                env={**os.environ, **own},
+                cwd=output.parent,  # whose latest run it is
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -206,7 +209,7 @@ def run_to_the_end(running: Deployment, output: Path, now_and_then: Callable[[],
         process.kill()
         if (output / "checkpoint.safetensors").is_file():
             tally.resumed += 1
-            overrides = [f"resume={output}"]
+            overrides = ["resume=latest"]
         time.sleep(2)
     return []
 

@@ -38,8 +38,7 @@ class OwnAppExecutor(SubprocessExecutor):
         with os.fdopen(handle, "w") as file:
             file.write(spec.token)
         command = [sys.executable, "-m", "client.own_app", "--runtime-api-address", spec.runtime_api_address]
-        command += ["--token-file", token, "--insecure"]
-        command += ["--parent-pid", str(spec.parent_pid or os.getpid())]
+        command += ["--token-file", token, "--parent-pid", str(spec.parent_pid or os.getpid())]
         subprocess.Popen(command, cwd=CHECKOUT)
         return LaunchResult.accepted()
 

@@ -1,22 +1,22 @@
 """A node runs its own code: the app that a server sends must be, file by file, the app of this node's checkout.
 
 Flower sends the app (a FAB, a zip of Python files) to the nodes and runs it there. Who submits runs at the server could
-so run anything on every node. Here the ClientApp's process compares it first, and unpacks nothing that differs. It is
-run as ``flwr-clientapp`` is, with the same options, and with the app's digests in ``CG_FEDLLM_APP``.
+so run anything on every node. Here the ClientApp's process compares it first, and unpacks nothing that differs. The
+app's digests are in the file that ``CG_FEDLLM_APP`` names.
 
 Two hosts may compress the same files differently, so files are compared and not the zip.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib
 import io
 import json
 import os
-import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +71,20 @@ def check_app(fab: bytes, own: Mapping[str, str]) -> None:
     )
 
 
-def with_token(arguments: Sequence[str]) -> list[str]:
-    """The task's token in place of the file that it was handed over in, which goes."""
-    at = arguments.index("--token-file")
-    path = Path(arguments[at + 1])
+def take_token(path: Path) -> str:
+    """The task's token; the file that it was handed over in goes."""
     token = path.read_text()
     path.unlink()
-    return [*arguments[:at], "--token", token, *arguments[at + 2 :]]
+    return token
 
 
 def main() -> None:
+    """The process of one message."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runtime-api-address", required=True, metavar="HOST:PORT", help="of the SuperNode")
+    parser.add_argument("--token-file", type=Path, required=True, help="read once, then deleted")
+    parser.add_argument("--parent-pid", type=int, help="the process ends with it")
+    args = parser.parse_args()
     from client.supernode import log_with_times  # loads Flower, as the digests alone do not
 
     write_notes()
@@ -99,8 +103,8 @@ def main() -> None:
         return installed
 
     setattr(runtime, "install_from_fab", install_own)  # noqa: B010
-    sys.argv[1:] = with_token(sys.argv[1:])
-    importlib.import_module("flwr.supernode.cli.flwr_clientapp").flwr_clientapp()
+    # not by Flower's command, which loads the whole SuperNode, for over a second, before every message
+    runtime.run_clientapp(args.runtime_api_address, take_token(args.token_file), True, parent_pid=args.parent_pid)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # slow to import, and not needed to refuse a connection
 
 APP_FOLDER = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 2.0
-START_SECONDS, ASK_SECONDS = 5.0, 20.0
+START_SECONDS, ASK_SECONDS = 10.0, 20.0
 """How often the SuperLink is asked before the run's process is seen on this host, and while it is seen alive: every
 time starts a program of Flower's, which takes more than a second of a core that nodes may need."""
 PATIENCE_SECONDS = 300.0
@@ -101,7 +101,7 @@ class DeployedRun:
             for event in self._new_events():  # of the run that is resumed
                 view.skip(event)
             shown.show(0, 0, f"run {self.run_id} on {self.connection}")
-            status, silent, asked = "", False, float("-inf")
+            status, silent, asked = "submitted", False, time.monotonic()
             while not status.startswith("finished"):
                 if time.monotonic() - asked >= self._ask_seconds():
                     status, asked = self._status(), time.monotonic()

@@ -18,7 +18,9 @@ from flwr.supercore import log
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from google.protobuf.message import DecodeError
 
-POLL_SECONDS = 0.25
+SHORTEST_POLL, LONGEST_POLL = 0.25, 2.0
+"""Seconds between two looks for replies. Every look asks for each reply that is missing, and what is asked is a core's
+time on the server and the SuperLink; so they are a tenth of the time since the messages were sent."""
 PUSH_TRIES = 3
 UNREADABLE = (
     ValueError,
@@ -53,14 +55,12 @@ class Mailbox:
                     yield reply
 
 
-def replies_to(
-    grid: Grid, messages: Iterable[Message], seconds: float, poll_seconds: float = POLL_SECONDS
-) -> Iterator[Message]:
+def replies_to(grid: Grid, messages: Iterable[Message], seconds: float) -> Iterator[Message]:
     """Sends the messages at once; then gives every reply, once. What comes after ``seconds`` is not asked for any
     more."""
     mailbox = Mailbox(grid)
     mailbox.send(messages)
-    return _pulled(mailbox, time.monotonic() + seconds, poll_seconds)
+    return _pulled(mailbox, time.monotonic(), seconds)
 
 
 def in_order(asked: Mapping[str, int], replies: Iterable[Message]) -> Iterator[tuple[int, Message | None]]:
@@ -105,13 +105,13 @@ def _push(grid: Grid, messages: list[Message]) -> list[str]:
     raise AssertionError
 
 
-def _pulled(mailbox: Mailbox, deadline: float, poll_seconds: float) -> Iterator[Message]:
+def _pulled(mailbox: Mailbox, sent: float, seconds: float) -> Iterator[Message]:
     while mailbox.unanswered:
         yield from mailbox.arrived()
-        if time.monotonic() >= deadline:
+        if (elapsed := time.monotonic() - sent) >= seconds:
             return
         if mailbox.unanswered:
-            time.sleep(poll_seconds)
+            time.sleep(min(max(elapsed / 10, SHORTEST_POLL), LONGEST_POLL, seconds - elapsed))
 
 
 def _reply_to(grid: Grid, identity: str, message: Message) -> list[Message]:

@@ -91,7 +91,7 @@ class Rounds:
         """The partitions that took part."""
         self.done += 1
         messages = list(self.strategy.configure_train(self.done, to_record(self.adapter), ConfigRecord(), self.grid))
-        arrays, _ = self.strategy.aggregate_train(self.done, replies_to(self.grid, messages, 0.2, 0.01))
+        arrays, _ = self.strategy.aggregate_train(self.done, replies_to(self.grid, messages, 0.2))
         assert arrays is not None
         self.adapter = from_record(arrays)
         self.results.uplinks += self.strategy.uplinks
@@ -203,7 +203,7 @@ def test_memory_of_held_replies_does_not_grow_with_clients(monkeypatch: pytest.M
     pulled: list[int] = []
     messages = list(rounds.strategy.configure_train(1, to_record(rounds.adapter), ConfigRecord(), grid))
 
-    sent = replies_to(grid, messages, 0.2, 0.01)
+    sent = replies_to(grid, messages, 0.2)
 
     def replies() -> Iterable[Message]:
         for reply in sent:

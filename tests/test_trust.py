@@ -32,7 +32,7 @@ import client.own_app
 from bench.deployment import free_ports, node_command, running, wait_for
 from client.executor import OwnAppExecutor
 from client.health import problems_of
-from client.own_app import app_digests, check_app, own_digests, with_token
+from client.own_app import app_digests, check_app, own_digests, take_token
 from conf.processes import end_all
 from server.bindings import DEPLOY_VARIABLE, bind, key_of, load_table, read_bindings, save_table
 from server.control import SecretPlugin
@@ -306,7 +306,7 @@ def run_fab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setattr(runtime, "pull_task_input", lambda _: sent)
         token = tmp_path / "token"
         token.write_text("token")
-        arguments = ["--runtime-api-address", "127.0.0.1:1", "--insecure", "--token-file", str(token)]
+        arguments = ["--runtime-api-address", "127.0.0.1:1", "--token-file", str(token)]
         monkeypatch.setattr(sys, "argv", ["client.own_app", *arguments])
         client.own_app.main()
         assert not token.exists()
@@ -345,5 +345,6 @@ def test_tasks_of_a_client_app_alone_are_taken(monkeypatch: pytest.MonkeyPatch, 
     assert "a token" not in " ".join(command)  # which every user of the host can read
     (file,) = tmp_path.iterdir()
     assert file.stat().st_mode & 0o077 == 0
-    assert with_token(command[3:])[2:4] == ["--token", "a token"]
+    assert command[command.index("--token-file") + 1] == str(file)
+    assert take_token(file) == "a token"
     assert not file.exists()
