@@ -6,8 +6,8 @@ Real deployments on loopback (gRPC, TLS, node keys, two nodes) carry one run aft
 processes is killed at random moments: SuperLink, executor, server app, SuperNodes, trainers, the processes of single
 messages, and the programs that a user started. What a user started is started again, as an init system would; a run
 that ended is gone on with by ``resume=latest``. Every run must end with the held-out losses of the undisturbed one, to
-the bit; a round counts when all its clients answered (``federation.min_replies``), so that a lost reply costs a try, not
-a client's share.
+the bit; a round counts when all its clients answered (``federation.min_replies``), so that a lost reply costs a try,
+not a client's share.
 """
 
 from __future__ import annotations

@@ -57,16 +57,16 @@ def save_residual(folder: Path, partition: int, layout: Layout, server_round: in
     """
     last, before = _paths(folder, partition)
     _open_folder(folder, partition)
-    target_RC, left_RC = residual.target_RC.cpu(), residual.left_RC.contiguous().cpu()
+    target_RC, error_RC = residual.target_RC.cpu(), residual.error_RC.contiguous().cpu()
     metadata = {
         "layout": layout.id.hex(),
         "digest": residual.payload_digest,
         "round": str(server_round),
-        "checksum": _checksum(target_RC, left_RC),
+        "checksum": _checksum(target_RC, error_RC),
     }
 
     def write(part: Path) -> None:
-        save_file({"target": target_RC, "left": left_RC}, part, metadata)
+        save_file({"target": target_RC, "error": error_RC}, part, metadata)
         part.chmod(0o600)
 
     written = last.with_suffix(".next")  # whole and on the disk before any of the other two is touched
@@ -95,17 +95,17 @@ def _read(path: Path, layout: Layout) -> _Kept | None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            parts = {name: file.get_slice(name) for name in ("target", "left")}
+            parts = {name: file.get_slice(name) for name in ("target", "error")}
             fits = all(one.get_shape() == shape and one.get_dtype() == "F32" for one in parts.values())
             if not fits or metadata.get("layout") != layout.id.hex():  # before memory is taken for what it holds
                 _LOG.warning("the residual in %s is of another model or adapter and is dropped", path)
                 return None
-            target_RC, left_RC = file.get_tensor("target"), file.get_tensor("left")
-        kept = _Kept(int(metadata["round"]), Residual(target_RC, left_RC, metadata["digest"]))
+            target_RC, error_RC = file.get_tensor("target"), file.get_tensor("error")
+        kept = _Kept(int(metadata["round"]), Residual(target_RC, error_RC, metadata["digest"]))
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         _LOG.warning("the residual in %s cannot be read and is dropped: %r", path, error)
         return None
-    if metadata.get("checksum") != _checksum(target_RC, left_RC):
+    if metadata.get("checksum") != _checksum(target_RC, error_RC):
         _LOG.warning("the residual in %s is damaged and is dropped", path)
         return None
     return kept

@@ -27,18 +27,18 @@ from gradcodec.rate import codes_for_snr
 class Residual:
     """What one payload left on the client, as blocks ``[R, C]`` float32.
 
-    ``target`` is what should have been sent, ``left`` the residual proper, the part of it that the payload does not
+    ``target`` is what should have been sent, ``error`` the residual proper, the part of it that the payload does not
     carry; which of the two goes on depends on whether the server accepted the payload. Both lie on the update's device.
     """
 
     target_RC: Tensor
-    left_RC: Tensor
+    error_RC: Tensor
     payload_digest: str
 
     def carried(self, accepted_digest: str, decay: float) -> Tensor:
         """What the next target adds, ``[R, C]``: ``decay`` times the residual, or, if the server did not accept
         this payload (lost, refused or late), the whole target, so that no part of an update is lost."""
-        return self.left_RC * decay if accepted_digest == self.payload_digest else self.target_RC
+        return self.error_RC * decay if accepted_digest == self.payload_digest else self.target_RC
 
 
 def digest_of(payload: bytes) -> str:
@@ -61,7 +61,7 @@ def encode_update(
     side: Tensor | None = None,
     context: bytes = b"",
 ) -> tuple[bytes, Residual]:
-    """Update -> payload and residual; ``left + decoded == target`` (conservation, to float32 rounding).
+    """Update -> payload and residual; ``error + decoded == target`` (conservation, to float32 rounding).
 
     Args:
         update: PEFT tensor name -> tensor; what local training changed.
@@ -93,8 +93,8 @@ def encode_update(
     decoded_RC = codec.decode(codes, side).to(target_RC.device)
     gain = contractive_gain(target_RC, decoded_RC)
     payload = pack(Frame(codec.id, codec.layout.id, gain, codes), context)
-    left_RC = target_RC - _scaled(decoded_RC, gain)
-    return payload, Residual(target_RC, left_RC, digest_of(payload))
+    error_RC = target_RC - _scaled(decoded_RC, gain)
+    return payload, Residual(target_RC, error_RC, digest_of(payload))
 
 
 def decode_update(

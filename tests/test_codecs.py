@@ -71,9 +71,9 @@ def test_conservation_and_contraction(codec: Codec, layout: Layout, scale: float
     decoded = layout.to_blocks(decode_update(payload, codec=codec))
     target = layout.to_blocks(update) + carried
     assert torch.equal(residual.target_RC, target)
-    assert torch.equal(residual.left_RC, target - decoded)
-    torch.testing.assert_close(decoded + residual.left_RC, target, rtol=1e-6, atol=1e-6 * scale * 1e-3)
-    assert energy(residual.left_RC) <= energy(target)
+    assert torch.equal(residual.error_RC, target - decoded)
+    torch.testing.assert_close(decoded + residual.error_RC, target, rtol=1e-6, atol=1e-6 * scale * 1e-3)
+    assert energy(residual.error_RC) <= energy(target)
 
 
 @settings(max_examples=25, deadline=None)
@@ -86,7 +86,7 @@ def test_contraction_holds_for_random_weights(layout: Layout, seed: int, size: f
     codec = ResnetCodec(layout, network, True, b"random")
     target = layout.to_blocks(heavy_tailed_update(seed))
     payload, residual = encode_update(layout.to_update(target), None, codec=codec)
-    assert energy(residual.left_RC) <= energy(target)
+    assert energy(residual.error_RC) <= energy(target)
     decode_update(payload, codec=codec)
 
 
@@ -103,7 +103,7 @@ def test_identity_loses_nothing_not_even_a_bit(layout: Layout) -> None:
     payload, residual = encode_update(update, None, codec=IdentityCodec(layout), max_bytes=None)
     decoded = decode_update(payload, codec=IdentityCodec(layout))
     assert all(torch.equal(decoded[name], update[name]) for name in update)
-    assert not residual.left_RC.any()
+    assert not residual.error_RC.any()
     assert len(payload) == HEADER_BYTES + 4 * layout.num_parameters
 
 
@@ -138,15 +138,15 @@ def test_learned_serves_every_geometry(learned_tables: LearnedTables) -> None:
         codec = LearnedCodec(layout, learned_tables, b"test")
         update = heavy_tailed_update(rank, layout.shapes)
         payload, residual = encode_update(update, None, codec=codec)
-        assert layout.to_blocks(decode_update(payload, codec=codec)).shape == residual.left_RC.shape
-        assert energy(residual.left_RC) < 0.05 * energy(residual.target_RC)
+        assert layout.to_blocks(decode_update(payload, codec=codec)).shape == residual.error_RC.shape
+        assert energy(residual.error_RC) < 0.05 * energy(residual.target_RC)
 
 
 def test_learned_of_nothing_is_nothing(learned: LearnedCodec, layout: Layout) -> None:
     zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     payload, residual = encode_update(zeros, None, codec=learned, max_bytes=60)
     assert not any(tensor.any() for tensor in decode_update(payload, codec=learned).values())
-    assert not residual.left_RC.any()
+    assert not residual.error_RC.any()
 
 
 def test_the_same_input_gives_the_same_payload(codec: Codec) -> None:

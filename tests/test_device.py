@@ -54,8 +54,8 @@ def code_on_the_device() -> None:
                 partial(encode_update, far_update, None, codec=there, **how)
             )
             assert payload == expected
-            assert residual.left_RC.device.type == "cpu"
-            assert far_residual.left_RC.device == far_residual.target_RC.device == gpu.device
+            assert residual.error_RC.device.type == "cpu"
+            assert far_residual.error_RC.device == far_residual.target_RC.device == gpu.device
             codes, *others = sorted(copies, reverse=True)
             assert update_bytes // 4 < codes <= update_bytes
             assert others[0] < update_bytes // 50  # energies of segments, numbers of coefficients by class
@@ -84,13 +84,13 @@ def serve_a_device(folder: Path) -> None:
                 how: dict[str, Any] = {"max_bytes": byte_budget(settings, layout), "snr_db": snr_db}
                 here, there = build_codec(settings, layout), build_codec(settings, layout, gpu.device)
                 _, carried = encode_update(other, None, codec=here, **how)
-                expected, residual = encode_update(update, carried.left_RC, codec=here, **how)
-                payload, far_residual = encode_update(gpu.moved(update), carried.left_RC, codec=there, **how)
+                expected, residual = encode_update(update, carried.error_RC, codec=here, **how)
+                payload, far_residual = encode_update(gpu.moved(update), carried.error_RC, codec=there, **how)
                 assert payload == expected, name
-                assert far_residual.left_RC.device == gpu.device, name
+                assert far_residual.error_RC.device == gpu.device, name
                 save_residual(folder / name, 0, layout, 1, far_residual)
                 kept = load_residual(folder / name, 0, layout, 2)
-                assert kept is not None and torch.equal(kept.left_RC, residual.left_RC), name
+                assert kept is not None and torch.equal(kept.error_RC, residual.error_RC), name
                 assert torch.equal(kept.target_RC, residual.target_RC), name
 
 

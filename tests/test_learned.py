@@ -87,7 +87,7 @@ def test_sizes_at_the_edge_of_float32_are_coded_or_silent(layout: Layout, learne
     for budget in (None, 200):
         payload, residual = encode_update(update, None, codec=learned, max_bytes=budget)
         decoded_RC = layout.to_blocks(decode_update(payload, codec=learned))
-        assert torch.equal(residual.left_RC, residual.target_RC - decoded_RC)
+        assert torch.equal(residual.error_RC, residual.target_RC - decoded_RC)
 
 
 @pytest.mark.parametrize("size", [1e19, 1e30])
@@ -201,7 +201,7 @@ def test_training_on_silence_still_gives_a_codec(layout: Layout) -> None:
     tables = fit_learned([Sample(torch.zeros(layout.rank, layout.num_columns), None)], layout, passes=1)
     update = heavy_tailed_update(1)
     _, residual = encode_update(update, None, codec=LearnedCodec(layout, tables, b"x"))
-    assert residual.left_RC.square().sum() < 0.1 * residual.target_RC.square().sum()
+    assert residual.error_RC.square().sum() < 0.1 * residual.target_RC.square().sum()
 
 
 def test_a_budget_is_filled_over_the_whole_range() -> None:
@@ -223,7 +223,7 @@ def test_a_ratio_asked_for_is_reached_from_above(layout: Layout, learned: Learne
     sizes = []
     for snr_db in (1.0, 3.0, 6.0):
         payload, residual = encode_update(update, None, codec=codec, max_bytes=2000, snr_db=snr_db)
-        found = fidelity(residual.target_RC, residual.target_RC - residual.left_RC)
+        found = fidelity(residual.target_RC, residual.target_RC - residual.error_RC)
         assert found.snr_db >= snr_db or len(payload) > 1900
         sizes.append(len(payload))
     assert sizes[0] < sizes[1] < sizes[2]

@@ -85,9 +85,9 @@ def test_conservation_and_contraction(name: str, layout: Layout, scale: float) -
         budget = max_payload_bytes(bits, layout.num_parameters) if name in RATED else None
         payload, residual = encode_update(update, carried, codec=codec, max_bytes=budget, side=side)
         decoded = layout.to_blocks(decode_update(payload, codec=codec, side=side))
-        assert torch.equal(residual.left_RC, residual.target_RC - decoded)
-        torch.testing.assert_close(decoded + residual.left_RC, residual.target_RC, rtol=1e-6, atol=1e-9 * scale)
-        assert residual.left_RC.double().square().sum() < residual.target_RC.double().square().sum()
+        assert torch.equal(residual.error_RC, residual.target_RC - decoded)
+        torch.testing.assert_close(decoded + residual.error_RC, residual.target_RC, rtol=1e-6, atol=1e-9 * scale)
+        assert residual.error_RC.double().square().sum() < residual.target_RC.double().square().sum()
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -98,7 +98,7 @@ def test_odd_shapes_zeros_and_the_codecs_own_rate(name: str) -> None:
         payload, residual = encode_update(update, None, codec=codec)
         decoded = layout.to_blocks(decode_update(payload, codec=codec))
         assert decoded.shape == residual.target_RC.shape
-        assert residual.left_RC.square().sum() <= residual.target_RC.square().sum()
+        assert residual.error_RC.square().sum() <= residual.target_RC.square().sum()
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -117,7 +117,7 @@ def test_budgets_are_kept_and_filled_and_every_bit_helps(name: str) -> None:
         assert len(payload) <= budget
         least = 0.6 if bits < 0.05 else 0.9 if name == "powersgd" and bits < 0.5 else 0.95  # a row is 40 bytes
         assert len(payload) >= least * budget
-        found.append(float(residual.left_RC.square().sum()))
+        found.append(float(residual.error_RC.square().sum()))
     assert found == sorted(found, reverse=True)
 
 
@@ -257,7 +257,7 @@ def test_rotated_writes_outliers_far_beyond_its_tables() -> None:
     update = gaussian_update(WIDE)
     update[WIDE.blocks[0].name][0, 0] = 3000.0
     _, residual = sent(peer("rotated", WIDE), update, 2.0)
-    assert residual.left_RC.abs().max() < 5
+    assert residual.error_RC.abs().max() < 5
 
 
 @pytest.mark.parametrize("name", PEERS)

@@ -29,7 +29,7 @@ def test_what_is_kept_comes_back(tmp_path: Path, layout: Layout, residual: Resid
     loaded = load_residual(tmp_path / "run", 3, layout, 2)
     assert loaded is not None
     assert torch.equal(loaded.target_RC, residual.target_RC)
-    assert torch.equal(loaded.left_RC, residual.left_RC)
+    assert torch.equal(loaded.error_RC, residual.error_RC)
     assert loaded.payload_digest == residual.payload_digest
     assert load_residual(tmp_path / "run", 4, layout, 2) is None
     assert load_residual(tmp_path / "another-run", 3, layout, 2) is None
@@ -72,7 +72,7 @@ def test_a_flipped_bit_is_noticed(
 def test_a_round_that_is_asked_for_again_starts_from_what_the_round_before_left(
     tmp_path: Path, layout: Layout, residual: Residual
 ) -> None:
-    again = Residual(2 * residual.target_RC, residual.left_RC, "second")
+    again = Residual(2 * residual.target_RC, residual.error_RC, "second")
     save_residual(tmp_path, 0, layout, 1, residual)
     for _ in range(2):  # a third attempt is no other than the second
         save_residual(tmp_path, 0, layout, 4, again)
@@ -87,7 +87,7 @@ def test_a_round_that_is_asked_for_again_starts_from_what_the_round_before_left(
 def test_a_client_that_is_killed_while_it_writes_loses_nothing(
     tmp_path: Path, layout: Layout, residual: Residual, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    second = Residual(2 * residual.target_RC, residual.left_RC, "second")
+    second = Residual(2 * residual.target_RC, residual.error_RC, "second")
     last, before = _paths(tmp_path, 0)
     replace = os.replace
 
@@ -192,7 +192,7 @@ def test_a_file_of_another_size_is_dropped_before_memory_is_taken(
         {
             "__metadata__": {"layout": layout.id.hex(), "round": "1", "digest": "", "checksum": ""},
             "target": {"dtype": "F32", "shape": [8, size // 32], "data_offsets": [0, size]},
-            "left": {"dtype": "F32", "shape": [1], "data_offsets": [size, size + 4]},
+            "error": {"dtype": "F32", "shape": [1], "data_offsets": [size, size + 4]},
         }
     ).encode()
     with path.open("wb") as file:
