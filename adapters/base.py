@@ -12,26 +12,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from bitsandbytes.nn.modules import Linear4bit
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from adapters.settings import ModelSettings, check_device, check_model, is_hub_name
+
+if TYPE_CHECKING:  # models take seconds to load, for which a look at the data need not wait
+    from transformers import PreTrainedModel
 
 disable_progress_bar()  # a bar for every load would run over the rounds' own
 
@@ -46,6 +39,8 @@ def _compile_layers(base: PreTrainedModel) -> None:
     Raises:
         ValueError: transformers does not mark the architecture's layers as such.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"model.compile=true: {type(base).__name__} has no layers that transformers marks as such")
@@ -109,6 +104,8 @@ def load_base(settings: ModelSettings) -> PreTrainedModel:
     """
     if settings.compile and not shutil.which(compiler := os.environ.get("CXX", "g++")):
         raise ValueError(f"model.compile=true needs a C++ compiler, and there is no {compiler!r} here: install g++")
+    from transformers import AutoModelForCausalLM
+
     with _in_one_line(settings):
         base, found = AutoModelForCausalLM.from_pretrained(
             settings.path,
@@ -125,10 +122,8 @@ def load_base(settings: ModelSettings) -> PreTrainedModel:
             f"model.path={settings.path!r} has no weight {lacking[0]!r} of the shape that config.json says "
             f"({len(lacking)} lacking in all): is the download complete?"
         )
-    for module in base.modules():
-        if isinstance(module, Linear4bit):
-            # The packing that evaluation on such CPUs prefers has no gradient, and training follows evaluation.
-            module.support_avx512bf16_for_cpu = False
+    if is_quantized(base):
+        _keep_gradients(base)
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.compile:
@@ -138,6 +133,8 @@ def load_base(settings: ModelSettings) -> PreTrainedModel:
 
 def empty_base(settings: ModelSettings) -> PreTrainedModel:
     """The base model's modules and shapes on the meta device; only config.json is read. Raises ValueError."""
+    from transformers import AutoModelForCausalLM
+
     config = load_config(settings)
     with _in_one_line(settings), torch.device("meta"):
         return AutoModelForCausalLM.from_config(
@@ -173,6 +170,15 @@ def _quantized(settings: ModelSettings) -> dict[str, Any]:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return {"quantization_config": config, "device_map": {"": str(resolve_device(settings))}}
+
+
+def _keep_gradients(base: PreTrainedModel) -> None:
+    """The packing that evaluation on some CPUs prefers has no gradient, and training follows evaluation."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _attention(settings: ModelSettings) -> str | None:

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from adapters.finetune import Windows, next_token_loss
+from adapters.windows import Windows, next_token_loss
 from tasks.stdlib import prose
 from tasks.windows import heldout_loss, windows_of
 

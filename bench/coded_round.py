@@ -26,10 +26,11 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapters.base import resolve_device
-from adapters.finetune import Windows, finetune
+from adapters.finetune import finetune
 from adapters.footprint import estimate_memory
 from adapters.model import adapter_parts, adapter_shapes, get_adapter, load_model
 from adapters.settings import QUANTIZATIONS, LoraSettings, ModelSettings, TrainSettings
+from adapters.windows import Windows
 from bench.speed import device_name, peak_bytes, wait_for
 from conf.output import provenance, write_json
 from gradcodec.build import build_codec

@@ -21,6 +21,7 @@ LINE_SECONDS = 10.0
 """Between two plain lines of work that has many small steps."""
 LONGEST = 500
 """Characters that are shown of one foreign text."""
+_CONTROLS = frozenset(map(chr, (*range(32), *range(127, 160)))) - {"\n", "\t"}
 
 
 def printable(text: object, longest: int = LONGEST) -> str:
@@ -29,6 +30,11 @@ def printable(text: object, longest: int = LONGEST) -> str:
     text = str(text)
     kept = "".join(c if c.isprintable() else " " if c.isspace() else "" for c in text[: 4 * longest])
     return kept if len(kept) <= longest and len(text) <= 4 * longest else kept[: longest - 4] + " ..."
+
+
+def visible(text: str) -> str:
+    """All of a text, with control characters, such as a terminal's escape, spelt out."""
+    return "".join(f"\\x{ord(char):02x}" if char in _CONTROLS else char for char in text)
 
 
 def is_live() -> bool:

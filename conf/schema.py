@@ -232,13 +232,18 @@ def check_files(settings: Settings) -> None:
     Raises:
         ValueError: a file or folder is missing; the message names its key.
     """
-    task, start = settings.task, settings.lora.start
-    if task.path is not None and not Path(task.path).exists() and not is_hub_dataset(task.path):
-        raise ValueError(f"task.path={task.path!r} is not here: give a file, a folder, or owner/name of a data set")
+    check_data(settings.task)
+    start = settings.lora.start
     if start is not None and not (Path(start) / "adapter_config.json").is_file():
         raise ValueError(f"lora.start={start!r} holds no adapter_config.json: give a PEFT adapter directory")
     if settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact:
         _check_artifact(Path(settings.codec.artifact or ""), settings.codec.name)
+
+
+def check_data(task: TaskSettings) -> None:
+    """Raises ValueError: what ``task.path`` names is not on this host, and no name on the hub."""
+    if task.path is not None and not Path(task.path).exists() and not is_hub_dataset(task.path):
+        raise ValueError(f"task.path={task.path!r} is not here: give a file, a folder, or owner/name of a data set")
 
 
 def _check_artifact(folder: Path, name: str) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from adapters.finetune import DivergedError, Windows, finetune
+from adapters.finetune import DivergedError, finetune
 from adapters.model import get_adapter, on_host
 from adapters.settings import num_steps
+from adapters.windows import Windows
 from conf.output import OutputError, open_output, write_json
 from conf.schema import Settings, check_settings
 from server.alive import alive

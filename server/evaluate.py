@@ -12,10 +12,10 @@ from torch import Tensor
 
 from adapters.base import check_vocabulary, load_config, load_tokenizer, max_positions, resolve_device
 from adapters.export import load_start, save_adapter, served_by_vllm, what_to_know
-from adapters.finetune import Windows
 from adapters.footprint import check_fits
 from adapters.model import Adapter, adapter_shapes, get_adapter, load_model, on_host, set_adapter
 from adapters.settings import for_evaluation
+from adapters.windows import Windows
 from conf.footprint import server_memory
 from conf.schema import Settings
 from tasks.settings import check_window

@@ -11,13 +11,14 @@ import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-
-from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner
-from flwr_datasets.partitioner.partitioner import Partitioner
+from typing import TYPE_CHECKING
 
 from tasks.records import Corpus, Record, as_text
 from tasks.settings import BY_COLUMN
+
+if TYPE_CHECKING:  # both take seconds to load, for which a task that deals nothing need not wait
+    from datasets import Dataset
+    from flwr_datasets.partitioner.partitioner import Partitioner
 
 
 def deal(
@@ -42,6 +43,8 @@ def deal(
         raise ValueError(f"task.path={path!r} holds no record")
     if len(records) < num_clients:
         raise ValueError(f"task.path={path!r} holds {len(records)} records for {num_clients} clients: fewer clients?")
+    from datasets import Dataset
+
     keys = Dataset.from_dict({"row": range(len(records))})
     if partition in BY_COLUMN:
         assert column is not None
@@ -83,6 +86,8 @@ def own_path(folder: str, client: int) -> str:
 
 
 def _partitioner(keys: Dataset, num_clients: int, partition: str, column: str, alpha: float, seed: int) -> Partitioner:
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner
+
     if partition == "dirichlet":
         return DirichletPartitioner(num_clients, column, alpha, min_partition_size=1, seed=seed)
     if partition == "iid":

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from adapters.finetune import Windows
+from adapters.windows import Windows
 from tasks.corpora import package_text, read_records, read_texts
 from tasks.examples import Example
 from tasks.exams import read_exam

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from adapters.finetune import Windows, next_token_loss
+from adapters.windows import Windows, next_token_loss
 from tasks.examples import ChatTokenizer, Example, Part
 
 CHUNK = 100

@@ -13,9 +13,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from adapters.base import load_tokenizer
-from adapters.finetune import DivergedError, Windows, finetune
+from adapters.finetune import DivergedError, finetune
 from adapters.model import add, get_adapter, load_model, set_adapter, subtract
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_lora, check_model, check_training
+from adapters.windows import Windows
 from client.trainer import training_seed
 from conf.schema import Settings, check_settings
 from tasks.settings import TaskSettings

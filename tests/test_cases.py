@@ -20,8 +20,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from adapters.base import load_tokenizer
-from adapters.finetune import Windows
 from adapters.settings import ModelSettings
+from adapters.windows import Windows
 from tasks.settings import TaskSettings, check_task, format_of, is_hub_name
 from tasks.shards import Shard, load_shards, what_is_lost
 from tasks.templates import Renderer

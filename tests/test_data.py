@@ -23,15 +23,16 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from adapters.base import load_tokenizer, max_positions
-from adapters.finetune import Windows, finetune, next_token_loss
+from adapters.finetune import finetune
 from adapters.model import get_adapter, load_model, on_host
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_training, num_examples, num_steps
+from adapters.windows import Windows, next_token_loss
 from client.app import app as client_app
 from client.trainer import Trainer
 from client.work import Work
 from conf.schema import Settings
 from server.evaluate import Evaluator
-from server.preview import example_text, holdings_of, holdings_table
+from server.holdings import example_text, holdings_of, holdings_table
 from server.rounds import run_federation
 from tasks.corpora import read_records
 from tasks.examples import Example

@@ -18,9 +18,9 @@ from test_federation import run, settings_for
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from adapters.export import CARD, CONFIG, WEIGHTS, load_adapter, load_start, public_name, save_adapter
-from adapters.finetune import Windows
 from adapters.model import get_adapter, load_model, on_host, set_adapter
 from adapters.settings import LoraSettings, ModelSettings
+from adapters.windows import Windows
 from server.evaluate import Evaluator
 from server.export import export
 from server.results import RunResults

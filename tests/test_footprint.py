@@ -12,10 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, Qwen2Config
 
 from adapters.base import load_base
-from adapters.finetune import Windows, finetune
+from adapters.finetune import finetune
 from adapters.footprint import check_fits, estimate_evaluation, estimate_memory, free_bytes
 from adapters.model import adapter_shapes, empty_model, get_adapter, load_model
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings
+from adapters.windows import Windows
 from bench.speed import layout_of, update_of
 from gradcodec.build import build_codec
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes

@@ -36,9 +36,10 @@ from transformers import (
 from adapters.architectures import left_out
 from adapters.base import check_vocabulary, load_config, load_tokenizer, resolve_device
 from adapters.export import served_by_vllm
-from adapters.finetune import Windows, finetune
+from adapters.finetune import finetune
 from adapters.model import adapter_parts, adapter_shapes, empty_model, get_adapter, load_model, on_host, set_adapter
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_model, is_hub_name
+from adapters.windows import Windows
 from client.app import app as client_app
 from client.trainer import Trainer
 from conf.schema import FederationSettings, Settings

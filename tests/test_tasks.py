@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from adapters.base import load_tokenizer
-from adapters.finetune import Windows
 from adapters.settings import ModelSettings
+from adapters.windows import Windows
 from tasks.settings import TaskSettings, check_task
 from tasks.shards import client_records, load_shard
 from tasks.stdlib import packages, prose
