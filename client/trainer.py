@@ -182,11 +182,12 @@ def trainer_for(settings_json: str, overrides: Overrides) -> Trainer:
     if _current is None or _current[0] != asked:
         trainer = _new_trainer(settings_json, dict(overrides))  # settings that are refused leave the one before alone
         if _current is not None:
-            compiled = _current[1].settings.model.compile
-            if not trainer.take_over(_current[1]) and compiled:
+            compiled, keeps = _current[1].settings.model.compile, trainer.take_over(_current[1])
+            if not keeps and compiled:
                 torch.compiler.reset()  # its graphs hold on to it
             _current = None
-            gc.collect()  # modules refer to each other in circles
+            if not keeps:
+                gc.collect()  # modules refer to each other in circles
             torch.cuda.empty_cache()
         _current = (asked, trainer)
     return _current[1]

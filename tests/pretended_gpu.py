@@ -8,6 +8,7 @@ torch then has an accelerator, for good, and libraries would take to it: only in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -86,9 +87,15 @@ def _near(value: Any) -> Any:
     return value.near if isinstance(value, _FarTensor) else value
 
 
+@functools.cache
+def _register() -> None:
+    """Once in a process."""
+    _setup_privateuseone_for_python_backend("pretended")
+
+
 @contextmanager
 def pretended_gpu() -> Iterator[PretendedGpu]:
-    """Once in a process: within it the device ``pretended:0`` exists."""
-    _setup_privateuseone_for_python_backend("pretended")
+    """Within it the device ``pretended:0`` exists."""
+    _register()
     with PretendedGpu() as gpu:
         yield gpu

@@ -1,6 +1,6 @@
 """The other half of the fault table: what one client answers in one round, and what becomes of the run.
 
-Partition 1 of three answers something else in round 2 of 4. The run goes on without that reply, says so, and tells the
+Partition 1 of three answers something else in round 2 of 3. The run goes on without that reply, says so, and tells the
 client in the next round that its payload was not accepted, so that the client sends it again. ``-rP`` prints the
 held-out losses beside the undisturbed run's.
 """
@@ -89,9 +89,11 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, learned_tables: LearnedTa
     return str(folder)
 
 
-def run(folder: Path, name: str, artifact: str, grid_type: type[BadGrid]) -> tuple[RunResults, BadGrid]:
+def run(
+    folder: Path, name: str, artifact: str, grid_type: type[BadGrid], rounds: int = 3
+) -> tuple[RunResults, BadGrid]:
     changes: dict[str, object] = {"codec__artifact": artifact, "federation__round_seconds": 0.5}
-    settings = settings_for(folder, name, **changes, federation__rounds=4, federation__clients_per_round=3)
+    settings = settings_for(folder, name, **changes, federation__rounds=rounds, federation__clients_per_round=3)
     grid = grid_type(client_app, 3, {"memory": str(folder / "memory")})
     return run_federation(grid, settings), grid
 
@@ -178,6 +180,6 @@ def test_a_client_whose_payloads_are_never_of_use_rests(tmp_path: Path, artifact
                 reply.content[ARRAYS] = wrap_payload(b"garbage")
             return reply
 
-    results, _ = run(tmp_path, "never", artifact, Grid)
+    results, _ = run(tmp_path, "never", artifact, Grid, rounds=4)
     assert [(fault.server_round, fault.partition) for fault in results.faults] == [(1, 1), (2, 1), (3, 1)]
     assert "failed 3 times in a row and rests" in results.faults[-1].reason

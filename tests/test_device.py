@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -31,13 +31,15 @@ from server.rounds import run_federation
 ARTIFACT = str(Path("assets/codec").absolute())
 
 
-def in_a_process_of_its_own(work: Callable[..., None], *args: Path) -> None:
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Callable[..., None]]:
+    """Calls a function in a process of its own, the same for all tests: it takes seconds to start."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pool.submit(work, *args).result()
+        yield lambda work, *args: pool.submit(work, *args).result()
 
 
-def test_a_payload_takes_one_copy_to_the_host_and_all_else_stays() -> None:
-    in_a_process_of_its_own(code_on_the_device)
+def test_a_payload_takes_one_copy_to_the_host_and_all_else_stays(apart: Callable[..., None]) -> None:
+    apart(code_on_the_device)
 
 
 def code_on_the_device() -> None:
@@ -47,7 +49,7 @@ def code_on_the_device() -> None:
     side = here.side_information(layout.to_blocks(update_of(layout, seed=1)))
     with pretended_gpu() as gpu:
         there, far_update = build_codec(settings, layout, gpu.device), gpu.moved(update)
-        for bits in (0.1, 0.5, 8.0):
+        for bits in (0.1, 8.0):
             how: dict[str, Any] = {"max_bytes": max_payload_bytes(bits, layout.num_parameters), "side": side}
             expected, residual = encode_update(update, None, codec=here, **how)
             (payload, far_residual), copies = gpu.copies_of(
@@ -65,8 +67,8 @@ def code_on_the_device() -> None:
             assert torch.equal(decoded_RC.cpu(), decode_blocks(payload, codec=here, side=side))
 
 
-def test_every_codec_serves_updates_that_lie_on_a_device(tmp_path: Path) -> None:
-    in_a_process_of_its_own(serve_a_device, tmp_path)
+def test_every_codec_serves_updates_that_lie_on_a_device(apart: Callable[..., None], tmp_path: Path) -> None:
+    apart(serve_a_device, tmp_path)
 
 
 def serve_a_device(folder: Path) -> None:
@@ -94,8 +96,10 @@ def serve_a_device(folder: Path) -> None:
                 assert torch.equal(kept.target_RC, residual.target_RC), name
 
 
-def test_a_federation_whose_models_lie_on_a_device_does_what_one_on_the_host_does(tmp_path: Path) -> None:
-    in_a_process_of_its_own(federate_on_the_device, tmp_path)
+def test_a_federation_whose_models_lie_on_a_device_does_what_one_on_the_host_does(
+    apart: Callable[..., None], tmp_path: Path
+) -> None:
+    apart(federate_on_the_device, tmp_path)
 
 
 def federate_on_the_device(folder: Path) -> None:
@@ -106,7 +110,7 @@ def federate_on_the_device(folder: Path) -> None:
             assert not copies
             losses, copies = gpu.copies_of(partial(federate, folder / arm, arm, str(gpu.device)))
             assert losses == pytest.approx(expected, abs=1e-3)
-            assert losses[2] != losses[1] != losses[0]
+            assert len(set(losses)) == len(losses) > 1
             # the first adapter; in each round, dense: an update; coded: at most four tries, the residual's two, and the
             # decoded update twice, for its norm and for the mean
             assert 0 < sum(copies) < (18 if arm == "coded" else 4) * 4 * 49_152
@@ -116,10 +120,11 @@ def federate(folder: Path, arm: str, device: str) -> list[float]:
     settings = Settings(output=str(folder / "out"), run_id="device", arm=arm)
     settings.model.path, settings.model.device = str(Path("assets/tiny-llama").absolute()), device
     settings.codec.artifact = ARTIFACT
-    settings.train.steps, settings.train.batch_size, settings.train.micro_batch_size = 2, 2, 1
-    settings.task.window, settings.task.heldout_windows = 32, 4
+    settings.train.steps, settings.train.batch_size, settings.train.micro_batch_size = 1, 1, 1
+    settings.task.window, settings.task.heldout_windows = 32, 2
     federation = settings.federation
-    federation.num_clients = federation.rounds = 2
+    federation.num_clients = 2
+    federation.rounds = 2 if arm == "coded" else 1  # residuals come in with the second
     federation.clients_per_round = 1
     results = run_federation(InProcessGrid(client_app, 2, {"memory": str(folder / "memory")}), settings)
     assert not results.faults
