@@ -7,6 +7,11 @@ import os
 # before torch is loaded: threads of several workers that wait for each other cost far more than they save
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from conf.startup import collect_seldom
+
+collect_seldom()
+
+import gc
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -67,6 +72,11 @@ def learned_tables(layout: Layout) -> LearnedTables:
 @pytest.fixture(scope="session")
 def learned(layout: Layout, learned_tables: LearnedTables) -> LearnedCodec:
     return LearnedCodec(layout, learned_tables, b"test")
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: no sweep of memory need look at it again."""
+    gc.freeze()
 
 
 RunProgram = Callable[[Callable[[], object], Sequence[str]], tuple[int, str, str]]

@@ -13,12 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
-from bench.deployment import Deployment, deployment, free_ports, node_command, wait_for
+from bench.deployment import Deployment, deployment, free_ports, node_command
 from server.events import read_status
 
 pytestmark = [pytest.mark.grpc, pytest.mark.timeout(900)]
@@ -190,10 +191,15 @@ def test_nodes_that_may_not_join_are_told_why(place: Deployment, tmp_path: Path)
         assert seconds < 30  # ten on a machine that does nothing else
         return done.stderr
 
-    assert "is not from the CA of" in told(0, "--ca", str(other / "ca.crt"))
-    assert "wants TLS" in told(0, "--insecure")
-    assert "is not registered or was revoked" in told(2)
-    assert "another SuperNode uses it" in told(0)
+    with ThreadPoolExecutor() as pool:  # each waits for its server most of the time
+        foreign = pool.submit(told, 0, "--ca", str(other / "ca.crt"))
+        bare = pool.submit(told, 0, "--insecure")
+        unknown = pool.submit(told, 2)
+        twice = pool.submit(told, 0)
+    assert "is not from the CA of" in foreign.result()
+    assert "wants TLS" in bare.result()
+    assert "is not registered or was revoked" in unknown.result()
+    assert "another SuperNode uses it" in twice.result()
     register = [sys.executable, "-m", "server", "register", "--folder", str(place.folder)]
     subprocess.run([*register, str(place.folder / "node-2.pub")], check=True, capture_output=True)
     revoke = [sys.executable, "-m", "server", "revoke", "--folder", str(place.folder)]
@@ -203,14 +209,13 @@ def test_nodes_that_may_not_join_are_told_why(place: Deployment, tmp_path: Path)
     assert (place.folder / "node-2.pub.revoked").is_file()
 
 
-def test_the_server_ends_all_that_it_started(tmp_path: Path) -> None:
-    with deployment(tmp_path / "server", 1) as place:
-        wait_for("joining", place.folder / "node-0.log", place.nodes[0])
-        descendants = psutil.Process(place.server.pid).children(recursive=True)
-        descendants += psutil.Process(place.nodes[0].pid).children(recursive=True)
-        place.server.send_signal(signal.SIGTERM)
-        assert place.server.wait(40) == 0
-        place.nodes[0].send_signal(signal.SIGTERM)
-        assert place.nodes[0].wait(40) == 0
-        _, alive = psutil.wait_procs(descendants, timeout=20)
-        assert not alive
+def test_the_server_ends_all_that_it_started(place: Deployment) -> None:
+    """The last test of this deployment."""
+    descendants = psutil.Process(place.server.pid).children(recursive=True)
+    descendants += psutil.Process(place.nodes[0].pid).children(recursive=True)
+    place.server.send_signal(signal.SIGTERM)
+    assert place.server.wait(40) == 0
+    place.nodes[0].send_signal(signal.SIGTERM)
+    assert place.nodes[0].wait(40) == 0
+    _, alive = psutil.wait_procs(descendants, timeout=20)
+    assert not alive

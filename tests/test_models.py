@@ -252,7 +252,7 @@ def test_one_federated_round(architecture: str, models: Callable[[str], ModelSet
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True] if torch.cuda.is_available() else [False])
 def test_compiled_layers_give_the_same_update_and_loss(
     models: Callable[[str], ModelSettings], windows: Windows, checkpointing: bool
 ) -> None:
