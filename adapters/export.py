@@ -26,11 +26,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from adapters.architectures import left_out
+from adapters.files import CONFIG, WEIGHTS, check_adapter_files
 from adapters.model import Adapter, adapter_shapes, set_adapter
 from adapters.settings import LoraSettings
 from adapters.text import one_line
 
-CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+CARD = "README.md"
 
 
 def save_adapter(
@@ -75,10 +76,7 @@ def load_adapter(folder: Path) -> tuple[LoraConfig, Adapter]:
     Raises:
         ValueError: a file is missing or damaged, holds NaN or infinity, or is no plain LoRA.
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            what = f"holds no {name}" if folder.is_dir() else "is no directory"
-            raise ValueError(f"{folder} {what}: give a PEFT adapter directory, or the output folder of a finished run")
+    check_adapter_files(folder)
     config = _read_config(folder / CONFIG)
     if (beyond := _beyond_plain_lora(config)) is not None:
         raise ValueError(f"{folder} is no plain LoRA adapter: {one_line(beyond)} is not served")

@@ -145,10 +145,10 @@ def _check_warmup(settings: TrainSettings) -> None:
         )
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: int, key: str = "seed") -> None:
     """Raises ValueError: the generators take no such seed."""
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed} must lie between 0 and {2**32 - 1}")
+        raise ValueError(f"{key}={seed} must lie between 0 and {2**32 - 1}")
 
 
 def num_examples(settings: TrainSettings, num_windows: int) -> int:

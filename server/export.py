@@ -17,6 +17,7 @@ from pathlib import Path
 
 from adapters.text import one_line
 from conf.output import open_output
+from server.places import adapter_folder
 from server.quiet import quiet
 
 
@@ -48,6 +49,7 @@ def export(path: str, output: Path, merged: bool, overrides: list[str]) -> None:
     Raises:
         ValueError: something is missing or does not fit, or ``output`` holds files already.
     """
+    adapter_folder(path)
     from adapters.base import load_config, load_tokenizer  # slow to import, and not needed for --help
     from adapters.export import save_adapter, save_merged, served_by_vllm
     from server.trained import read_trained

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from adapters.files import CONFIG, check_adapter_files
 from conf.arguments import hydra_value, shell_word
 from conf.console import printable
 from conf.output import write_text
@@ -38,6 +39,14 @@ def latest() -> Path:
 def found(folder: str) -> Path:
     """``latest``, or the folder that is named."""
     return latest() if folder == LATEST and not Path(folder).exists() else Path(folder).expanduser()
+
+
+def adapter_folder(path: str) -> Path:
+    """The PEFT directory that is named, or that of the run whose output folder is. Raises ValueError: no adapter."""
+    inner = Path(path) / "adapter"
+    folder = inner if (inner / CONFIG).is_file() else Path(path)
+    check_adapter_files(folder)
+    return folder
 
 
 def continuation(output: Path) -> str:

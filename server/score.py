@@ -39,6 +39,7 @@ from rich.text import Text
 from adapters.settings import for_evaluation
 from adapters.text import one_line
 from conf.output import open_output, provenance, write_json
+from server.places import adapter_folder
 
 if TYPE_CHECKING:  # slow to import, and not needed for --help or to refuse an argument
     from peft import PeftModel
@@ -88,6 +89,8 @@ def main() -> None:
 def score(args: argparse.Namespace) -> None:
     """Reads, asks, prints. Raises ValueError: something cannot be done as asked for."""
     check_arguments(args)
+    for path in args.adapters:
+        adapter_folder(path)
     from adapters.base import load_tokenizer
     from server.trained import read_trained
     from tasks.benchmarks import load_benchmarks

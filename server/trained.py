@@ -9,10 +9,11 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftModel
 
-from adapters.export import CONFIG, load_adapter, lora_settings
+from adapters.export import load_adapter, lora_settings
 from adapters.model import Adapter, load_model, set_adapter
 from adapters.settings import ModelSettings, for_evaluation
 from conf.schema import Settings, changed
+from server.places import adapter_folder
 from server.results import RunResults, load_results
 
 
@@ -47,9 +48,9 @@ def read_trained(path: str, overrides: Sequence[str] = ()) -> TrainedAdapter:
     Raises:
         ValueError: neither is there, a file is broken, or an override names no setting.
     """
-    folder = Path(path)
-    run = folder if (folder / "adapter" / CONFIG).is_file() else folder.parent if folder.name == "adapter" else None
-    config, adapter = load_adapter(folder / "adapter" if run == folder else folder)
+    folder = adapter_folder(path)
+    run = folder.parent if folder.name == "adapter" else None
+    config, adapter = load_adapter(folder)
     results = read_results(run) if run is not None and (run / "results.json").is_file() else None
     base = ModelSettings(path=str(config.base_model_name_or_path))
     settings = results.settings if results is not None else Settings(model=base)

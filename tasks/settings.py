@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters.settings import check_seed
+
 EXAMS = ("ceval", "mmlu")
 RECORDS = ("jsonl", "dolly", "alpaca", "chat", *EXAMS)
 """Tasks whose data are records of named fields; but for exams they differ in nothing but their settings."""
@@ -105,8 +107,7 @@ def _check_numbers(settings: TaskSettings) -> None:
     for key in ("tgap_fraction", "heldout_fraction"):
         if not 0 < getattr(settings, key) < 1:
             raise ValueError(f"task.{key}={getattr(settings, key)} must lie between 0 and 1")
-    if not 0 <= settings.partition_seed < 2**32:
-        raise ValueError(f"task.partition_seed={settings.partition_seed} must lie between 0 and {2**32 - 1}")
+    check_seed(settings.partition_seed, "task.partition_seed")
 
 
 def check_window(settings: TaskSettings, max_positions: int | None) -> None:

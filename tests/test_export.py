@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from test_federation import run, settings_for
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from adapters.export import CARD, CONFIG, WEIGHTS, load_adapter, load_start, public_name, save_adapter
+from adapters.export import CARD, load_adapter, load_start, public_name, save_adapter
+from adapters.files import CONFIG, WEIGHTS
 from adapters.model import get_adapter, load_model, on_host, set_adapter
 from adapters.settings import LoraSettings, ModelSettings
 from adapters.windows import Windows
