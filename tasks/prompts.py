@@ -110,7 +110,9 @@ def _form(present: Fields, name: str) -> str | Question | Dialogue | None:
     given = as_text(next((present[key] for key in ("input", "context") if key in present), ""))
     joint = "" if name == "prompt" else "\n\n"  # TRL writes a completion straight behind its prompt
     question = Question(as_text(asked), as_text(answer), given, _system_text(present), joint)
-    return Dialogue(question.dialogue.turns, tools) if (tools := _tools(present)) else question
+    before, tools = _history(present), _tools(present)
+    *system, user, assistant = question.dialogue.turns
+    return Dialogue([*system, *before, user, assistant], tools) if before or tools else question
 
 
 def role_of(name: Any) -> str:
@@ -172,6 +174,17 @@ def _system(present: Fields, turns: Sequence[Turn]) -> list[Turn]:
     """The system text that stands beside a dialogue, unless there is one in it."""
     text = _system_text(present)
     return [Turn("system", text)] if text and all(turn.role != "system" for turn in turns) else []
+
+
+def _history(present: Fields) -> list[Turn]:
+    """The questions and answers before a record's own, pairs as LLaMA-Factory has them."""
+    history = present.get("history", [])
+    if isinstance(history, str):
+        history = parsed(history) if history.strip() else []
+    if not isinstance(history, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in history):
+        raise ValueError("'history' must be a list of pairs, each a question and its answer")
+    roles = ("user", "assistant")
+    return [Turn(role, as_text(said)) for pair in history for role, said in zip(roles, pair, strict=True)]
 
 
 def _tools(present: Fields) -> list[Any]:

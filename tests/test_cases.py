@@ -259,6 +259,23 @@ def test_tools_reach_the_template(show: Show, tmp_path: Path) -> None:
     assert "3 records: the chat template leaves out 'tools'" in show(path, CHATML).warnings
 
 
+def test_a_history_stands_before_its_question(show: Show, tmp_path: Path) -> None:
+    """Pairs, as LLaMA-Factory has them; an empty one is none."""
+    row = question("Now.", system="Be brief.", history=[["When?", "Then."], ["And?", "Later."]])
+    shown = show(written(tmp_path / "d.jsonl", *[row] * 3, *[question("Now.", history=[])] * 3), CHATML)
+    turns = (
+        ("system", "Be brief."),
+        ("user", "When?"),
+        ("assistant", "Then."),
+        ("user", "And?"),
+        ("assistant", "Later."),
+    )
+    before = "".join(f"<|{role}|>\n{said}<|end|>\n" for role, said in turns)
+    own = "<|user|>\nSay it.<|end|>\n<|assistant|>\nNow."
+    assert sorted(set(shown.texts)) == sorted({before + own, own})
+    assert sorted(set(shown.counted)) == ["Now.|", "Then.|Later.|Now.|"]
+
+
 def test_a_prompt_that_goes_beyond_what_stands_before_an_answer_is_said(show: Show) -> None:
     shown = show(CASES / "role-gpt", THINKS)
     assert sorted(shown.counted) == ended(ANSWERS)
@@ -281,6 +298,7 @@ MANY = [question(f"answer {i}") for i in range(6)]
         (json.dumps({"prompt": "x", "chosen": "y"}), "a record with 'prompt' needs 'completion' or 'response' too"),
         (json.dumps(question(None)), "needs 'output' or 'response' too; it has instruction"),
         ('{"instruction": "x", "output": NaN}', "needs 'output' or 'response' too; it has instruction"),
+        (json.dumps(question("x", history=[["alone"]])), "'history' must be a list of pairs"),
         (json.dumps(question("\ud800")), "half of a surrogate pair"),
         ("[" * 100_000, "nested too deeply"),
         ('{"instruction": "x", "output": "y"', "no JSON (Expecting"),
