@@ -19,8 +19,6 @@ ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    # how soon a message is seen; Flower's default is a second, and twenty looks a second take a fifth of a core
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
     "PYTHONUNBUFFERED": "1",
 }
 ON_THE_NODE = ("model-path", "task-path", "codec-artifact", "memory")

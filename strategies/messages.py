@@ -18,9 +18,9 @@ from flwr.supercore import log
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from google.protobuf.message import DecodeError
 
-SHORTEST_POLL, LONGEST_POLL = 0.25, 2.0
-"""Seconds between two looks for replies. Every look asks for each reply that is missing, and what is asked is a core's
-time on the server and the SuperLink; so they are a tenth of the time since the messages were sent."""
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 3.0
+"""Seconds between two looks for replies, each of which asks for every reply that is missing. A simulation answers at
+once; a SuperLink takes a good part of a second of a core, so that looks take a tenth of the time at most."""
 PUSH_TRIES = 3
 UNREADABLE = (
     ValueError,
@@ -41,6 +41,7 @@ class Mailbox:
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         self.unanswered: dict[str, Message] = {}  # Flower's identity of a message -> the message
+        self.asking_seconds = 0.0  # that the last look took, without what was done with the replies
 
     def send(self, messages: Iterable[Message]) -> None:
         sent = list(messages)
@@ -49,8 +50,12 @@ class Mailbox:
 
     def arrived(self) -> Iterator[Message]:
         """The replies that are there now; what nobody can read is an error reply."""
+        self.asking_seconds = 0.0
         for identity, message in list(self.unanswered.items()):
-            for reply in _reply_to(self.grid, identity, message):
+            began = time.monotonic()
+            replies = _reply_to(self.grid, identity, message)
+            self.asking_seconds += time.monotonic() - began
+            for reply in replies:
                 if self.unanswered.pop(identity, None) is not None:
                     yield reply
 
@@ -111,7 +116,8 @@ def _pulled(mailbox: Mailbox, sent: float, seconds: float) -> Iterator[Message]:
         if (elapsed := time.monotonic() - sent) >= seconds:
             return
         if mailbox.unanswered:
-            time.sleep(min(max(elapsed / 10, SHORTEST_POLL), LONGEST_POLL, seconds - elapsed))
+            pause = min(max(9 * mailbox.asking_seconds, SHORTEST_PAUSE), LONGEST_PAUSE)
+            time.sleep(min(pause, seconds - elapsed))
 
 
 def _reply_to(grid: Grid, identity: str, message: Message) -> list[Message]:

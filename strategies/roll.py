@@ -29,7 +29,7 @@ from strategies.wire import CONFIG, METRICS, PARTITION, REFUSAL, config_of, metr
 
 AGAIN_SECONDS = 5.0
 """A node whose answer was of no use is asked again after so long: it may have been starting, or stopping."""
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 SHOWN = 8  # reasons in one error
 
 
