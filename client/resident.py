@@ -123,3 +123,6 @@ def _trainer(head: dict[str, Any]) -> Trainer:
 
 if __name__ == "__main__":
     main()
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)  # taking torch apart takes seconds, for which the end of a node need not wait

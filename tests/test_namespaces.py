@@ -31,7 +31,7 @@ def place(hosts: Namespaces, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield running
 
 
-ROUNDS = 16
+ROUNDS = 12
 LONGER = [f"federation.rounds={ROUNDS}", "federation.max_failures=100"]
 """Long enough for the node to come back: Flower takes it off its list after 46 s and lets it in again later."""
 
