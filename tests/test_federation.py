@@ -364,7 +364,7 @@ class DyingGrid(InProcessGrid):
         return reply
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedadam"])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam"])
 def test_a_resumed_run_is_the_one_that_was_never_interrupted(tmp_path: Path, artifact: str, strategy: str) -> None:
     changes: dict[str, object] = {
         "codec__artifact": artifact,
