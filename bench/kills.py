@@ -1,6 +1,6 @@
 """Random `kill -9` over a deployment's server and clients: what is left of the runs beside an undisturbed one.
 
-    python -m bench.kills [--kills 200] [--deployments 2] [--seed 0] [--json OUT]
+    python -m bench.kills [--kills 200] [--minutes M] [--deployments 2] [--seed 0] [--json OUT]
 
 Real deployments on loopback (gRPC, TLS, node keys, two nodes) carry one run after the other, and any of their
 processes is killed at random moments: SuperLink, executor, server app, SuperNodes, trainers, the processes of single
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import subprocess
@@ -88,16 +89,18 @@ def main() -> None:
     """The command; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="in all (default 200)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further run after so long")
     parser.add_argument("--deployments", type=int, default=2, help="side by side; most of their time is waiting")
     parser.add_argument("--seed", type=int, default=0, help="of what is killed, and when")
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
     started = time.monotonic()
+    deadline = started + 60 * args.minutes
     share = -(-args.kills // args.deployments)
     try:
         with tempfile.TemporaryDirectory(prefix="kills-") as folder, ThreadPoolExecutor(args.deployments) as pool:
             work = [
-                pool.submit(kill_for_a_while, Path(folder) / str(i), share, random.Random(f"{args.seed}/{i}"))
+                pool.submit(kill_for_a_while, Path(folder) / str(i), share, random.Random(f"{args.seed}/{i}"), deadline)
                 for i in range(args.deployments)
             ]
             tally = sum((one.result() for one in work), Tally())
@@ -107,18 +110,23 @@ def main() -> None:
         sys.exit("stopped")
     print_tally(tally)
     if args.json is not None:
-        figures = {**vars(tally), "killed": dict(tally.killed), "seconds": time.monotonic() - started}
+        figures = {
+            **vars(tally),
+            "killed": dict(tally.killed),
+            "seconds": time.monotonic() - started,
+            "seed": args.seed,
+        }
         write_json({**figures, "made_with": provenance()}, args.json)
     if tally.different or tally.unfinished:
         sys.exit(1)
 
 
-def kill_for_a_while(folder: Path, num_kills: int, draw: random.Random) -> Tally:
-    """One deployment, and runs on it until so many processes were killed."""
+def kill_for_a_while(folder: Path, num_kills: int, draw: random.Random, deadline: float) -> Tally:
+    """One deployment, and runs on it until so many processes were killed or the time is over."""
     tally = Tally()
     with deployment(folder / "deploy", NUM_NODES) as running:
         expected = run_to_the_end(running, folder / "undisturbed", lambda: None, tally)
-        while tally.killed.total() < num_kills:
+        while tally.killed.total() < num_kills and time.monotonic() < deadline:
             left = min(MOST_KILLS_A_RUN, num_kills - tally.killed.total())
             kills = Kills(running, tally, draw, left)
             output = folder / f"run-{tally.runs}"
