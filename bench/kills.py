@@ -13,6 +13,7 @@ not a client's share.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -159,10 +160,9 @@ class Kills:
         if self.left and now >= self._next and (victim := self._victim()) is not None:
             kind, process = victim
             try:
-                process.kill()
+                process.kill()  # its parent may never ask for its end, so nobody waits for it here
             except psutil.NoSuchProcess:
                 return
-            process.wait(10)
             self.left -= 1
             self.tally.killed[kind] += 1
             self.done.append(kind)
@@ -174,22 +174,27 @@ class Kills:
         """A kind first, then a process: there are more of some than of others."""
         found: dict[str, list[psutil.Process]] = {}
         for name, root in (("server program", self.running.server), *(("node program", n) for n in self.running.nodes)):
-            found.setdefault(name, []).append(psutil.Process(root.pid))
-            for process in psutil.Process(root.pid).children(recursive=True):
-                if kind := kind_of(process):
-                    found.setdefault(kind, []).append(process)
+            with contextlib.suppress(psutil.NoSuchProcess):  # gone, and not started again yet
+                program = psutil.Process(root.pid)
+                if kind_of(program) is not None:
+                    found.setdefault(name, []).append(program)
+                for process in program.children(recursive=True):
+                    if kind := kind_of(process):
+                        found.setdefault(kind, []).append(process)
         if not found:
             return None
         kind = self.draw.choice(sorted(found))
         return kind, self.draw.choice(found[kind])
 
 
-def kind_of(process: psutil.Process) -> str:
-    """What the process is; nothing for those that are none of ours or are gone."""
+def kind_of(process: psutil.Process) -> str | None:
+    """What the process is; empty for those that are none of ours, None for those that are gone."""
     try:
         words = " ".join(process.cmdline())
     except psutil.Error:
-        return ""
+        return None
+    if not words:  # as the system shows one that has ended
+        return None
     return next((kind for word, kind in KINDS.items() if word in words), "")
 
 
