@@ -13,7 +13,6 @@ not a client's share.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -174,27 +173,25 @@ class Kills:
         """A kind first, then a process: there are more of some than of others."""
         found: dict[str, list[psutil.Process]] = {}
         for name, root in (("server program", self.running.server), *(("node program", n) for n in self.running.nodes)):
-            with contextlib.suppress(psutil.NoSuchProcess):  # gone, and not started again yet
-                program = psutil.Process(root.pid)
-                if kind_of(program) is not None:
-                    found.setdefault(name, []).append(program)
-                for process in program.children(recursive=True):
-                    if kind := kind_of(process):
-                        found.setdefault(kind, []).append(process)
+            if root.poll() is not None:  # gone, and not started again yet
+                continue
+            program = psutil.Process(root.pid)
+            found.setdefault(name, []).append(program)
+            for process in program.children(recursive=True):
+                if kind := kind_of(process):
+                    found.setdefault(kind, []).append(process)
         if not found:
             return None
         kind = self.draw.choice(sorted(found))
         return kind, self.draw.choice(found[kind])
 
 
-def kind_of(process: psutil.Process) -> str | None:
-    """What the process is; empty for those that are none of ours, None for those that are gone."""
+def kind_of(process: psutil.Process) -> str:
+    """What the process is; nothing for those that are none of ours or have ended, whose command line is empty."""
     try:
         words = " ".join(process.cmdline())
     except psutil.Error:
-        return None
-    if not words:  # as the system shows one that has ended
-        return None
+        return ""
     return next((kind for word, kind in KINDS.items() if word in words), "")
 
 

@@ -104,7 +104,12 @@ def main() -> None:
 
     setattr(runtime, "install_from_fab", install_own)  # noqa: B010
     # not by Flower's command, which loads the whole SuperNode, for over a second, before every message
-    runtime.run_clientapp(args.runtime_api_address, take_token(args.token_file), True, parent_pid=args.parent_pid)
+    runtime.run_clientapp(
+        runtime_api_address=args.runtime_api_address,
+        token=take_token(args.token_file),
+        insecure=True,  # its SuperNode is on this host
+        parent_pid=args.parent_pid,
+    )
 
 
 if __name__ == "__main__":

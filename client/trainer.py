@@ -183,10 +183,10 @@ def trainer_for(settings_json: str, overrides: Overrides) -> Trainer:
         trainer = _new_trainer(settings_json, dict(overrides))  # settings that are refused leave the one before alone
         if _current is not None:
             compiled, keeps = _current[1].settings.model.compile, trainer.take_over(_current[1])
-            if not keeps and compiled:
-                torch.compiler.reset()  # its graphs hold on to it
             _current = None
             if not keeps:
+                if compiled:
+                    torch.compiler.reset()  # its graphs hold on to it
                 gc.collect()  # modules refer to each other in circles
             torch.cuda.empty_cache()
         _current = (asked, trainer)

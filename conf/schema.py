@@ -16,6 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from adapters.files import CONFIG as ADAPTER_CONFIG
 from adapters.settings import (
     LoraSettings,
     ModelSettings,
@@ -234,8 +235,8 @@ def check_files(settings: Settings) -> None:
     """
     check_data(settings.task)
     start = settings.lora.start
-    if start is not None and not (Path(start) / "adapter_config.json").is_file():
-        raise ValueError(f"lora.start={start!r} holds no adapter_config.json: give a PEFT adapter directory")
+    if start is not None and not (Path(start) / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"lora.start={start!r} holds no {ADAPTER_CONFIG}: give a PEFT adapter directory")
     if settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact:
         _check_artifact(Path(settings.codec.artifact or ""), settings.codec.name)
 

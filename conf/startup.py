@@ -8,7 +8,7 @@ import gc
 def collect_seldom() -> None:
     """Lets Python look for cycles of garbage a seventieth as often as it does by itself.
 
-    Loading torch and transformers makes millions of objects that stay: with Python's own thresholds a quarter of the
+    Loading torch and transformers makes millions of objects that stay: with Python's own thresholds a good part of the
     time goes into looking at them again and again.
     """
     gc.set_threshold(50_000, 20, 100)

@@ -49,7 +49,7 @@ def export(path: str, output: Path, merged: bool, overrides: list[str]) -> None:
     Raises:
         ValueError: something is missing or does not fit, or ``output`` holds files already.
     """
-    adapter_folder(path)
+    adapter_folder(path)  # what is missing is refused before anything slow is loaded
     from adapters.base import load_config, load_tokenizer  # slow to import, and not needed for --help
     from adapters.export import save_adapter, save_merged, served_by_vllm
     from server.trained import read_trained

@@ -1,7 +1,4 @@
-"""What the clients of a task hold, as ``server.preview`` shows it.
-
-Reads the data, the tokenizer and the model's config.json; needs no weights.
-"""
+"""What the clients of a task hold, as ``server.preview`` shows it: figures, and one example. Needs no model."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def score(args: argparse.Namespace) -> None:
     """Reads, asks, prints. Raises ValueError: something cannot be done as asked for."""
     check_arguments(args)
     for path in args.adapters:
-        adapter_folder(path)
+        adapter_folder(path)  # what is missing is refused before anything slow is loaded
     from adapters.base import load_tokenizer
     from server.trained import read_trained
     from tasks.benchmarks import load_benchmarks

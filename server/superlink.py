@@ -32,8 +32,9 @@ if TYPE_CHECKING:  # slow to import, and not needed to refuse a connection
 APP_FOLDER = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 2.0
 START_SECONDS, ASK_SECONDS = 10.0, 20.0
-"""How often the SuperLink is asked before the run's process is seen on this host, and while it is seen alive: every
-time starts a program of Flower's, which takes more than a second of a core that nodes may need."""
+"""How often the SuperLink is asked until the run's process is seen on this host, or always if it is on another, and
+while it is seen alive: every time starts a program of Flower's, which takes more than a second of a core that nodes
+may need."""
 PATIENCE_SECONDS = 300.0
 """How long a SuperLink may be silent before the run is given up here; it goes on there."""
 STOP_SECONDS = 90.0

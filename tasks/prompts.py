@@ -178,9 +178,7 @@ def _system(present: Fields, turns: Sequence[Turn]) -> list[Turn]:
 
 def _history(present: Fields) -> list[Turn]:
     """The questions and answers before a record's own, pairs as LLaMA-Factory has them."""
-    history = present.get("history", [])
-    if isinstance(history, str):
-        history = parsed(history) if history.strip() else []
+    history = _listed(present, "history")
     if not isinstance(history, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in history):
         raise ValueError("'history' must be a list of pairs, each a question and its answer")
     roles = ("user", "assistant")
@@ -188,9 +186,15 @@ def _history(present: Fields) -> list[Turn]:
 
 
 def _tools(present: Fields) -> list[Any]:
-    tools = present.get("tools", [])
-    if isinstance(tools, str):
-        tools = parsed(tools) if tools.strip() else []
+    tools = _listed(present, "tools")
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
         raise ValueError("'tools' must be a list of JSON schemas")
     return list(tools)
+
+
+def _listed(present: Fields, name: str) -> Any:
+    """A field that should hold a list; in CSV a cell with its JSON."""
+    value = present.get(name, [])
+    if isinstance(value, str):
+        return parsed(value) if value.strip() else []
+    return value

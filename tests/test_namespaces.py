@@ -32,8 +32,8 @@ def place(hosts: Namespaces, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 ROUNDS = 12
-LONGER = [f"federation.rounds={ROUNDS}", "federation.max_failures=100"]
 """Long enough for the node to come back: Flower takes it off its list after 46 s and lets it in again later."""
+LONGER = [f"federation.rounds={ROUNDS}", "federation.max_failures=100"]
 
 
 def test_a_network_that_is_cut_for_a_minute_costs_replies_and_no_round(
