@@ -97,12 +97,14 @@ def _form(present: Fields, name: str) -> str | Question | Dialogue | None:
     if name == "text":
         return as_text(present[name])
     if name in DIALOGUES:
+        _no_history_beside(present, name)
         return Dialogue([*_system(present, turns := _turns(present[name], name)), *turns], _tools(present))
     answer = next((present[key] for key in QUESTIONS[name] if key in present), None)
     if answer is None:
         return None
     asked = present[name]
     if _is_turns(asked) or _is_turns(answer):  # TRL's conversational form: the prompt's answers are not trained on
+        _no_history_beside(present, name)
         before = _turns(asked, name) if _is_turns(asked) else [Turn("user", as_text(asked))]
         behind = _turns(answer, "completion") if _is_turns(answer) else [Turn("assistant", as_text(answer))]
         turns = [*(turn._replace(counts=False) for turn in before), *behind]
@@ -183,6 +185,12 @@ def _history(present: Fields) -> list[Turn]:
         raise ValueError("'history' must be a list of pairs, each a question and its answer")
     roles = ("user", "assistant")
     return [Turn(role, as_text(said)) for pair in history for role, said in zip(roles, pair, strict=True)]
+
+
+def _no_history_beside(present: Fields, name: str) -> None:
+    """Raises ValueError: earlier turns stand in two fields, and nothing says in which order."""
+    if _history(present):
+        raise ValueError(f"{name!r} holds turns and so does 'history': put them into one of the two, in their order")
 
 
 def _tools(present: Fields) -> list[Any]:

@@ -299,6 +299,10 @@ MANY = [question(f"answer {i}") for i in range(6)]
         (json.dumps(question(None)), "needs 'output' or 'response' too; it has instruction"),
         ('{"instruction": "x", "output": NaN}', "needs 'output' or 'response' too; it has instruction"),
         (json.dumps(question("x", history=[["alone"]])), "'history' must be a list of pairs"),
+        (
+            json.dumps({"messages": [{"role": "user", "content": "a"}], "history": [["b", "c"]]}),
+            "'messages' holds turns and so does 'history'",
+        ),
         (json.dumps(question("\ud800")), "half of a surrogate pair"),
         ("[" * 100_000, "nested too deeply"),
         ('{"instruction": "x", "output": "y"', "no JSON (Expecting"),
