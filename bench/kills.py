@@ -60,7 +60,7 @@ KINDS = {
 }
 """A word of the command line -> what the process is."""
 CHECKOUT = Path(__file__).resolve().parents[1]
-MOST_KILLS_A_RUN = 6
+MOST_KILLS_A_RUN = 12
 LONGEST_PAUSE = 12.0
 RUN_SECONDS = 900.0
 
