@@ -1,4 +1,4 @@
-"""The base model: a directory or a name on the Hugging Face hub -> tokenizer, and weights or their shapes alone.
+"""The base model: a directory, a GGUF file or a name on the hub -> tokenizer, and weights or their shapes alone.
 
 Knows transformers and bitsandbytes; must not know adapters. Weights are safetensors or nothing, and code that comes
 with a model runs only where ``model.trust_remote_code`` says so. Whatever is wrong with a model ends in one line.
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from adapters.gguf import model_folder
 from adapters.settings import ModelSettings, check_device, check_model, is_hub_name
 
 if TYPE_CHECKING:  # models take seconds to load, for which a look at the data need not wait
@@ -70,13 +71,13 @@ def _named_device(settings: ModelSettings) -> torch.device | None:
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """Raises ValueError: no model there, or one without a tokenizer."""
     with _in_one_line(settings):
-        return AutoTokenizer.from_pretrained(settings.path, **_source(settings))
+        return AutoTokenizer.from_pretrained(**_source(settings))
 
 
 def load_config(settings: ModelSettings) -> PreTrainedConfig:
     """The model's config.json; all that is read, and from the hub all that is downloaded. Raises ValueError."""
     with _in_one_line(settings):
-        return AutoConfig.from_pretrained(settings.path, **_source(settings))
+        return AutoConfig.from_pretrained(**_source(settings))
 
 
 def max_positions(settings: ModelSettings) -> int | None:
@@ -108,7 +109,6 @@ def load_base(settings: ModelSettings) -> PreTrainedModel:
 
     with _in_one_line(settings):
         base, found = AutoModelForCausalLM.from_pretrained(
-            settings.path,
             dtype=getattr(torch, settings.dtype),
             attn_implementation=_attention(settings),
             use_safetensors=True,
@@ -153,6 +153,7 @@ def is_quantized(base: PreTrainedModel) -> bool:
 def _source(settings: ModelSettings) -> dict[str, Any]:
     check_model(settings)
     return {
+        "pretrained_model_name_or_path": model_folder(settings),
         "revision": settings.revision,
         "local_files_only": not is_hub_name(settings.path),
         "trust_remote_code": settings.trust_remote_code,
@@ -210,7 +211,7 @@ def _in_one_line(settings: ModelSettings) -> Iterator[None]:
 
 
 def _damaged_file(settings: ModelSettings) -> str:
-    for file in sorted(Path(settings.path).glob("*.safetensors")):
+    for file in sorted(Path(model_folder(settings)).glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
                 pass

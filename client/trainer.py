@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from adapters.base import check_vocabulary, load_tokenizer, max_positions, resolve_device
 from adapters.finetune import finetune
 from adapters.footprint import check_fits
+from adapters.gguf import model_folder
 from adapters.model import Adapter, adapter_parts, adapter_shapes, load_model, on_host
 from adapters.settings import is_hub_name, num_examples
 from adapters.team import Team
@@ -220,7 +221,7 @@ def _in_this_checkout(path: str) -> str:
 
 def _source_of(settings: Settings) -> tuple[object, ...]:
     """All that a loaded model depends on: with an equal one it need not be loaded again."""
-    files = [file for file in sorted(Path(settings.model.path).glob("*")) if file.is_file()]
+    files = [file for file in sorted(Path(model_folder(settings.model)).glob("*")) if file.is_file()]
     dates = [(file.name, file.stat().st_mtime_ns) for file in files]
     moves = is_hub_name(settings.model.path) and settings.model.revision is None  # each run sees the hub's newest
     lora = dataclasses.replace(settings.lora, start=None)  # the server's alone

@@ -25,6 +25,7 @@ from adapters.settings import (
     check_model,
     check_seed,
     check_training,
+    is_package_file,
 )
 from adapters.settings import is_hub_name as is_hub_model
 from conf.remedies import TRAIN_ONE
@@ -312,7 +313,8 @@ def _check_keys(config: Any, schema: Any, head: str = "") -> None:
 def _absolute(settings: Run) -> Run:
     """All paths absolute. What a run reads may lie in the checkout: its defaults do, wherever it is started."""
     settings.output = str(Path(settings.output).expanduser().absolute())
-    settings.model.path = _located(settings.model.path, is_hub_model)
+    if not is_package_file(settings.model.path):
+        settings.model.path = _located(settings.model.path, is_hub_model)
     if settings.task.path is not None:
         settings.task.path = _located(settings.task.path, is_hub_dataset)
     if settings.record is not None:

@@ -52,6 +52,7 @@ def export(path: str, output: Path, merged: bool, overrides: list[str]) -> None:
     adapter_folder(path)  # what is missing is refused before anything slow is loaded
     from adapters.base import load_config, load_tokenizer  # slow to import, and not needed for --help
     from adapters.export import save_adapter, save_merged, served_by_vllm
+    from adapters.gguf import model_folder
     from server.trained import read_trained
 
     trained = read_trained(path, overrides)
@@ -61,8 +62,8 @@ def export(path: str, output: Path, merged: bool, overrides: list[str]) -> None:
     if merged:
         save_merged(trained.load_model(), load_tokenizer(trained.settings.model), facts, output)
     else:
-        trained.config.base_model_name_or_path = trained.settings.model.path
         try:
+            trained.config.base_model_name_or_path = model_folder(trained.settings.model)
             tokenizer, config = load_tokenizer(trained.settings.model), load_config(trained.settings.model)
         except ValueError as error:
             print(f"no tokenizer is written beside the adapter: {one_line(error)}", file=sys.stderr)

@@ -191,7 +191,7 @@ def test_wrong_lora_settings_are_named(change: dict[str, float], said: str) -> N
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere' is no directory"):
+    with pytest.raises(ValueError, match="nowhere' is neither a directory"):
         check_model(ModelSettings(path="nowhere"))
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         check_model(ModelSettings(path=str(tmp_path)))

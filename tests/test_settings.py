@@ -70,7 +70,7 @@ def test_every_option_of_every_group_composes(group: str) -> None:
         ("codec.bits=-1", "codec.bits=-1.0"),
         ("codec.artifact=null", "codec.artifact=null: the codec learned needs"),
         ("codec.feedback=2", "codec.feedback=2.0"),
-        ("model.path=nowhere", "nowhere' is no directory"),
+        ("model.path=nowhere", "nowhere' is neither a directory"),
         ("strategy.name=sum", "strategy.name='sum' is none of fedavg"),
         ("strategy.momentum=5", "strategy.momentum=5.0 must be at least 0 and less than 1"),
         ("strategy.beta_2=nan", "strategy.beta_2=nan must be a finite number"),
