@@ -53,8 +53,8 @@ def _converted(file: Path, size: int, changed: int, expected: str | None) -> Pat
     digest = _digest(file)
     if expected is not None and digest != expected.lower():
         raise ValueError(
-            f"{file} is not the file of model.sha256: its digest is {digest}, that of the run {expected}: all must hold "
-            "the same base model"
+            f"{file} is not the file of model.sha256: its digest is {digest}, that of the run {expected}: all must "
+            "hold the same base model"
         )
     folder = cache_folder() / "models" / f"{file.stem}-{digest[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)

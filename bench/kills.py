@@ -60,8 +60,8 @@ KINDS = {
 }
 """A word of the command line -> what the process is."""
 CHECKOUT = Path(__file__).resolve().parents[1]
-MOST_KILLS_A_RUN = 12
-LONGEST_PAUSE = 12.0
+MOST_KILLS_A_RUN = 8
+LONGEST_PAUSE = 30.0
 RUN_SECONDS = 900.0
 
 
@@ -70,16 +70,20 @@ class Tally:
     """What was killed and what became of the runs."""
 
     killed: Counter[str] = field(default_factory=Counter)
+    in_round: Counter[int] = field(default_factory=Counter)  # how many kills; 0: before the first
     runs: int = 0
     resumed: int = 0
+    begun_anew: int = 0  # runs that ended before their first round was kept
     different: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
             self.killed + other.killed,
+            self.in_round + other.in_round,
             self.runs + other.runs,
             self.resumed + other.resumed,
+            self.begun_anew + other.begun_anew,
             self.different + other.different,
             self.unfinished + other.unfinished,
         )
@@ -113,6 +117,7 @@ def main() -> None:
         figures = {
             **vars(tally),
             "killed": dict(tally.killed),
+            "in_round": dict(sorted(tally.in_round.items())),
             "seconds": time.monotonic() - started,
             "seed": args.seed,
         }
@@ -128,8 +133,8 @@ def kill_for_a_while(folder: Path, num_kills: int, draw: random.Random, deadline
         expected = run_to_the_end(running, folder / "undisturbed", lambda: None, tally)
         while tally.killed.total() < num_kills and time.monotonic() < deadline:
             left = min(MOST_KILLS_A_RUN, num_kills - tally.killed.total())
-            kills = Kills(running, tally, draw, left)
             output = folder / f"run-{tally.runs}"
+            kills = Kills(running, output, tally, draw, left)
             losses = run_to_the_end(running, output, kills.maybe, tally)
             tally.runs += 1
             if not losses:
@@ -145,6 +150,7 @@ class Kills:
     """Kills now and then, while a run goes on."""
 
     running: Deployment
+    output: Path
     tally: Tally
     draw: random.Random
     left: int
@@ -163,8 +169,10 @@ class Kills:
             except psutil.NoSuchProcess:
                 return
             self.left -= 1
+            server_round = round_of(self.output)
             self.tally.killed[kind] += 1
-            self.done.append(kind)
+            self.tally.in_round[server_round] += 1
+            self.done.append(f"{kind} in round {server_round}")
             self._next = time.monotonic() + self.draw.uniform(0, LONGEST_PAUSE)
         if self.done:
             self.running.start_again()
@@ -184,6 +192,13 @@ class Kills:
             return None
         kind = self.draw.choice(sorted(found))
         return kind, self.draw.choice(found[kind])
+
+
+def round_of(output: Path) -> int:
+    """The round that the run is in, by its event log; 0: none has begun."""
+    log = output / "events.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    return max((entry.get("server_round", 0) for entry in map(json.loads, lines)), default=0)
 
 
 def kind_of(process: psutil.Process) -> str:
@@ -220,6 +235,8 @@ def run_to_the_end(running: Deployment, output: Path, now_and_then: Callable[[],
         if (output / "checkpoint.safetensors").is_file():
             tally.resumed += 1
             overrides = ["resume=latest"]
+        else:
+            tally.begun_anew += 1
         time.sleep(2)
     return []
 
@@ -232,6 +249,8 @@ def print_tally(tally: Tally) -> None:
     """How often what was killed, and what became of the runs."""
     table = Table(title=f"{tally.killed.total()} processes killed over {tally.runs} runs", show_header=False)
     rows: dict[str, Any] = {**dict(sorted(tally.killed.items())), "gone on with by resume": tally.resumed}
+    rows |= {"begun anew": tally.begun_anew}
+    rows |= {f"kills in round {number}": count for number, count in sorted(tally.in_round.items())}
     rows |= {"runs with other losses": len(tally.different), "runs that never ended": len(tally.unfinished)}
     for name, count in rows.items():
         table.add_row(name, str(count))
