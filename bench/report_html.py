@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from matplotlib.figure import Figure
 from conf.output import write_text
 
 matplotlib.use("svg")
-COLOURS = {"base": "#8a8a8a", "centralised": "#1b7f5c", "dense": "#2457a6", "coded": "#d1495b"}
+COLOURS = {
+    "base": "#8a8a8a",
+    "centralised": "#1b7f5c",
+    "dense": "#2457a6",
+    "coded": "#d1495b",
+    "coded at 0.1 bit": "#e9a03b",
+}
 
 
 def write_report(results: dict[str, Any], path: Path) -> None:
@@ -28,7 +35,8 @@ def write_report(results: dict[str, Any], path: Path) -> None:
             rounds=rounds,
             over_bytes=over_bytes,
             arms=_arms_table(results),
-            tgap=_tgap_table(results),
+            title=html.escape(results.get("title", "CG-FedLLM demo")),
+            more="".join(_more(results)),
             made_with=html.escape(", ".join(f"{k} {v}" for k, v in results["made_with"].items())),
         ),
         path,
@@ -50,8 +58,9 @@ def _loss_over_rounds(results: dict[str, Any]) -> str:
 
 def _loss_over_bytes(results: dict[str, Any]) -> str:
     figure, axes = _figure("uplink payload bytes per client, all its rounds")
-    for name in ("dense", "coded"):
-        arm = results["arms"][name]
+    for name, arm in results["arms"].items():
+        if not arm["uplink_payload_bytes_per_client_round"]:
+            continue
         sent = [arm["uplink_payload_bytes_per_client_round"] * i for i in range(1, len(arm["heldout_loss"]))]
         axes.plot(sent, arm["heldout_loss"][1:], color=COLOURS[name], label=name, marker="o", markersize=3)
     axes.set_xscale("log")
@@ -82,11 +91,22 @@ def _arms_table(results: dict[str, Any]) -> str:
             f"{arm['heldout_loss'][-1]:.4f}",
             f"{arm['uplink_payload_bytes_per_client_round']:,.0f}",
             f"{arm['bits_per_parameter']:.3f}",
+            f"{100 * arm['coding_share']:.1f} %" if name.startswith("coded") else "",
             f"{arm['seconds']:.0f}",
         ]
         for name, arm in results["arms"].items()
     ]
-    return _table(["arm", "final held-out loss", "uplink bytes / client / round", "bits / parameter", "seconds"], rows)
+    head = ["arm", "final held-out loss", "uplink bytes / client / round", "bits / parameter", "coding", "seconds"]
+    return _table(head, rows)
+
+
+def _more(results: dict[str, Any]) -> Iterator[str]:
+    """What only some of the demos have."""
+    if "tgap_fidelity" in results["runs"][0]:
+        yield "<h2>TGAP: fidelity of single updates that the codecs were not trained on (first seed)</h2>"
+        yield _tgap_table(results)
+    for title, rows in results.get("tables", {}).items():
+        yield f"<h2>{html.escape(title)}</h2>" + _table(list(rows[0]), [[*map(str, row.values())] for row in rows])
 
 
 def _tgap_table(results: dict[str, Any]) -> str:
@@ -105,21 +125,22 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>CG-FedLLM demo</title>
+<title>{title}</title>
 <style>
  body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
  figure {{ margin: 0; }} .plots {{ display: flex; flex-wrap: wrap; gap: 1rem; }} .plots > * {{ flex: 1 1 24rem; }}
  svg {{ width: 100%; height: auto; }}
  table {{ border-collapse: collapse; margin: 1rem 0; }} th, td {{ padding: .25rem .8rem; text-align: right; }}
  th:first-child, td:first-child {{ text-align: left; }} th {{ border-bottom: 2px solid #222; }}
- td {{ border-bottom: 1px solid #ddd; }} small {{ color: #666; }}
+ td {{ border-bottom: 1px solid #ddd; white-space: pre-line; }} small {{ color: #666; }}
 </style>
-<h1>CG-FedLLM demo</h1>
+<h1>{title}</h1>
 <p>The coded federation keeps <b>{kept:.1f} %</b> of the improvement of the dense one ({improvement:.3f} nat),
 seeds {seeds}.</p>
 <div class="plots"><figure>{rounds}</figure><figure>{over_bytes}</figure></div>
 <h2>Arms</h2>{arms}
-<h2>TGAP: fidelity of single updates that the codecs were not trained on (first seed)</h2>{tgap}
+<p><small>coding: the part of a client's work, training included, that encoding and decoding take.</small></p>
+{more}
 <p><small>{made_with}</small></p>
 </html>
 """

@@ -24,6 +24,7 @@ class Uplink:
     seconds_encode: float
     update_norm: float = 0.0  # L2, of the whole decoded update
     scale: float = 1.0  # below 1: the update was scaled down to the bound (``norms.py``)
+    seconds_decode: float = 0.0  # on the server
 
 
 @dataclass(frozen=True)

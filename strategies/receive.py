@@ -6,6 +6,7 @@ Nothing that a client sends may end the run, and nothing of a reply is used befo
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -107,10 +108,13 @@ def receive(
         if (partition, server_round) != (asked.partition, asked.server_round):
             reason = f"it answers for partition {partition:g} and round {server_round:g}"
             return Refused(REFUSED, reason, claims_another=partition != asked.partition)
+        started = time.perf_counter()
         adapter = receiver.adapter_of(reply.content, asked, current)
+        seconds_decode = time.perf_counter() - started
     except (CodecError, ValueError) as error:
         return Refused(REFUSED, clean(error))
-    uplink = _uplink_of(reply.content, metrics, asked, distance(adapter, current))
+    uplink = _uplink_of(reply.content, metrics, asked)
+    uplink = replace(uplink, update_norm=distance(adapter, current), seconds_decode=seconds_decode)
     return Decoded(asked, reply.content, uplink, adapter)
 
 
@@ -129,7 +133,7 @@ def _metrics_of(content: RecordDict, asked: Asked) -> MetricRecord:
     return metrics
 
 
-def _uplink_of(content: RecordDict, metrics: MetricRecord, asked: Asked, norm: float) -> Uplink:
+def _uplink_of(content: RecordDict, metrics: MetricRecord, asked: Asked) -> Uplink:
     arrays = content.array_records[ARRAYS]
     data = [arrays[name].data for name in sorted(arrays)]
     return Uplink(
@@ -140,5 +144,4 @@ def _uplink_of(content: RecordDict, metrics: MetricRecord, asked: Asked, norm: f
         metric(metrics, TRAIN_LOSS),
         metric(metrics, SECONDS_TRAIN),
         metric(metrics, SECONDS_ENCODE),
-        norm,
     )

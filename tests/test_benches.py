@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from adapters.settings import LoraSettings, ModelSettings
 from bench.fidelity import first_third, measure_all
 from bench.fuzz import honest_payloads, hostile
 from bench.loss_over_bytes import Run, summary
+from bench.real_text import NUM_CLIENTS, write_real_text
 from bench.speed import layout_of
 from gradcodec.build import build_codec
 from gradcodec.codec import Codec
@@ -54,6 +56,17 @@ def test_fidelity_trains_on_the_first_third_and_measures_on_the_rest(recording: 
 def test_fidelity_needs_three_rounds(recording: Recording) -> None:
     with pytest.raises(ValueError, match="at least 3"):
         first_third(Recording(recording.layout, recording.updates[:4]))
+
+
+def test_the_real_text_differs_names_its_licences_and_keeps_the_questions_that_are_asked(tmp_path: Path) -> None:
+    holdings, aside = write_real_text(tmp_path)
+    files = [tmp_path / f"client-{client}.jsonl" for client in range(NUM_CLIENTS)]
+    records = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    assert [len(of_client) for of_client in records] == [holding.records for holding in holdings]
+    assert {holding.licence for holding in holdings} <= {"MIT", "Apache-2.0", "BSD-3-Clause"}
+    said = [json.dumps(record) for of_client in records for record in of_client]
+    assert len(set(said)) == len(said) > 400
+    assert len(aside) == 4 and not any(json.dumps(one.question) in text for one in aside for text in said)
 
 
 def test_a_run_says_what_it_overrides() -> None:

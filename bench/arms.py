@@ -1,0 +1,96 @@
+"""Runs of several arms side by side: the programs that a user would start, and what they reached, over seeds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.programs import kept_fraction, run_program
+
+FIGURES = ("heldout_loss", "bits_per_parameter", "uplink_payload_bytes_per_client_round", "seconds")
+"""Of a run's results, what is averaged over seeds."""
+
+
+def run_arm(arm: str, place: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """One federated run or what it is compared with; its results. Raises ValueError: it failed."""
+    run_program("server.federate", [f"arm={arm}", "--output", str(place), *overrides])
+    results: dict[str, Any] = json.loads((place / "results.json").read_text())
+    return results
+
+
+def coding_share(run: dict[str, Any]) -> float:
+    """The part of a client's work of all rounds, training included, that encoding and decoding its updates take."""
+    coding = sum(one["seconds_encode"] + one["seconds_decode"] for one in run["uplinks"])
+    training = sum(one["seconds_train"] for one in run["uplinks"])
+    return float(coding / (coding + training)) if run["uplinks"] else 0.0
+
+
+def summary(runs: Sequence[dict[str, Any]], arms: Sequence[str]) -> dict[str, Any]:
+    """Means over seeds, the single runs beside them.
+
+    Args:
+        runs: one a seed: its ``seed``, the results of every arm by its name, and whatever else is to be kept of it.
+    """
+    means: dict[str, dict[str, Any]] = {arm: _mean_of([run[arm] for run in runs]) for arm in arms}
+    singles = []
+    for run in runs:
+        kept = kept_fraction(*(run[arm]["heldout_loss"][-1] for arm in ("base", "dense", "coded")))
+        of_arms = {
+            arm: {key: run[arm][key] for key in (*FIGURES, "num_parameters", "uplink_payload_bytes")}
+            | {"coding_share": coding_share(run[arm])}
+            for arm in arms
+        }
+        others = {key: value for key, value in run.items() if key not in arms}
+        singles.append({**others, "kept_fraction": kept, "arms": of_arms})
+    return {
+        "arms": means,
+        "kept_fraction": mean(single["kept_fraction"] for single in singles),
+        "dense_improvement": means["base"]["heldout_loss"][-1] - means["dense"]["heldout_loss"][-1],
+        "seeds": [run["seed"] for run in runs],
+        "runs": singles,
+    }
+
+
+def _mean_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    losses = [mean(of_round) for of_round in zip(*(run["heldout_loss"] for run in runs), strict=True)]
+    others = {key: mean(run[key] for run in runs) for key in FIGURES if key != "heldout_loss"}
+    return {"heldout_loss": losses, **others, "coding_share": mean(map(coding_share, runs))}
+
+
+def print_tables(results: dict[str, Any]) -> None:
+    """Held-out loss by round, then what each arm costs and reaches, to standard output."""
+    arms = results["arms"]
+    rounds = len(arms["dense"]["heldout_loss"])
+    shown = sorted({*range(0, rounds, max(1, (rounds - 1) // 4)), rounds - 1})
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    seeds = ", ".join(map(str, results["seeds"]))
+    losses = Table(title=f"held-out loss by round, nats per token (seed {seeds})")
+    costs = Table(title="what each arm keeps of the dense improvement, and what a client sends")
+    losses.add_column("arm")
+    for number in shown:
+        losses.add_column(str(number), justify="right")
+    for column in ("arm", "loss", "kept", "bytes/client/round", "bits/param", "of fp32", "coding", "seconds"):
+        costs.add_column(column, justify="left" if column == "arm" else "right")
+    base, dense = arms["base"]["heldout_loss"][-1], arms["dense"]["heldout_loss"][-1]
+    for name, arm in arms.items():
+        loss = arm["heldout_loss"]
+        losses.add_row(name, *(f"{loss[i]:.3f}" if i < len(loss) else "" for i in shown))
+        bits, sent = arm["bits_per_parameter"], arm["uplink_payload_bytes_per_client_round"]
+        kept = "" if name == "base" else f"{100 * (base - loss[-1]) / (base - dense):.1f} %"
+        wire = [f"{sent:,.0f}", f"{bits:.3f}", f"1/{32 / bits:.0f}"] if sent else ["", "", ""]
+        wire += [f"{100 * arm['coding_share']:.1f} %" if name.startswith("coded") else ""]
+        costs.add_row(name, f"{loss[-1]:.3f}", kept, *wire, f"{arm['seconds']:.0f}")
+    console.print(losses)
+    console.print(costs)
+    singles = ", ".join(f"{100 * run['kept_fraction']:.1f} %" for run in results["runs"])
+    console.print(
+        f"coded keeps {100 * results['kept_fraction']:.1f} % of the dense improvement "
+        f"({results['dense_improvement']:.3f} nat); by seed: {singles}. {results['seconds']:.0f} s in all."
+    )

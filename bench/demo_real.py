@@ -1,0 +1,142 @@
+"""A real language model on any machine: SmolLM2-135M, federated over eight clients whose texts really differ.
+
+    python -m bench.demo_real [--seeds 1] [--output outputs/demo-real] [key=value ...]
+
+Four clients hold the source code of a package each, four worked exam questions of a category each, all of it out of
+packages that are installed with the project (bench/real_text.py). Arms: base, dense, coded at the default budget and at
+a fifth of it, the codec from the artifact that ships with the project. Then the base model and every trained adapter
+answer questions that no client holds. Writes results.json and report.html into the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.arms import print_tables, run_arm, summary
+from bench.real_text import Question, write_real_text
+from bench.report_html import write_report
+from conf.output import open_output, provenance, write_json
+
+LOW = "coded at 0.1 bit"
+ARMS = {"base": "base", "dense": "dense", "coded": "coded", LOW: "coded"}
+"""What it is called -> the arm that runs."""
+OWN: dict[str, list[str]] = {LOW: ["codec.bits=0.1"]}
+MOST_TOKENS = 96
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds, starting at 0 (default 1)")
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo-real"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for every arm")
+    args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error(f"--seeds {args.seeds}: at least one seed")
+    try:
+        results = run(args.seeds, open_output(args.output.absolute()), args.overrides)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    print_tables(results)
+    for rows in results["tables"].values():
+        print_rows(rows)
+    print(f"peak memory of a process: {results['peak_memory_MiB']} MiB")
+    print(f"results: {args.output / 'results.json'}\nreport:  {args.output / 'report.html'}")
+
+
+def run(num_seeds: int, output: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """All arms of all seeds, and the answers of the first. Raises ValueError: a program failed."""
+    start = time.monotonic()
+    holdings, aside = write_real_text(output / "text")
+    data = ["+experiment=demo_real", "--data", str(output / "text")]
+    runs = []
+    for seed in range(num_seeds):
+        run: dict[str, Any] = {"seed": seed}
+        for name, arm in ARMS.items():
+            number = seed * len(ARMS) + len(run)
+            Console(stderr=True).rule(f"seed {seed}: {name}{_left(start, number, num_seeds * len(ARMS))}")
+            own = [*data, f"seed={seed}", *OWN.get(name, []), *overrides]
+            run[name] = run_arm(arm, output / f"seed-{seed}" / name.replace(" ", "-"), own)
+        runs.append(run)
+    Console(stderr=True).rule("questions that no client holds, before and after")
+    answers = ask(output / "seed-0", aside)
+    results = summary(runs, [*ARMS]) | {
+        "title": "CG-FedLLM on SmolLM2-135M",
+        "tables": {
+            "What every client holds": [dataclasses.asdict(holding) for holding in holdings],
+            "Questions that no client holds, before and after (first seed)": answers,
+        },
+        "peak_memory_MiB": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+        "seconds": time.monotonic() - start,
+        "made_with": provenance(),
+    }
+    write_json(results, output / "results.json")
+    write_report(results, output / "report.html")
+    return results
+
+
+def ask(runs: Path, questions: Sequence[Question]) -> list[dict[str, str]]:
+    """Greedy answers of the base model and of each trained adapter, one row a question."""
+    import torch  # here, as it takes seconds
+
+    from adapters.base import load_tokenizer
+    from adapters.export import load_adapter, lora_settings
+    from adapters.model import load_model, set_adapter
+    from conf.schema import Settings
+
+    settings = Settings.from_json(_settings_of(runs / "dense"))
+    tokenizer = load_tokenizer(settings.model)
+    config, _ = load_adapter(runs / "dense" / "adapter")
+    model = load_model(settings.model, lora_settings(config), seed=0).eval()
+    rows = [{"question": f"{one.question}", "reference": one.answer} for one in questions]
+    for name in ARMS:
+        if name != "base":
+            set_adapter(model, load_adapter(runs / name.replace(" ", "-") / "adapter")[1])
+        for row in rows:
+            asked = tokenizer.apply_chat_template(
+                [{"role": "user", "content": row["question"]}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            ).to(model.device)
+            with torch.no_grad():
+                told = model.generate(**asked, max_new_tokens=MOST_TOKENS, do_sample=False)
+            row[name] = tokenizer.decode(told[0, asked["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return rows
+
+
+def _settings_of(run: Path) -> str:
+    return json.dumps(json.loads((run / "results.json").read_text())["settings"])
+
+
+def _left(start: float, done: int, all_runs: int) -> str:
+    """About how long the arms that are left take, judged by those that are done; base alone says nothing of it."""
+    if done < 2:
+        return f", {done + 1} of {all_runs}"
+    minutes = (time.monotonic() - start) / done * (all_runs - done) / 60
+    return f", {done + 1} of {all_runs}, about {minutes:.0f} minutes left"
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(show_lines=True)
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+if __name__ == "__main__":
+    main()
