@@ -165,7 +165,6 @@ class Federation:
         self.recording = recording
         self.adapter: Mapping[str, Tensor] = evaluator.initial
         self.done = 0  # rounds
-        self.evaluates_apart = settings.backend.name == "superlink"  # a simulation's clients share its machine
         self._good: tuple[int, Mapping[str, Tensor]] | None = None  # the last round that was evaluated, and its adapter
 
     def restore(self, before: Checkpoint) -> None:
@@ -212,25 +211,22 @@ class Federation:
             ) from None
 
     def _run_rounds(self) -> None:
-        """A simulation evaluates what a round gave before it writes a checkpoint; a deployment afterwards, while its
-        nodes train: that is why the checkpoint before the last is kept."""
-        if not self.evaluates_apart:
-            self._evaluate()
+        """What a round gave is evaluated while the clients of the next one train: that is why the checkpoint before
+        the last is kept."""
         for server_round in range(self.done + 1, self.settings.federation.rounds + 1):
             new = from_record(self._round(server_round))
             if not all(bool(tensor.isfinite().all()) for tensor in new.values()):
                 raise Diverged(f"the adapter after round {server_round} holds NaN or infinity")
             self.adapter, self.done = new, server_round
             self.journal.round_finished(server_round, self.strategy.uplinks)
-            if not self.evaluates_apart:
-                self._evaluate()
             self._save()
         self._evaluate()
 
     def _round(self, server_round: int) -> ArrayRecord:
         """The next adapter. A round that comes to nothing is tried again.
 
-        Nodes need seconds to see a message and longer to train: meanwhile, what they start from is evaluated.
+        Nodes need seconds to see a message and longer to train, and a simulation's last wave of clients leaves cores
+        idle: meanwhile, what they start from is evaluated.
 
         Raises:
             RoundError: it came to nothing every time.
@@ -243,8 +239,7 @@ class Federation:
                 size = sum(len(a.data) for m in messages for r in m.content.array_records.values() for a in r.values())
                 self.journal.round_started(server_round, len(messages), size)
                 replies = replies_to(self.grid, messages, federation.round_seconds)
-                if self.evaluates_apart:
-                    self._evaluate()
+                self._evaluate()
                 new, _ = self.strategy.aggregate_train(server_round, replies)
             except RoundError as error:
                 if attempt == federation.retries:
