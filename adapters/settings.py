@@ -94,7 +94,9 @@ def check_model(settings: ModelSettings) -> None:
     if gguf_file(settings.path) is not None:
         check_gguf(settings)
     elif settings.sha256 is not None:
-        raise ValueError(f"model.sha256 is of a GGUF file, and model.path={settings.path!r} is none: give model.sha256=null")
+        raise ValueError(
+            f"model.sha256 is of a GGUF file, and model.path={settings.path!r} is none: give model.sha256=null"
+        )
     elif not is_hub_name(settings.path) and not (path / "config.json").is_file():
         what = "holds no config.json and no GGUF file" if path.is_dir() else "is neither a directory nor a GGUF file"
         raise ValueError(

@@ -83,7 +83,7 @@ def understood_by_hydra(module: str, arguments: list[str]) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose(COMPOSED[module], [*overrides, "output=here", "hydra.run.dir=here"], return_hydra_config=False)
     settings: Settings = tgap_run_of(config) if module == "tgap" else settings_of(config)
-    settings.model.path, settings.model.sha256 = str(ROOT / "assets/tiny-llama"), None  # the pages' own models are not here
+    settings.model.path, settings.model.sha256 = str(ROOT / "assets/tiny-llama"), None  # theirs are not here
     settings.dry_run = True
     settings.codec.artifact = settings.codec.artifact or str(ROOT / "assets/codec")
     if module == "server.preview":  # it holds no rounds
