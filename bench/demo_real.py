@@ -15,12 +15,14 @@ import dataclasses
 import json
 import resource
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bench.arms import print_tables, run_arm, summary
@@ -33,6 +35,8 @@ ARMS = {"base": "base", "dense": "dense", "coded": "coded", LOW: "coded"}
 """What it is called -> the arm that runs."""
 OWN: dict[str, list[str]] = {LOW: ["codec.bits=0.1"]}
 MOST_TOKENS = 96
+HOLDINGS = "What every client holds"
+ANSWERS = "Questions that no client holds, before and after (first seed)"
 
 
 def main() -> None:
@@ -50,8 +54,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("stopped")
     print_tables(results)
-    for rows in results["tables"].values():
-        print_rows(rows)
+    print_table(results["tables"][HOLDINGS])
+    print_answers(results["tables"][ANSWERS])
     print(f"peak memory of a process: {results['peak_memory_MiB']} MiB")
     print(f"results: {args.output / 'results.json'}\nreport:  {args.output / 'report.html'}")
 
@@ -64,8 +68,8 @@ def run(num_seeds: int, output: Path, overrides: Sequence[str]) -> dict[str, Any
     runs = []
     for seed in range(num_seeds):
         run: dict[str, Any] = {"seed": seed}
-        for name, arm in ARMS.items():
-            number = seed * len(ARMS) + len(run)
+        for of_seed, (name, arm) in enumerate(ARMS.items()):
+            number = seed * len(ARMS) + of_seed
             Console(stderr=True).rule(f"seed {seed}: {name}{_left(start, number, num_seeds * len(ARMS))}")
             own = [*data, f"seed={seed}", *OWN.get(name, []), *overrides]
             run[name] = run_arm(arm, output / f"seed-{seed}" / name.replace(" ", "-"), own)
@@ -75,8 +79,8 @@ def run(num_seeds: int, output: Path, overrides: Sequence[str]) -> dict[str, Any
     results = summary(runs, [*ARMS]) | {
         "title": "CG-FedLLM on SmolLM2-135M",
         "tables": {
-            "What every client holds": [dataclasses.asdict(holding) for holding in holdings],
-            "Questions that no client holds, before and after (first seed)": answers,
+            HOLDINGS: [dataclasses.asdict(holding) for holding in holdings],
+            ANSWERS: answers,
         },
         "peak_memory_MiB": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
         "seconds": time.monotonic() - start,
@@ -98,22 +102,24 @@ def ask(runs: Path, questions: Sequence[Question]) -> list[dict[str, str]]:
 
     settings = Settings.from_json(_settings_of(runs / "dense"))
     tokenizer = load_tokenizer(settings.model)
+    tokenizer.padding_side = "left"
     config, _ = load_adapter(runs / "dense" / "adapter")
     model = load_model(settings.model, lora_settings(config), seed=0).eval()
-    rows = [{"question": f"{one.question}", "reference": one.answer} for one in questions]
+    rows = [{"question": one.question, "reference": one.answer} for one in questions]
+    asked = tokenizer.apply_chat_template(
+        [[{"role": "user", "content": row["question"]}] for row in rows],
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
+    ).to(model.device)
     for name in ARMS:
         if name != "base":
             set_adapter(model, load_adapter(runs / name.replace(" ", "-") / "adapter")[1])
-        for row in rows:
-            asked = tokenizer.apply_chat_template(
-                [{"role": "user", "content": row["question"]}],
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            ).to(model.device)
-            with torch.no_grad():
-                told = model.generate(**asked, max_new_tokens=MOST_TOKENS, do_sample=False)
-            row[name] = tokenizer.decode(told[0, asked["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        with torch.no_grad():
+            told = model.generate(**asked, max_new_tokens=MOST_TOKENS, do_sample=False)
+        for row, tokens in zip(rows, told[:, asked["input_ids"].shape[1] :], strict=True):
+            row[name] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
     return rows
 
 
@@ -129,13 +135,22 @@ def _left(start: float, done: int, all_runs: int) -> str:
     return f", {done + 1} of {all_runs}, about {minutes:.0f} minutes left"
 
 
-def print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(show_lines=True)
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(title=HOLDINGS.lower())
     for name in rows[0]:
-        table.add_column(name, overflow="fold")
+        table.add_column(name)
     for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+        table.add_row(*(escape(str(value)) for value in row.values()))
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+def print_answers(rows: Sequence[dict[str, str]]) -> None:
+    print(ANSWERS)
+    for row in rows:
+        for name, text in row.items():
+            lead = "" if name == "question" else f"  {name:<{len(LOW)}}  "
+            print(textwrap.fill(text, 100, initial_indent=lead, subsequent_indent=" " * len(lead)))
+        print()
 
 
 if __name__ == "__main__":
