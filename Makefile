@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 SEEDS ?= 1
-JOBS ?= 2
+# more than a small machine has cores: tests of a deployment mostly wait
+JOBS ?= 3
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

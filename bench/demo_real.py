@@ -17,6 +17,7 @@ import resource
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def ask(runs: Path, questions: Sequence[Question]) -> list[dict[str, str]]:
     """Greedy answers of the base model and of each trained adapter, one row a question."""
     import torch  # here, as it takes seconds
 
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, for their developers
     from adapters.base import load_tokenizer
     from adapters.export import load_adapter, lora_settings
     from adapters.model import load_model, set_adapter

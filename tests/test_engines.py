@@ -33,7 +33,8 @@ def run_module(module: str, *arguments: str) -> str:
 @pytest.mark.timeout(600)
 def test_tgap_records_in_simulation_and_trains_and_a_sweep_federates_with_its_artifact(tmp_path: Path) -> None:
     few = [*SMALL, "federation.num_clients=4", "federation.clients_per_round=3"]
-    tgap = ["tgap.passes=2", "tgap.network_steps=2", "tgap.heldout_rounds=1", "tgap.heldout_clients=1"]
+    tgap = ["tgap.passes=2", "tgap.network_steps=2", "tgap.bits=[1.0]"]
+    tgap += ["tgap.heldout_rounds=1", "tgap.heldout_clients=1"]
     places = [f"tgap.artifact={tmp_path / 'codec'}", f"output={tmp_path / 'tgap'}", f"hydra.run.dir={tmp_path / 'h'}"]
     said = run_module("tgap", *few, *tgap, *places)
     report = json.loads((tmp_path / "tgap" / "report.json").read_text())["fidelity"]
