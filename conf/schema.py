@@ -57,6 +57,9 @@ class FederationSettings:
     retries: int = 2  # how often, before the run ends with an error
     max_failures: int = 3  # a client that fails so often in a row is left out for `rest_rounds` rounds
     rest_rounds: int = 5
+    rehearsal_steps: int = (
+        6  # coded: of the server on its held-out text before round 1, which follows no update; 0: none
+    )
     metrics_port: int | None = None  # Prometheus text on 127.0.0.1, while the run lasts
 
 
@@ -180,6 +183,7 @@ def check_settings(settings: Settings) -> None:
 
 def _check_federation(federation: FederationSettings) -> None:
     least = {"rounds": 1, "num_clients": 1, "clients_per_round": 1, "retries": 0, "rest_rounds": 0, "max_failures": 1}
+    least["rehearsal_steps"] = 0
     for key, lowest in least.items():
         if getattr(federation, key) < lowest:
             raise ValueError(f"federation.{key}={getattr(federation, key)} must be at least {lowest}")

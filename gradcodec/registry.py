@@ -20,6 +20,7 @@ class CodecEntry:
         has_rate: whether it takes a byte budget. One that does not has ``stream_bytes`` (``gradcodec.codec.OneRate``).
         needs_artifact: whether it is made from a trained artifact, by ``from_artifact(artifact, layout, device)``, and
             not from the layout alone, by ``Class(layout)``.
+        uses_last_update: whether it has side information, which comes from the last global update.
         any_layout: whether one artifact serves adapters of every shape; true of all that need none.
         trainer: the function that trains it as ``module:function`` (``gradcodec.training.fit.Trainer``), or None.
         trained_as: the names by which training is asked for its variants; all give artifacts of this codec.
@@ -32,6 +33,7 @@ class CodecEntry:
     codec: str
     has_rate: bool = False
     needs_artifact: bool = False
+    uses_last_update: bool = False
     any_layout: bool = True
     trainer: str | None = None
     trained_as: tuple[str, ...] = ()
@@ -102,6 +104,7 @@ register(
         "gradcodec.learned.codec:LearnedCodec",
         has_rate=True,
         needs_artifact=True,
+        uses_last_update=True,
         trainer="gradcodec.learned.fit:train",
         trained_as=("learned",),
     )
@@ -124,5 +127,5 @@ register(CodecEntry("sign", "gradcodec.peers.casts:SignCodec"))
 register(CodecEntry("eden", "gradcodec.peers.eden:EdenCodec", has_rate=True))
 register(CodecEntry("topk", "gradcodec.peers.topk:TopkCodec", has_rate=True))
 register(CodecEntry("powersgd", "gradcodec.peers.powersgd:PowersgdCodec", has_rate=True))
-register(CodecEntry("b-only", "gradcodec.peers.b_only:BOnlyCodec", has_rate=True))
-register(CodecEntry("rotated", "gradcodec.peers.rotated:RotatedCodec", has_rate=True))
+register(CodecEntry("b-only", "gradcodec.peers.b_only:BOnlyCodec", has_rate=True, uses_last_update=True))
+register(CodecEntry("rotated", "gradcodec.peers.rotated:RotatedCodec", has_rate=True, uses_last_update=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from adapters.base import check_vocabulary, load_config, load_tokenizer, max_positions, resolve_device
 from adapters.export import load_start, save_adapter, served_by_vllm, what_to_know
-from adapters.footprint import check_fits
+from adapters.finetune import DivergedError, finetune
+from adapters.footprint import check_fits, estimate_memory, free_bytes
 from adapters.model import Adapter, adapter_shapes, get_adapter, load_model, on_host, set_adapter
 from adapters.settings import for_evaluation
 from adapters.windows import Windows
@@ -63,6 +65,21 @@ class Evaluator:
     def loss_as_it_is(self) -> float:
         """The same, with the adapter that is in the model."""
         return heldout_loss(self.model, self.heldout, self.batch_size)
+
+    def rehearse(self, settings: Settings, steps: int) -> Adapter | None:
+        """The update of so many training steps on held-out text, one window each: it lies in the directions in which
+        the clients' first updates will lie. None: there is no memory for it here, or it diverged, as theirs will."""
+        model = for_evaluation(settings.model)
+        train = replace(settings.train, steps=steps, epochs=None, warmup_steps=0, batch_size=1, micro_batch_size=1)
+        needed = estimate_memory(model, settings.lora, train, settings.task.window)
+        free = free_bytes(resolve_device(model))
+        if free is not None and needed.total - needed.weights > free:
+            _LOG.warning("no memory here for federation.rehearsal_steps=%d: round 1 is coded without them", steps)
+            return None
+        try:
+            return on_host(finetune(self.model, self.initial, self.heldout, train, settings.seed)[0])
+        except DivergedError:
+            return None
 
     def save(self, adapter: Mapping[str, Tensor], facts: Mapping[str, str], folder: Path) -> None:
         """Writes the adapter as a PEFT directory, its card telling the facts of the run."""

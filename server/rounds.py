@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import time
 from collections.abc import Mapping
 from logging import WARNING
 from pathlib import Path
@@ -189,6 +190,7 @@ class Federation:
         )
         places = call_roll(self.strategy.roll, self.journal.waiting, federation.min_clients)
         self.journal.event("nodes", count=len(places))
+        self._rehearse()
         try:
             self._run_rounds()
         except Diverged as error:
@@ -196,6 +198,17 @@ class Federation:
         self._write_results()
         self.journal.event("run_finished", seconds=self.results.seconds)
         return self.results
+
+    def _rehearse(self) -> None:
+        """Round 1 follows no global update: a few steps of the server's own stand in for it."""
+        settings, steps = self.settings, self.settings.federation.rehearsal_steps
+        if self.done or not steps or settings.arm != "coded" or not entry_of(settings.codec.name).uses_last_update:
+            return
+        started = time.monotonic()
+        update = self.evaluator.rehearse(settings, steps)
+        if update is not None:
+            self.strategy.receiver.foresee(update)
+            self.journal.event("rehearsed", steps=steps, seconds=time.monotonic() - started)
 
     def _write_results(self) -> None:
         """Raises ValueError: the disk is full or cannot be written; the last checkpoint holds all that is needed."""

@@ -60,9 +60,12 @@ class CodedReceiver:
             adapter[name] = tensor
         return {name: adapter[name] for name in current}
 
+    def foresee(self, step: Adapter) -> None:
+        self.side = self.codec.side_information(self.codec.layout.to_blocks(step))
+
     def averaged(self, uplinks: Iterable[Uplink], step: Adapter) -> None:
         self.accepted |= {uplink.partition: uplink.payload_digest for uplink in uplinks}
-        self.side = self.codec.side_information(self.codec.layout.to_blocks(step))
+        self.foresee(step)
 
     def state(self) -> State:
         tensors = {} if self.side is None else {SIDE: self.side}

@@ -45,6 +45,9 @@ class DenseReceiver:
                 raise CodecError(f"its adapter is one of round {server_round}, sent again")
         return {name: found[name] for name in current}
 
+    def foresee(self, step: Adapter) -> None:
+        """Adapters travel as they are, whatever is expected of them."""
+
     def averaged(self, uplinks: Iterable[Uplink], step: Adapter) -> None:
         """An adapter that did not change says nothing: many clients may send the same one."""
         for uplink in uplinks:

@@ -81,6 +81,10 @@ class Receiver(Protocol):
         their order, all values finite. Raises CodecError: it stands for none."""
         ...
 
+    def foresee(self, step: Adapter) -> None:
+        """What the first global update may be like, before there is any."""
+        ...
+
     def averaged(self, uplinks: Iterable[Uplink], step: Adapter) -> None:
         """The round is done: these are settled, used or never to be used, and the adapter changed by ``step``."""
         ...
