@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import socket
@@ -20,12 +21,17 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from adapters.finetune import finetune
+from adapters.model import adapter_shapes, load_model
 from client.app import app as client_app
 from client.trainer import trainer_for
 from conf.footprint import client_memory, server_memory
 from conf.schema import Settings
 from gradcodec.artifact import Artifact, load_artifact, save_artifact
+from gradcodec.exchange import encode_update
+from gradcodec.layout import Layout
 from gradcodec.learned.tables import LearnedTables
+from gradcodec.peers.rotated import RotatedCodec
 from server.centralised import run_alone
 from server.checkpoint import NAME, load_checkpoint
 from server.evaluate import Evaluator
@@ -348,10 +354,55 @@ def test_a_round_without_any_answer_ends_the_run(tmp_path: Path) -> None:
 def test_side_information_travels_and_is_the_same_for_all(tmp_path: Path, artifact: str) -> None:
     grid = InProcessGrid(client_app, 3, {"memory": str(tmp_path / "memory")})
     run_federation(grid, settings_for(tmp_path, "side", codec__artifact=artifact))
-    trains = [m for m in grid.sent if m.metadata.message_type == "train"]
-    sides = [RecordDict(dict(m.content.items())).array_records["side"] for m in trains]
-    assert [len(side) for side in sides] == [0, 0, 1, 1, 1, 1]
+    sides = sides_sent(grid)
+    assert [len(side) for side in sides] == [1] * 6
+    assert sides[0]["side"].data == sides[1]["side"].data != sides[2]["side"].data
     assert sides[2]["side"].data == sides[3]["side"].data != sides[4]["side"].data
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"federation__rehearsal_steps": 0}, {"train__lr": 1e30}, {"codec__name": "topk", "codec__artifact": None}],
+    ids=["none asked for", "diverged", "of no use"],
+)
+def test_without_a_rehearsal_the_first_round_has_no_side_information(
+    tmp_path: Path, artifact: str, changes: dict[str, object]
+) -> None:
+    grid = InProcessGrid(client_app, 3, {"memory": str(tmp_path / "memory")})
+    settings = settings_for(tmp_path, "none", **{"codec__artifact": artifact, "federation__rounds": 1} | changes)
+    with contextlib.suppress(ValueError):
+        run_federation(grid, settings)
+    assert {len(side) for side in sides_sent(grid)} == {0}
+    assert "rehearsed" not in (tmp_path / "none" / "events.jsonl").read_text()
+
+
+def sides_sent(grid: InProcessGrid) -> list[ArrayRecord]:
+    trains = [m for m in grid.sent if m.metadata.message_type == "train"]
+    return [RecordDict(dict(m.content.items())).array_records["side"] for m in trains]
+
+
+def test_a_rehearsal_finds_the_directions_of_the_clients_first_updates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_for(tmp_path, "rehearsal", train__steps=6)
+    evaluator = Evaluator(settings)
+    layout = Layout.of(adapter_shapes(evaluator.model))
+    codec = RotatedCodec(layout)
+    step = evaluator.rehearse(settings, 6)
+    assert step is not None
+    side = codec.side_information(layout.to_blocks(step))
+    model = load_model(settings.model, settings.lora, settings.seed)
+    update, _ = finetune(model, evaluator.initial, evaluator.shards[1].train, settings.train, seed=1)
+    error = {}
+    for known in (None, side):
+        _, left = encode_update(update, None, codec=codec, max_bytes=3072, side=known)
+        error[known is None] = float(left.error_RC.square().sum())
+    assert error[False] < 0.95 * error[True]
+    before = evaluator.loss(evaluator.initial)
+    assert evaluator.loss(evaluator.initial) == before
+    monkeypatch.setattr("server.evaluate.free_bytes", lambda device: 1000)
+    assert evaluator.rehearse(settings, 6) is None
+    assert "no memory here for federation.rehearsal_steps=6" in caplog.text
 
 
 class DyingGrid(InProcessGrid):
