@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -173,6 +174,20 @@ def a_full_disk(folder: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_ctrl_c_stops_the_run_at_the_superlink(place: Deployment, tmp_path: Path) -> None:
+    run = Run(place, tmp_path)
+    run.wait_for("round_finished", 1)
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(120) == 1
+    assert re.search(r"run \d+ is stopped; .*resume=", (tmp_path / "run.log").read_text())
+    assert read_status(tmp_path).state == "stopped"
+    assert not any(
+        "flwr-serverapp" in " ".join(one.cmdline()) for one in psutil.Process(place.server.pid).children(True)
+    )
+    status = [sys.executable, "-m", "server", "status", str(tmp_path)]
+    assert "stopped" in subprocess.run(status, capture_output=True, text=True).stdout
 
 
 def test_nodes_that_may_not_join_are_told_why(place: Deployment, tmp_path: Path) -> None:
