@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +11,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.programs import kept_fraction, run_program
+from bench.programs import kept_fraction, run_once
 
 FIGURES = ("heldout_loss", "bits_per_parameter", "uplink_payload_bytes_per_client_round", "seconds")
 """Of a run's results, what is averaged over seeds."""
 
 
-def run_arm(arm: str, place: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """One federated run or what it is compared with; its results. Raises ValueError: it failed."""
-    run_program("server.federate", [f"arm={arm}", "--output", str(place), *overrides])
-    results: dict[str, Any] = json.loads((place / "results.json").read_text())
+def run_arm(arm: str, place: Path, overrides: Sequence[str], *, anew: bool = False) -> dict[str, Any]:
+    """One federated run or what it is compared with; its results, unless ``anew`` from disk if it was made before.
+
+    Raises:
+        ValueError: it failed.
+    """
+    own = [f"arm={arm}", "--output", str(place), *overrides]
+    results: dict[str, Any] = run_once("server.federate", own, place / "results.json", anew=anew)
     return results
 
 
@@ -69,7 +72,7 @@ def print_tables(results: dict[str, Any]) -> None:
     arms = results["arms"]
     rounds = len(arms["dense"]["heldout_loss"])
     shown = sorted({*range(0, rounds, max(1, (rounds - 1) // 4)), rounds - 1})
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = Console(width=None if sys.stdout.isatty() else 110)
     seeds = ", ".join(map(str, results["seeds"]))
     losses = Table(title=f"held-out loss by round, nats per token (seed {seeds})")
     costs = Table(title="what each arm keeps of the dense improvement, and what a client sends")

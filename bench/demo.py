@@ -63,7 +63,7 @@ def run_seed(seed: int, output: Path, overrides: list[str]) -> dict[str, Any]:
     }
     for arm in ARMS:
         shown.rule(f"seed {seed}: {arm}")
-        run[arm] = run_arm(arm, output / arm, [f"seed={seed}", "--codec-artifact", str(codec), *overrides])
+        run[arm] = run_arm(arm, output / arm, [f"seed={seed}", "--codec-artifact", str(codec), *overrides], anew=True)
     return run
 
 

@@ -5,7 +5,8 @@
 Four clients hold the source code of a package each, four worked exam questions of a category each, all of it out of
 packages that are installed with the project (bench/real_text.py). Arms: base, dense, coded at the default budget and at
 a fifth of it, the codec from the artifact that ships with the project. Then the base model and every trained adapter
-answer questions that no client holds. Writes results.json and report.html into the output folder.
+answer questions that no client holds. Writes results.json and report.html into the output folder; started again with
+another number of seeds, it runs those that are missing.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped")
+        sys.exit("stopped; the same command goes on with the arms that are missing")
     print_tables(results)
     print_table(results["tables"][HOLDINGS])
     print_answers(results["tables"][ANSWERS])

@@ -14,7 +14,6 @@ of the dense improvement that is kept, and the bytes that one client sent until 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.programs import kept_fraction, run_program
+from bench.programs import kept_fraction, run_once
 from conf.output import open_output, provenance, write_json
 
 SHARES = (0.8, 0.9, 0.95, 0.99)
@@ -91,7 +90,7 @@ def run_seed(seed: int, runs: list[Run], output: Path, overrides: list[str]) -> 
     if any(run.needs_artifact for run in runs):
         made = output / "tgap"
         own = [*common, f"output={made}", f"tgap.artifact={artifact}", "tgap.codecs=[learned]"]
-        _run_once("tgap", own, made, made / "report.json")
+        run_once("tgap", own, made / "report.json")
     found = {"dense": _federate(["arm=dense", *common], output / "dense")}
     for run in runs:
         own = ["arm=coded", *run.overrides, *common]
@@ -163,18 +162,8 @@ def _mean_or_none(values: list[float | None]) -> float | None:
 
 def _federate(overrides: list[str], place: Path) -> dict[str, Any]:
     own = [*overrides, f"output={place}", f"hydra.run.dir={place}"]
-    content: dict[str, Any] = _run_once("server.federate", own, place, place / "results.json")
+    content: dict[str, Any] = run_once("server.federate", own, place / "results.json")
     return content
-
-
-def _run_once(module: str, overrides: list[str], place: Path, result: Path) -> Any:
-    """The program's result; from disk if it ran before with the same settings."""
-    asked = place / "overrides.json"
-    if not (result.is_file() and asked.is_file() and json.loads(asked.read_text()) == overrides):
-        Console(stderr=True).rule(f"{place.parent.name}: {place.name}")
-        run_program(module, overrides)
-        write_json(overrides, asked)
-    return json.loads(result.read_text())
 
 
 def _is_number(text: str) -> bool:

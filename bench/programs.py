@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from conf.output import provenance, write_json
 
 
 def run_program(module: str, overrides: Sequence[str], flwr_home: Path | None = None) -> None:
@@ -18,6 +22,19 @@ def run_program(module: str, overrides: Sequence[str], flwr_home: Path | None = 
     environment = {**os.environ, "FLWR_HOME": str(flwr_home)} if flwr_home is not None else None
     if subprocess.run([sys.executable, "-m", module, *overrides], env=environment).returncode != 0:
         raise ValueError(f"`python -m {module}` failed; the reason stands above")
+
+
+def run_once(module: str, overrides: Sequence[str], result: Path, *, anew: bool = False) -> Any:
+    """The same, and the JSON that the program writes. Unless ``anew`` it is not run again if it wrote that with these
+    settings, at this commit, to which nothing was changed. Raises ValueError: it failed."""
+    asked = result.parent / "overrides.json"
+    commit = provenance()["commit"]
+    asking = {"overrides": [*overrides], "commit": commit}
+    known = asked.is_file() and json.loads(asked.read_text()) == asking and not commit.endswith(("-dirty", "unknown"))
+    if anew or not (known and result.is_file()):
+        run_program(module, overrides)
+        write_json(asking, asked)
+    return json.loads(result.read_text())
 
 
 def kept_fraction(base: float, dense: float, loss: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from adapters.settings import LoraSettings, ModelSettings
 from bench.fidelity import first_third, measure_all
 from bench.fuzz import honest_payloads, hostile
 from bench.loss_over_bytes import Run, summary
+from bench.programs import run_once
 from bench.real_text import NUM_CLIENTS, write_real_text
 from bench.speed import layout_of
 from gradcodec.build import build_codec
@@ -76,6 +78,25 @@ def test_a_run_says_what_it_overrides() -> None:
     for wrong in ("", "learned@", "learned@x", "learned:feedback"):
         with pytest.raises(ValueError, match="CODEC"):
             Run.of(wrong)
+
+
+def test_what_was_run_is_not_run_again_at_the_same_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+
+    def run(module: str, overrides: list[str]) -> None:
+        runs.append(overrides)
+        (tmp_path / "results.json").write_text(json.dumps(len(runs)))
+
+    monkeypatch.setattr("bench.programs.run_program", run)
+    again = partial(run_once, "server.federate", result=tmp_path / "results.json")
+    monkeypatch.setenv("GIT_COMMIT", "abc")
+    assert [again(["a=1"]), again(["a=1"]), again(["a=2"]), again(["a=2"], anew=True)] == [1, 1, 2, 3]
+    monkeypatch.setenv("GIT_COMMIT", "abcd")
+    assert [again(["a=2"]), again(["a=2"])] == [4, 4]
+    (tmp_path / "results.json").unlink()
+    assert again(["a=2"]) == 5
+    monkeypatch.setenv("GIT_COMMIT", "abcd-dirty")
+    assert [again(["a=2"]), again(["a=2"])] == [6, 7]
 
 
 def test_loss_over_bytes_counts_what_is_kept_and_when() -> None:
