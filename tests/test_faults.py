@@ -62,6 +62,7 @@ class Run:
                 env={**os.environ, "FLWR_HOME": str(place.flwr_home)},
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background
             )
 
     def wait_for(self, event: str, server_round: int, seconds: float = 240) -> None:
