@@ -19,7 +19,7 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ ARMS = {"base": "base", "dense": "dense", "coded": "coded", LOW: "coded"}
 """What it is called -> the arm that runs."""
 OWN: dict[str, list[str]] = {LOW: ["codec.bits=0.1"]}
 MOST_TOKENS = 96
+STARTS = 15.0
+"""Seconds that an arm takes before its run begins to count them, about."""
 HOLDINGS = "What every client holds"
 ANSWERS = "Questions that no client holds, before and after (first seed)"
 
@@ -67,15 +69,16 @@ def run(num_seeds: int, output: Path, overrides: Sequence[str]) -> dict[str, Any
     start = time.monotonic()
     holdings, aside = write_real_text(output / "text")
     data = ["+experiment=demo_real", "--data", str(output / "text")]
-    runs = []
-    for seed in range(num_seeds):
-        run: dict[str, Any] = {"seed": seed}
-        for of_seed, (name, arm) in enumerate(ARMS.items()):
-            number = seed * len(ARMS) + of_seed
-            Console(stderr=True).rule(f"seed {seed}: {name}{_left(start, number, num_seeds * len(ARMS))}")
-            own = [*data, f"seed={seed}", *OWN.get(name, []), *overrides]
-            run[name] = run_arm(arm, output / f"seed-{seed}" / name.replace(" ", "-"), own)
-        runs.append(run)
+    runs: list[dict[str, Any]] = [{"seed": seed} for seed in range(num_seeds)]
+    names = [*ARMS] * num_seeds
+    seconds: dict[str, float] = {}
+    for number, name in enumerate(names):
+        run = runs[number // len(ARMS)]
+        left = _left(seconds, names[number:])
+        Console(stderr=True).rule(f"seed {run['seed']}: {name}, {number + 1} of {len(names)}{left}")
+        own = [*data, f"seed={run['seed']}", *OWN.get(name, []), *overrides]
+        run[name] = run_arm(ARMS[name], output / f"seed-{run['seed']}" / name.replace(" ", "-"), own)
+        seconds[name] = run[name]["seconds"] + STARTS
     Console(stderr=True).rule("questions that no client holds, before and after")
     answers = ask(output / "seed-0", aside)
     results = summary(runs, [*ARMS]) | {
@@ -130,12 +133,13 @@ def _settings_of(run: Path) -> str:
     return json.dumps(json.loads((run / "results.json").read_text())["settings"])
 
 
-def _left(start: float, done: int, all_runs: int) -> str:
-    """About how long the arms that are left take, judged by those that are done; base alone says nothing of it."""
-    if done < 2:
-        return f", {done + 1} of {all_runs}"
-    minutes = (time.monotonic() - start) / done * (all_runs - done) / 60
-    return f", {done + 1} of {all_runs}, about {minutes:.0f} minutes left"
+def _left(seconds: Mapping[str, float], remaining: Sequence[str]) -> str:
+    """About how long the arms that remain take, judged by those that ran; base says nothing of the others."""
+    trained = [took for name, took in seconds.items() if name != "base"]
+    if not trained:
+        return ""
+    minutes = sum(seconds.get(name, max(trained)) for name in remaining) / 60
+    return f", about {minutes:.0f} minutes left"
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
