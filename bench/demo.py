@@ -23,6 +23,8 @@ from bench.report_html import write_report
 from conf.output import open_output, provenance, write_json
 
 ARMS = ("base", "centralised", "dense", "coded")
+TGAP = ("tgap.codecs=[learned,resnet]", "tgap.bits=[0.1,0.5]")
+"""What it trains and at which rates it measures that; TGAP has more by default."""
 
 
 def main() -> None:
@@ -54,8 +56,8 @@ def run_seed(seed: int, output: Path, overrides: list[str]) -> dict[str, Any]:
     codec = output / "codec"
     shown = Console(stderr=True)
     shown.rule(f"seed {seed}: TGAP records gradients on D1 and trains the codec")
-    places = ["--output", str(output / "tgap"), "--artifact", str(codec)]
-    run_program("tgap", [f"seed={seed}", *places, *overrides])
+    own = ["--output", str(output / "tgap"), "--artifact", str(codec), *TGAP]
+    run_program("tgap", [f"seed={seed}", *own, *overrides])
     run: dict[str, Any] = {
         "seed": seed,
         "tgap_fidelity": json.loads((output / "tgap" / "report.json").read_text())["fidelity"],
