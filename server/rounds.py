@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
-import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from logging import WARNING
 from pathlib import Path
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from flwr.supercore import log
@@ -53,9 +49,6 @@ from strategies.roll import Roll, call_roll
 from strategies.sampling import Sampling
 from strategies.tensors import from_record, to_record
 from strategies.wire import SETTINGS
-
-GIVES_WAY = 10
-"""Nice levels: a tenth of a core where others want all of it."""
 
 
 def run_federation(grid: Grid, settings: Settings, bound: Mapping[int, int] | None = None) -> RunResults:
@@ -173,7 +166,6 @@ class Federation:
         self.recording = recording
         self.adapter: Mapping[str, Tensor] = evaluator.initial
         self.done = 0  # rounds
-        self._apart = ThreadPoolExecutor(1, initializer=self._give_way)
         self._good: tuple[int, Mapping[str, Tensor]] | None = None  # the last round that was evaluated, and its adapter
 
     def restore(self, before: Checkpoint) -> None:
@@ -278,19 +270,12 @@ class Federation:
             Diverged: it is not finite, or worse by far than that of a model which knows nothing.
         """
         if len(self.results.heldout_loss) <= self.done:
-            loss = self._apart.submit(self.evaluator.loss, self.adapter).result()
+            # the clients of a simulation work on the same machine, and the round waits for them alone
+            loss = self.evaluator.loss(self.adapter, gives_way=self.settings.backend.name == "simulation")
             if not loss <= self._limit():
                 raise Diverged(f"the held-out loss after round {self.done} is {loss:.4g}")
             self.journal.evaluated(self.done, loss)
         self._good = self.done, self.adapter
-
-    def _give_way(self) -> None:
-        """The thread that evaluates takes what a simulation's clients leave of the cores: for them the round waits."""
-        torch.set_num_threads(self.settings.train.threads)  # a thread's own affair
-        if self.settings.backend.name == "simulation" and sys.platform == "linux":
-            thread = threading.get_native_id()
-            own = os.getpriority(os.PRIO_PROCESS, thread)
-            os.setpriority(os.PRIO_PROCESS, thread, min(own + GIVES_WAY, 19))
 
     def _limit(self) -> float:
         """Twice the loss that guessing blindly has (ln of the vocabulary), or that the run began with."""

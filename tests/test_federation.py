@@ -446,17 +446,18 @@ def test_a_resumed_run_is_the_one_that_was_never_interrupted(tmp_path: Path, art
         resumed(tmp_path / "cut", [])
 
 
-def test_a_deployment_evaluates_while_its_nodes_train_and_may_die_of_the_last_evaluation(
-    tmp_path: Path, artifact: str, coded: RunResults, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("backend", ["simulation", "superlink"])
+def test_a_run_evaluates_while_its_clients_train_and_may_die_of_the_last_evaluation(
+    tmp_path: Path, artifact: str, coded: RunResults, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    settings = settings_for(tmp_path, "apart", codec__artifact=artifact, backend__name="superlink")
+    settings = settings_for(tmp_path, "apart", codec__artifact=artifact, backend__name=backend)
     evaluate, adapters = Evaluator.loss, []
 
-    def dying(self: Evaluator, adapter: Mapping[str, torch.Tensor]) -> float:
+    def dying(self: Evaluator, adapter: Mapping[str, torch.Tensor], *, gives_way: bool) -> float:
         adapters.append(adapter)
         if len(adapters) == 4:
             raise KeyboardInterrupt
-        return evaluate(self, adapter)
+        return evaluate(self, adapter, gives_way=gives_way)
 
     monkeypatch.setattr(Evaluator, "loss", dying)
     with pytest.raises(KeyboardInterrupt):
