@@ -12,8 +12,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -146,3 +148,19 @@ def end_all(children: Sequence[Child]) -> None:
 def exit_on_sigterm() -> None:
     """SIGTERM becomes SystemExit, so that ``finally`` ends what was started."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+
+@contextmanager
+def leaving_threads_behind() -> Iterator[None]:
+    """``SystemExit`` ends the process at once, where threads of an engine would keep it: after Ctrl-C those of a
+    simulation wait for clients that are gone."""
+    try:
+        yield
+    except SystemExit as end:
+        if all(thread.daemon or thread is threading.main_thread() for thread in threading.enumerate()):
+            raise
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))

@@ -28,6 +28,7 @@ from adapters.settings import is_hub_name
 from conf.arguments import run_program
 from conf.console import printable, say
 from conf.output import open_output
+from conf.processes import leaving_threads_behind
 from conf.schema import Settings, changed, check_files, check_settings, register_schemas, settings_of
 from server.alive import check_free
 from server.places import CHECKPOINT, continuation, found, remember
@@ -164,7 +165,8 @@ def run(settings: Settings) -> RunResults:
 
 
 if __name__ == "__main__":
-    try:
-        run_program(main, OPTIONS)
-    finally:
-        SWEEP.end()
+    with leaving_threads_behind():
+        try:
+            run_program(main, OPTIONS)
+        finally:
+            SWEEP.end()

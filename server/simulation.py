@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
@@ -18,6 +20,8 @@ from server.quiet import ENGINE_LOG, engine_log
 from server.results import RunResults
 from server.rounds import run_federation
 from strategies.wire import MEMORY_VARIABLE, TRUST_VARIABLE
+
+LAST_SECONDS = 2.0
 
 
 def run_in_simulation(settings: Settings) -> RunResults:
@@ -32,14 +36,19 @@ def run_in_simulation(settings: Settings) -> RunResults:
     os.environ[TRUST_VARIABLE] = "1" if settings.model.trust_remote_code else ""
     engine_log(output)
     ended: list[RunResults | Exception] = []
+    stopped, left = threading.Event(), threading.Event()
     server_app = ServerApp()
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            ended.append(run_federation(grid, settings))
+            ended.append(run_federation(_until(stopped, grid), settings))
+        except KeyboardInterrupt:
+            pass
         except Exception as error:  # Flower would print its traceback and raise another
             ended.append(error)
+        finally:
+            left.set()
 
     client_app = load_app("client.app:app", ImportError)  # by name: the server does not import the client's program
     assert isinstance(client_app, ClientApp)
@@ -60,6 +69,8 @@ def run_in_simulation(settings: Settings) -> RunResults:
             },
         )
     except KeyboardInterrupt:
+        stopped.set()
+        left.wait(LAST_SECONDS)  # it may be evaluating, and nobody waits for that
         EventLog(output, keep=True).write("run_stopped")
         raise
     except RuntimeError as error:  # Flower's engine; what the run itself raised comes first
@@ -69,3 +80,16 @@ def run_in_simulation(settings: Settings) -> RunResults:
     if isinstance(ended[0], Exception):
         raise ended[0]
     return ended[0]
+
+
+def _until(stopped: threading.Event, grid: Grid) -> Grid:
+    """The same grid; once the run is stopped, whoever waits for replies that will not come is interrupted, too."""
+    pull = grid.pull_messages
+
+    def pull_messages(message_ids: Iterable[str]) -> Iterable[Message]:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        return pull(message_ids)
+
+    grid.pull_messages = pull_messages  # type: ignore[method-assign]
+    return grid

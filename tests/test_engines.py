@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from server.events import read_status
 
 SMALL = [
     "federation.rounds=2",
@@ -61,6 +65,33 @@ def test_tgap_records_in_simulation_and_trains_and_a_sweep_federates_with_its_ar
     assert re.search(r"round 1 of 2: 3 of 3 clients \(", done.stderr)
     for text in ("\x1b", "Traceback", "DeprecationWarning"):
         assert text not in done.stderr + done.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_ctrl_c_ends_a_simulation(tmp_path: Path) -> None:
+    """Its engine has threads that wait for clients which are gone by then."""
+    command = [sys.executable, "-m", "server.federate", "arm=dense", *SMALL, "federation.rounds=50"]
+    with (tmp_path / "log").open("wb") as log:
+        run = subprocess.Popen(
+            [*command, "--output", str(tmp_path / "run")],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background
+        )
+    deadline = time.monotonic() + 200
+    while "round_finished" not in read_text_if_there(tmp_path / "run" / "events.jsonl"):
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(60) == 1
+    assert f"stopped; `python -m server.federate resume={tmp_path / 'run'}` goes on" in (tmp_path / "log").read_text()
+    assert read_status(tmp_path / "run").state == "stopped"
+
+
+def read_text_if_there(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
 
 
 @pytest.mark.grpc
