@@ -49,6 +49,8 @@ class RunView:
             self._line(f"waiting for clients: {status.nodes} of {printable(event.get('of', '?'), 12)} are here")
         elif kind == "nodes":
             self._line(f"{status.nodes} clients are here")
+        elif kind == "rehearsing":
+            self._line(f"rehearsing: {printable(event.get('steps'), 12)} steps on the held-out text")
         elif kind == "round_started":
             self._came, self._sent = [], 0
         elif kind == "uplink":

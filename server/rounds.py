@@ -204,6 +204,7 @@ class Federation:
         settings, steps = self.settings, self.settings.federation.rehearsal_steps
         if self.done or not steps or settings.arm != "coded" or not entry_of(settings.codec.name).uses_last_update:
             return
+        self.journal.event("rehearsing", steps=steps)
         started = time.monotonic()
         update = self.evaluator.rehearse(settings, steps)
         if update is not None:
