@@ -53,6 +53,8 @@ class Evaluator:
         check_fits(server_memory(settings), resolve_device(settings.model), training=settings.arm == "centralised")
         model_settings = settings.model if settings.arm == "centralised" else for_evaluation(settings.model)
         self.model: PeftModel = load_model(model_settings, settings.lora, settings.seed)
+        # the clients of a simulation work on the same cores, and a round waits for them alone
+        self._gives_way = settings.backend.name == "simulation" and self.model.device.type == "cpu"
         config = load_config(settings.model)
         self.served_by_vllm = served_by_vllm(config, adapter_shapes(self.model))
         for warning in what_to_know(self.model, config, settings.lora):
@@ -63,10 +65,10 @@ class Evaluator:
             on_host(get_adapter(self.model)) if start is None else load_start(Path(start), self.model)
         )
 
-    def loss(self, adapter: Mapping[str, Tensor], *, gives_way: bool = False) -> float:
-        """Held-out loss in nats per token. ``gives_way``: on what other processes leave of the cores."""
+    def loss(self, adapter: Mapping[str, Tensor]) -> float:
+        """Held-out loss in nats per token."""
         set_adapter(self.model, adapter)
-        return _giving_way(self.loss_as_it_is) if gives_way else self.loss_as_it_is()
+        return _giving_way(self.loss_as_it_is) if self._gives_way else self.loss_as_it_is()
 
     def loss_as_it_is(self) -> float:
         """The same, with the adapter that is in the model."""
@@ -94,7 +96,7 @@ class Evaluator:
 
 
 def _giving_way(work: Callable[[], float]) -> float:
-    """In a thread of its own, since only the system's administrator may take niceness back."""
+    """On what other processes leave of the cores. In a thread of its own: niceness can be taken, but not given back."""
     done: Future[float] = Future()
     num_threads = torch.get_num_threads()
 

@@ -271,8 +271,7 @@ class Federation:
             Diverged: it is not finite, or worse by far than that of a model which knows nothing.
         """
         if len(self.results.heldout_loss) <= self.done:
-            # the clients of a simulation work on the same machine, and the round waits for them alone
-            loss = self.evaluator.loss(self.adapter, gives_way=self.settings.backend.name == "simulation")
+            loss = self.evaluator.loss(self.adapter)
             if not loss <= self._limit():
                 raise Diverged(f"the held-out loss after round {self.done} is {loss:.4g}")
             self.journal.evaluated(self.done, loss)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from flwr.supercore.object_ref import load_app
@@ -54,22 +58,22 @@ def run_in_simulation(settings: Settings) -> RunResults:
     assert isinstance(client_app, ClientApp)
     resources: dict[str, Any] = {"num_cpus": settings.backend.client_cpus, "num_gpus": settings.backend.client_gpus}
     try:
-        run_simulation(
-            server_app,
-            client_app,
-            settings.federation.num_clients,
-            backend_config={
-                "client_resources": resources,
-                "init_args": {
-                    "num_cpus": os.cpu_count() or 1,
-                    "include_dashboard": False,
-                    "log_to_driver": False,
-                    "logging_level": "error",
+        with _interrupting(stopped):
+            run_simulation(
+                server_app,
+                client_app,
+                settings.federation.num_clients,
+                backend_config={
+                    "client_resources": resources,
+                    "init_args": {
+                        "num_cpus": os.cpu_count() or 1,
+                        "include_dashboard": False,
+                        "log_to_driver": False,
+                        "logging_level": "error",
+                    },
                 },
-            },
-        )
+            )
     except KeyboardInterrupt:
-        stopped.set()
         left.wait(LAST_SECONDS)  # it may be evaluating, and nobody waits for that
         EventLog(output, keep=True).write("run_stopped")
         raise
@@ -93,3 +97,28 @@ def _until(stopped: threading.Event, grid: Grid) -> Grid:
 
     grid.pull_messages = pull_messages  # type: ignore[method-assign]
     return grid
+
+
+@contextmanager
+def _interrupting(stopped: threading.Event) -> Iterator[None]:
+    """Ctrl-C is noted before it interrupts the engine, which then leaves Ray as it is: shut down under threads that use
+    it, Ray ends this process at once. It ends with this process."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        stopped.set()
+        raise KeyboardInterrupt
+
+    def terminate_unless_stopped(self: RayBackend) -> None:
+        if not stopped.is_set():
+            terminate(self)
+
+    terminate, before = RayBackend.terminate, signal.getsignal(signal.SIGINT)
+    RayBackend.terminate = terminate_unless_stopped  # type: ignore[method-assign]
+    if before is signal.default_int_handler:  # nobody else cares, and this is the main thread
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        RayBackend.terminate = terminate  # type: ignore[method-assign]
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)

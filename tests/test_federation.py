@@ -453,11 +453,11 @@ def test_a_run_evaluates_while_its_clients_train_and_may_die_of_the_last_evaluat
     settings = settings_for(tmp_path, "apart", codec__artifact=artifact, backend__name=backend)
     evaluate, adapters = Evaluator.loss, []
 
-    def dying(self: Evaluator, adapter: Mapping[str, torch.Tensor], *, gives_way: bool) -> float:
+    def dying(self: Evaluator, adapter: Mapping[str, torch.Tensor]) -> float:
         adapters.append(adapter)
         if len(adapters) == 4:
             raise KeyboardInterrupt
-        return evaluate(self, adapter, gives_way=gives_way)
+        return evaluate(self, adapter)
 
     monkeypatch.setattr(Evaluator, "loss", dying)
     with pytest.raises(KeyboardInterrupt):
