@@ -90,6 +90,7 @@ def run_seed(seed: int, runs: list[Run], output: Path, overrides: list[str]) -> 
     if any(run.needs_artifact for run in runs):
         made = output / "tgap"
         own = [*common, f"output={made}", f"tgap.artifact={artifact}", "tgap.codecs=[learned]"]
+        Console(stderr=True).rule(f"seed {seed}: TGAP")
         run_once("tgap", own, made / "report.json")
     found = {"dense": _federate(["arm=dense", *common], output / "dense")}
     for run in runs:
@@ -161,6 +162,7 @@ def _mean_or_none(values: list[float | None]) -> float | None:
 
 
 def _federate(overrides: list[str], place: Path) -> dict[str, Any]:
+    Console(stderr=True).rule(f"{place.parent.name}: {place.name}")
     own = [*overrides, f"output={place}", f"hydra.run.dir={place}"]
     content: dict[str, Any] = run_once("server.federate", own, place / "results.json")
     return content

@@ -74,6 +74,7 @@ def run_in_simulation(settings: Settings) -> RunResults:
                 },
             )
     except KeyboardInterrupt:
+        stopped.set()  # where another handler than ours took the signal
         left.wait(LAST_SECONDS)  # it may be evaluating, and nobody waits for that
         EventLog(output, keep=True).write("run_stopped")
         raise
