@@ -38,7 +38,7 @@ from tasks.settings import is_hub_name as is_hub_dataset
 
 Run = TypeVar("Run", bound="Settings")
 ARMS = ("base", "centralised", "dense", "coded")
-BACKENDS = ("simulation", "superlink")
+BACKENDS = ("simulation", "inprocess", "superlink")
 CHECKOUT = Path(__file__).resolve().parents[1]
 """Where the model and the codec that ship with the project lie."""
 
@@ -67,7 +67,8 @@ class FederationSettings:
 class BackendSettings:
     """Which engine runs the clients."""
 
-    name: str = "simulation"  # simulation: Flower's, on this machine; superlink: a running one, over gRPC
+    # simulation: Flower's, on this machine; inprocess: clients take turns in one process; superlink: a running one
+    name: str = "simulation"
     connection: str = "cg-fedllm"  # superlink: its name in Flower's config.toml
     client_cpus: int = 1  # simulation: CPU cores a client occupies
     client_gpus: float = 0.0  # simulation: GPUs, or share of one, a client occupies; with 0 it sees none

@@ -4,6 +4,7 @@ python -m server.federate [arm=coded|dense|centralised|base] [codec=learned|iden
 python -m server.federate --data PATH --model PATH --output PATH     # paths with any characters
 python -m server.federate -m codec=learned,identity seed=0,1        # a sweep
 python -m server.federate backend=superlink                          # on a running SuperLink, over gRPC
+python -m server.federate backend=inprocess                          # clients take turns in this process, on its GPU
 python -m server.federate resume=outputs/federate/2026-01-31/12-00-00  # a run that did not end, bit for bit
 python -m server.federate resume=latest                              # the one that was started last
 python -m server.federate +experiment=llama7b_dolly dry_run=true      # what a run would do: steps, bytes, memory, time
@@ -159,6 +160,10 @@ def run(settings: Settings) -> RunResults:
         from server.simulation import run_in_simulation
 
         return run_in_simulation(settings)
+    if settings.backend.name == "inprocess":
+        from server.inprocess import run_in_process
+
+        return run_in_process(settings)
     from server.superlink import run_on_superlink
 
     return run_on_superlink(settings)

@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, Error, Message, RecordDict, UserConfig
+from flwr.app import Message
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
+import server.inprocess
 from gradcodec.gauge import principal_axes
 from gradcodec.layout import Layout
 from gradcodec.learned.codec import LearnedCodec
@@ -102,31 +102,18 @@ def run_program(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
     signal.signal(signal.SIGTERM, handler)
 
 
-class InProcessGrid(Grid):
-    """Runs a ClientApp in this process, one context a node: a test double of Flower's Grid, not of our apps."""
+class InProcessGrid(server.inprocess.InProcessGrid):
+    """Answers at once, keeps what was sent, and may lose a reply."""
 
     def __init__(self, app: ClientApp, num_nodes: int, node_config: dict[str, Any] | None = None) -> None:
-        self.app = app
-        self.contexts = {
-            1000 + 7 * i: Context(
-                run_id=1,
-                node_id=1000 + 7 * i,
-                node_config=UserConfig({"partition-id": i, "num-partitions": num_nodes, **(node_config or {})}),
-                state=RecordDict(),
-                run_config=UserConfig(),
-            )
-            for i in range(num_nodes)
-        }
+        super().__init__(app, num_nodes, node_config)
         self.sent: list[Message] = []
         self.waiting: dict[str, Message] = {}
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
         for message in messages:
-            message.metadata.__dict__["_message_id"] = f"message-{len(self.sent)}"  # as Flower's own grids do
+            message.metadata.__dict__["_message_id"] = f"message-{len(self.sent)}"
             self.sent.append(message)
             ids.append(message.metadata.message_id)
             if (reply := self.answer(message)) is not None:
@@ -136,24 +123,3 @@ class InProcessGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """All that are ready; as on a network, their order is not that of the messages."""
         return [self.waiting.pop(i) for i in sorted(set(message_ids) & self.waiting.keys(), reverse=True)]
-
-    def answer(self, message: Message) -> Message | None:
-        """The ClientApp's reply; None: it is lost."""
-        try:
-            return self.app(message, self.contexts[message.metadata.dst_node_id])
-        except Exception as error:
-            return Message(Error(code=2, reason=repr(error)), reply_to=message)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        raise AssertionError("not used: it collects a round's replies in a list")
-
-    def set_run(self, run: Any) -> None:
-        raise AssertionError("not used")
-
-    run = property(lambda self: None)
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise AssertionError("not used")
-
-    def get_nodes(self) -> Any:
-        raise AssertionError("not used")

@@ -12,8 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import InProcessGrid
 
+from client.app import app as client_app
+from conf.schema import Settings
 from server.events import read_status
+from server.rounds import run_federation
 
 SMALL = [
     "federation.rounds=2",
@@ -88,6 +92,21 @@ def test_ctrl_c_ends_a_simulation(tmp_path: Path) -> None:
     assert run.wait(60) == 1
     assert f"stopped; `python -m server.federate resume={tmp_path / 'run'}` goes on" in (tmp_path / "log").read_text()
     assert read_status(tmp_path / "run").state == "stopped"
+
+
+def test_a_run_in_one_process_sends_what_every_other_engine_sends(tmp_path: Path) -> None:
+    """Beside a run in the tests' own grid, which answers at once and in another order."""
+    few = [*SMALL, "federation.num_clients=3", "federation.clients_per_round=2", "run_id=same"]
+    said = run_module("server.federate", "backend=inprocess", "--output", str(tmp_path / "run"), *few)
+    run = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "held-out loss" in said
+    settings = Settings.from_json(json.dumps(run["settings"]))
+    settings.output = str(tmp_path / "other")
+    grid = InProcessGrid(client_app, 3, {"memory": str(tmp_path / "memory")})
+    other = run_federation(grid, settings)
+    assert [up["payload_digest"] for up in run["uplinks"]] == [up.payload_digest for up in other.uplinks]
+    assert run["heldout_loss"] == other.heldout_loss
+    assert read_status(tmp_path / "run").state == "finished"
 
 
 def read_text_if_there(path: Path) -> str:
