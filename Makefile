@@ -39,7 +39,7 @@ $(REAL_STAMP): $(STAMP)
 	@touch $@
 
 demo-real: $(REAL_STAMP)
-	$(BIN)/python -m bench.demo_real --seeds $(SEEDS)
+	$(BIN)/python -m bench.demo_real --seeds $(SEEDS) $(ARGS)
 
 demo-grpc: $(STAMP)
 	$(BIN)/python -m bench.demo_grpc

@@ -35,14 +35,17 @@ def coding_share(run: dict[str, Any]) -> float:
     return float(coding / (coding + training)) if run["uplinks"] else 0.0
 
 
-def summary(runs: Sequence[dict[str, Any]], arms: Sequence[str]) -> dict[str, Any]:
+def summary(
+    runs: Sequence[dict[str, Any]], arms: Sequence[str], beside: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     """Means over seeds, the single runs beside them.
 
     Args:
         runs: one a seed: its ``seed``, the results of every arm by its name, and whatever else is to be kept of it.
+        arms: their names.
+        beside: the ``runs`` of an earlier summary of the same arms and other seeds, to be put beside these.
     """
-    means: dict[str, dict[str, Any]] = {arm: _mean_of([run[arm] for run in runs]) for arm in arms}
-    singles = []
+    singles = [*beside]
     for run in runs:
         kept = kept_fraction(*(run[arm]["heldout_loss"][-1] for arm in ("base", "dense", "coded")))
         of_arms = {
@@ -52,19 +55,21 @@ def summary(runs: Sequence[dict[str, Any]], arms: Sequence[str]) -> dict[str, An
         }
         others = {key: value for key, value in run.items() if key not in arms}
         singles.append({**others, "kept_fraction": kept, "arms": of_arms})
+    singles.sort(key=lambda single: single["seed"])
+    means = {arm: _mean_of([single["arms"][arm] for single in singles]) for arm in arms}
     return {
         "arms": means,
         "kept_fraction": mean(single["kept_fraction"] for single in singles),
         "dense_improvement": means["base"]["heldout_loss"][-1] - means["dense"]["heldout_loss"][-1],
-        "seeds": [run["seed"] for run in runs],
+        "seeds": [single["seed"] for single in singles],
         "runs": singles,
     }
 
 
 def _mean_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     losses = [mean(of_round) for of_round in zip(*(run["heldout_loss"] for run in runs), strict=True)]
-    others = {key: mean(run[key] for run in runs) for key in FIGURES if key != "heldout_loss"}
-    return {"heldout_loss": losses, **others, "coding_share": mean(map(coding_share, runs))}
+    others = {key: mean(run[key] for run in runs) for key in (*FIGURES, "coding_share") if key != "heldout_loss"}
+    return {"heldout_loss": losses, **others}
 
 
 def print_tables(results: dict[str, Any]) -> None:

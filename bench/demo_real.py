@@ -1,12 +1,13 @@
 """A real language model on any machine: SmolLM2-135M, federated over eight clients whose texts really differ.
 
-    python -m bench.demo_real [--seeds 1] [--output outputs/demo-real] [key=value ...]
+    python -m bench.demo_real [--seeds 1] [--first-seed 0] [--beside RESULTS] [--output outputs/demo-real] [key=value ...]
 
 Four clients hold the source code of a package each, four worked exam questions of a category each, all of it out of
 packages that are installed with the project (bench/real_text.py). Arms: base, dense, coded at the default budget and at
 a fifth of it, the codec from the artifact that ships with the project. Then the base model and every trained adapter
 answer questions that no client holds. Writes results.json and report.html into the output folder; started again with
-another number of seeds, it runs those that are missing.
+another number of seeds, it runs those that are missing. Seeds may be run on several machines: ``--beside`` puts an
+earlier results.json and the new seeds together.
 """
 
 from __future__ import annotations
@@ -44,14 +45,18 @@ ANSWERS = "Questions that no client holds, before and after (first seed)"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1, help="how many seeds, starting at 0 (default 1)")
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds (default 1)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default 0)")
+    parser.add_argument("--beside", type=Path, metavar="RESULTS", help="results.json of other seeds, to put with these")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo-real"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for every arm")
     args = parser.parse_args()
-    if args.seeds < 1:
-        parser.error(f"--seeds {args.seeds}: at least one seed")
+    if args.seeds < 1 or args.first_seed < 0:
+        parser.error(f"--seeds {args.seeds} --first-seed {args.first_seed}: at least one seed, from 0 on")
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     try:
-        results = run(args.seeds, open_output(args.output.absolute()), args.overrides)
+        before = earlier_runs(args.beside, seeds) if args.beside is not None else []
+        results = run(seeds, open_output(args.output.absolute()), args.overrides, before)
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -63,12 +68,15 @@ def main() -> None:
     print(f"results: {args.output / 'results.json'}\nreport:  {args.output / 'report.html'}")
 
 
-def run(num_seeds: int, output: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """All arms of all seeds, and the answers of the first. Raises ValueError: a program failed."""
+def run(
+    seeds: Sequence[int], output: Path, overrides: Sequence[str], before: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """All arms of all seeds, and the answers of the first, beside the runs of before. Raises ValueError: a program
+    failed."""
     holdings, aside = write_real_text(output / "text")
     data = ["+experiment=demo_real", "--data", str(output / "text")]
-    runs: list[dict[str, Any]] = [{"seed": seed} for seed in range(num_seeds)]
-    names = [*ARMS] * num_seeds
+    runs: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
+    names = [*ARMS] * len(seeds)
     seconds: dict[str, float] = {}
     for number, name in enumerate(names):
         run = runs[number // len(ARMS)]
@@ -78,19 +86,34 @@ def run(num_seeds: int, output: Path, overrides: Sequence[str]) -> dict[str, Any
         run[name] = run_arm(ARMS[name], output / f"seed-{run['seed']}" / name.replace(" ", "-"), own)
         seconds[name] = run[name]["seconds"] + STARTS
     Console(stderr=True).rule("questions that no client holds, before and after")
-    answers = ask(output / "seed-0", aside)
-    results = summary(runs, [*ARMS]) | {
+    answers = ask(output / f"seed-{seeds[0]}", aside)
+    results = summary(runs, [*ARMS], before) | {
         "title": "CG-FedLLM on SmolLM2-135M",
         "tables": {
             HOLDINGS: [dataclasses.asdict(holding) for holding in holdings],
             ANSWERS: answers,
         },
-        "seconds": sum(run[name]["seconds"] for run in runs for name in ARMS),  # of arms from disk, too
         "made_with": provenance(),
     }
+    # of arms from disk and of earlier runs, too
+    results["seconds"] = sum(arm["seconds"] for single in results["runs"] for arm in single["arms"].values())
     write_json(results, output / "results.json")
     write_report(results, output / "report.html")
     return results
+
+
+def earlier_runs(results: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The single runs of an earlier ``results.json``. Raises ValueError: it is none, or has one of these seeds."""
+    try:
+        runs: list[dict[str, Any]] = json.loads(results.read_text())["runs"]
+        twice = sorted({run["seed"] for run in runs} & {*seeds})
+        same = all([*run["arms"]] == [*ARMS] for run in runs)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--beside {results} is no results.json of this command: {error!r}") from None
+    if twice or not same:
+        what = f"has seed {twice[0]}, too: --first-seed begins with another" if twice else "is of other arms"
+        raise ValueError(f"--beside {results} {what}")
+    return runs
 
 
 def peak_memory_mib() -> int:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from adapters.model import adapter_shapes, empty_model
 from adapters.settings import LoraSettings, ModelSettings
+from bench import arms, demo_real
 from bench.fidelity import first_third, measure_all
 from bench.fuzz import honest_payloads, hostile
 from bench.loss_over_bytes import Run, summary
@@ -143,3 +144,23 @@ def _try(codec: Codec) -> None:
         except CodecError:
             continue
         assert all(bool(torch.isfinite(tensor).all()) for tensor in update.values()), payload.hex()
+
+
+def a_run(loss: float) -> dict[str, object]:
+    figures: dict[str, object] = dict.fromkeys(arms.FIGURES, 1.0) | {"heldout_loss": [3.0, loss], "uplinks": []}
+    return figures | {"num_parameters": 8, "uplink_payload_bytes": 16}
+
+
+def test_seeds_of_several_machines_are_put_together(tmp_path: Path) -> None:
+    losses = dict(zip(demo_real.ARMS, (3.0, 2.0, 2.1, 2.5), strict=True))
+    runs = [{"seed": seed} | {arm: a_run(loss - seed / 100) for arm, loss in losses.items()} for seed in (0, 1, 2)]
+    whole = arms.summary(runs, [*demo_real.ARMS])
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(arms.summary(runs[:2], [*demo_real.ARMS])))
+    assert arms.summary(runs[2:], [*demo_real.ARMS], demo_real.earlier_runs(file, [2])) == whole
+    assert whole["seeds"] == [0, 1, 2]
+    with pytest.raises(ValueError, match="has seed 1, too"):
+        demo_real.earlier_runs(file, [1, 2])
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="is no results.json of this command"):
+        demo_real.earlier_runs(file, [2])
