@@ -1,6 +1,6 @@
 """A real language model on any machine: SmolLM2-135M, federated over eight clients whose texts really differ.
 
-    python -m bench.demo_real [--seeds 1] [--first-seed 0] [--beside RESULTS] [--output outputs/demo-real] [key=value ...]
+    python -m bench.demo_real [--seeds 1] [--first-seed 0] [--beside RESULTS] [--output FOLDER] [key=value ...]
 
 Four clients hold the source code of a package each, four worked exam questions of a category each, all of it out of
 packages that are installed with the project (bench/real_text.py). Arms: base, dense, coded at the default budget and at

@@ -4,7 +4,8 @@
 
 FILE holds recorded updates under keys ``r<round>/c<client>/<PEFT tensor name>``; ``python -m tgap record=FILE`` writes
 one. Codecs that are trained are trained on the first third of the rounds; all are measured on the rest. Every byte of
-a payload counts. ``learned (general)`` is the artifact of ``--artifact``, trained on other updates.
+a payload counts. ``learned (general)`` is the artifact of ``--artifact``, trained on other updates; ``learned (model)``
+the same with the directions that both ends derive from the base model of ``--model`` and from the rounds before.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,11 +21,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from adapters.settings import ModelSettings
+from conf.basis import priors_of
 from conf.output import provenance, write_json
 from gradcodec.artifact import load_artifact
 from gradcodec.build import build_codec, codec_of
 from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
+from gradcodec.learned.codec import LearnedCodec
 from gradcodec.registry import codec_names, entry_of, names_with_a_rate
 from gradcodec.settings import CodecSettings, FitSettings
 from gradcodec.training.fit import Fitting, train_codec
@@ -31,11 +36,22 @@ from gradcodec.training.measure import Row, measure, rows_to_json
 from gradcodec.training.recording import Recording, Update, load_recording
 
 GENERAL = "learned (general)"
+DERIVED = "learned (model)"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the learned codecs are made of, beside the recording."""
+
+    artifact: Path  # the general one
+    network_steps: int  # training of the paper's autoencoders
+    model: str | None = None  # folder of the base model
 
 
 def main() -> None:
     parser = recording_parser(__doc__ or "")
     parser.add_argument("--codecs", default=",".join(codec_names()), help="which codecs (default: all)")
+    parser.add_argument("--model", help="the base model's folder: adds `learned` with directions derived from it")
     parser.add_argument("--network-steps", type=int, default=300, help="training of the paper's autoencoders")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -46,7 +62,9 @@ def main() -> None:
         names = args.codecs.split(",")
         if unknown := sorted(set(names) - set(codec_names())):
             raise ValueError(f"--codecs holds {unknown[0]!r}, which is none of {', '.join(codec_names())}")
-        rows = measure_all(names, recording, train, heldout, rates, args.artifact, args.network_steps)
+        rows = measure_all(
+            names, recording, train, heldout, rates, Given(args.artifact, args.network_steps, args.model)
+        )
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -107,16 +125,15 @@ def measure_all(
     train: list[Update],
     heldout: list[Update],
     rates: list[float],
-    general: Path,
-    network_steps: int,
+    given: Given,
 ) -> list[Row]:
     """The rows of all codecs at all rates; those of one rate have one row."""
     rows: list[Row] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("", total=len(names) + 1)
-        for name, codec in _codecs(names, recording, train, general, network_steps):
+        for name, codec in _codecs(names, recording, train, given):
             progress.update(bar, description=name)
-            own = rates if name == GENERAL or name in names_with_a_rate() else [None]
+            own = rates if name in (GENERAL, DERIVED) or name in names_with_a_rate() else [None]
             for rate in own:
                 try:
                     rows += measure(name, codec, recording, {"later rounds": heldout}, [rate])
@@ -127,17 +144,23 @@ def measure_all(
 
 
 def _codecs(
-    names: list[str], recording: Recording, train: list[Update], general: Path, network_steps: int
-) -> Iterator[tuple[str, Codec]]:
-    settings = FitSettings(network_steps=network_steps)
+    names: list[str], recording: Recording, train: list[Update], given: Given
+) -> Iterator[tuple[str, Codec | dict[int, Codec]]]:
+    settings = FitSettings(network_steps=given.network_steps)
     for name in names:
         if entry_of(name).needs_artifact:
             artifact = train_codec(name, Fitting(recording, train, {}, settings, 0, lambda *_: None))
             yield name, codec_of(artifact, recording.layout)
         else:
             yield name, build_codec(CodecSettings(name=name), recording.layout)
-        if name == "learned" and general.is_dir():
-            yield GENERAL, codec_of(load_artifact(general, "learned"), recording.layout)
+        if name == "learned" and given.artifact.is_dir():
+            codec = codec_of(load_artifact(given.artifact, "learned"), recording.layout)
+            yield GENERAL, codec
+            if given.model is not None:
+                assert isinstance(codec, LearnedCodec)
+                priors = priors_of(ModelSettings(path=given.model), recording.layout)
+                numbers = {update.round for update in recording.updates}
+                yield DERIVED, {i: codec.starting_from(priors, recording.moved_before(i)) for i in numbers}
 
 
 def print_table(rows: list[Row], recording: Recording) -> None:

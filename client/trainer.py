@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import time
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -22,19 +23,20 @@ from adapters.base import check_vocabulary, load_tokenizer, max_positions, resol
 from adapters.finetune import finetune
 from adapters.footprint import check_fits
 from adapters.gguf import model_folder
-from adapters.model import Adapter, adapter_parts, adapter_shapes, load_model, on_host
+from adapters.model import Adapter, adapter_parts, adapter_shapes, get_adapter, load_model, on_host
 from adapters.settings import is_hub_name, num_examples
 from adapters.team import Team
 from client.console import note, round_line
 from client.residuals import load_residual, save_residual
 from client.work import TRUST, Arrays, Overrides, Trained, Work
+from conf.basis import codecs_of
 from conf.footprint import client_memory
 from conf.remedies import COPY_IT, codec_remedies
 from conf.schema import Settings, check_settings
-from gradcodec.build import build_codec, byte_budget
-from gradcodec.codec import Codec
+from gradcodec.build import byte_budget
 from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
+from gradcodec.rounds import Codecs
 from strategies.wire import TRUST_VARIABLE, context_of
 from tasks.settings import check_window
 from tasks.shards import Shard, load_shard, what_is_lost
@@ -42,6 +44,15 @@ from tasks.shards import Shard, load_shard, what_is_lost
 _LOG = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What takes long to load, and the adapter that the seed gave the model before it was trained."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    seeded: Adapter
 
 
 class Trainer:
@@ -54,33 +65,41 @@ class Trainer:
         self.own_data = own_data
         self._shards: dict[int, Shard] = {}
         self._source = _source_of(settings)
-        self._given: tuple[PeftModel, PreTrainedTokenizerBase] | None = None
+        self._given: _Loaded | None = None
 
     def take_over(self, old: Trainer) -> bool:
         """Model and tokenizer of the trainer before, if this one would load the same. Gives whether they are kept."""
         if self._source == old._source:
-            self._given = (old.model, old.tokenizer) if "model" in old.__dict__ else old._given
+            loaded = "model" in old.__dict__
+            self._given = _Loaded(old.model, old.tokenizer, old.seeded) if loaded else old._given
         return self._given is not None
 
     @cached_property
     def model(self) -> PeftModel:
         if self._given is not None:
-            return self._given[0]
-        return load_model(self.settings.model, self.settings.lora, self.settings.seed)
+            self.seeded = self._given.seeded
+            return self._given.model
+        model = load_model(self.settings.model, self.settings.lora, self.settings.seed)
+        self.seeded = on_host(get_adapter(model))
+        return model
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self._given is not None:
-            return self._given[1]
+            return self._given.tokenizer
         tokenizer = load_tokenizer(self.settings.model)
         check_vocabulary(self.settings.model, tokenizer)
         return tokenizer
 
     @cached_property
-    def codec(self) -> Codec:
-        layout = Layout.of(adapter_shapes(self.model), adapter_parts(self.model))
+    def layout(self) -> Layout:
+        return Layout.of(adapter_shapes(self.model), adapter_parts(self.model))
+
+    @cached_property
+    def codecs(self) -> Codecs:
+        layout = self.layout
         with codec_remedies(COPY_IT):
-            return build_codec(self.settings.codec, layout, self.model.device)
+            return codecs_of(self.settings, layout, self.seeded, self.model.device)
 
     def shard(self, partition: int) -> Shard:
         if partition not in self._shards:
@@ -104,10 +123,10 @@ class Trainer:
             check_fits(needed, resolve_device(self.settings.model))
         _ = self.model
         if self.settings.arm == "coded":
-            layout = self.codec.layout
-            device = self.model.device
+            layout, device = self.layout, self.model.device
             any_update = {name: torch.full(shape, 1e-3, device=device) for name, shape in layout.shapes.items()}
-            encode_update(any_update, None, codec=self.codec, max_bytes=byte_budget(self.settings.codec, layout))
+            codec = self.codecs.at(self.seeded)
+            encode_update(any_update, None, codec=codec, max_bytes=byte_budget(self.settings.codec, layout))
 
     def train(self, work: Work, team: Team | None = None) -> Trained:
         """Trains on a partition, alone or with a team whose others call ``finetune``, and encodes what changed."""
@@ -144,7 +163,7 @@ class Trainer:
         )
 
     def _encode(self, update: Adapter, work: Work) -> bytes:
-        layout, feedback, whose = self.codec.layout, self.settings.codec.feedback, (work.memory, work.partition)
+        layout, feedback, whose = self.layout, self.settings.codec.feedback, (work.memory, work.partition)
         carried = None
         if feedback > 0 and (old := load_residual(*whose, layout, work.server_round)) is not None:
             carried = old.carried(work.accepted, feedback)
@@ -152,7 +171,7 @@ class Trainer:
             payload, residual = encode_update(
                 update,
                 carried,
-                codec=self.codec,
+                codec=self.codecs.at({name: torch.from_numpy(array) for name, array in work.adapter.items()}),
                 max_bytes=byte_budget(self.settings.codec, layout),
                 snr_db=self.settings.codec.snr_db,
                 side=None if work.side is None else torch.from_numpy(work.side),

@@ -117,7 +117,7 @@ def decode_blocks(payload: bytes, *, codec: Codec, side: Tensor | None = None, c
     if frame.codec_id != codec.id:
         raise CodecError(
             f"payload of codec {frame.codec_id.hex()}, this side has {codec.id.hex()}: "
-            "both ends need the same codec artifact and settings"
+            "both ends need the same codec artifact and settings and, where directions are derived, the same base model"
         )
     if frame.layout_id != codec.layout.id:
         raise CodecError(

@@ -21,6 +21,7 @@ class CodecEntry:
         needs_artifact: whether it is made from a trained artifact, by ``from_artifact(artifact, layout, device)``, and
             not from the layout alone, by ``Class(layout)``.
         uses_last_update: whether it has side information, which comes from the last global update.
+        derives_directions: whether it can take its directions along the width from the base model (``rounds.py``).
         any_layout: whether one artifact serves adapters of every shape; true of all that need none.
         trainer: the function that trains it as ``module:function`` (``gradcodec.training.fit.Trainer``), or None.
         trained_as: the names by which training is asked for its variants; all give artifacts of this codec.
@@ -35,6 +36,7 @@ class CodecEntry:
     needs_artifact: bool = False
     uses_last_update: bool = False
     any_layout: bool = True
+    derives_directions: bool = False
     trainer: str | None = None
     trained_as: tuple[str, ...] = ()
     encoding_updates: int = 6
@@ -105,6 +107,7 @@ register(
         has_rate=True,
         needs_artifact=True,
         uses_last_update=True,
+        derives_directions=True,
         trainer="gradcodec.learned.fit:train",
         trained_as=("learned",),
     )

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gradcodec.errors import ArtifactError, CodecError
-from gradcodec.registry import codec_names, entry_of, names_with_a_rate
+from gradcodec.registry import CodecEntry, codec_names, entry_of, names_with_a_rate
+
+BASES = ("artifact", "model")
 
 
 @dataclass
@@ -20,6 +22,8 @@ class CodecSettings:
     bits: float | None = 0.5  # bits per parameter of the whole payload, at most; null: the codec's own rate
     snr_db: float | None = None  # the cheapest payload of this signal-to-noise ratio, still of at most `bits`
     artifact: str | None = None  # folder of a trained codec, for those that are trained
+    # directions along the width: artifact: its own; model: derived on both ends from the base model and the adapter
+    basis: str = "artifact"
     digest: str | None = None  # set by the server: the artifact that both ends must have
     feedback: float = 0.5  # share of the residual that goes into the next target; 0: no error feedback, 1: no leak
 
@@ -50,7 +54,15 @@ def check_codec(settings: CodecSettings) -> None:
             )
         if settings.bits is None:
             raise CodecError(f"snr_db={settings.snr_db} needs bits, too: the most that a payload may take")
+    _check_basis(settings.basis, entry)
     if not 0 <= settings.feedback <= 1:
         raise CodecError(f"feedback={settings.feedback} must lie between 0 and 1")
     if entry.needs_artifact and settings.artifact is None:
         raise ArtifactError(f"artifact=null: the codec {entry.name} needs the folder of a trained artifact")
+
+
+def _check_basis(basis: str, entry: CodecEntry) -> None:
+    if basis not in BASES:
+        raise CodecError(f"basis={basis!r} is none of {', '.join(BASES)}")
+    if basis == "model" and not entry.derives_directions:
+        raise CodecError(f"basis=model: the codec {entry.name} has no directions along the width to derive")

@@ -61,9 +61,8 @@ class Evaluator:
             _LOG.warning(warning)
         self.batch_size = settings.train.micro_batch_size  # what fits into memory in training fits here
         start = settings.lora.start
-        self.initial: Adapter = (
-            on_host(get_adapter(self.model)) if start is None else load_start(Path(start), self.model)
-        )
+        self.seeded: Adapter = on_host(get_adapter(self.model))
+        self.initial: Adapter = self.seeded if start is None else load_start(Path(start), self.model)
 
     def loss(self, adapter: Mapping[str, Tensor]) -> float:
         """Held-out loss in nats per token."""

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from adapters.model import adapter_parts, adapter_shapes
 from adapters.settings import num_examples
+from conf.basis import codecs_of
 from conf.output import OutputError, open_output, write_json
 from conf.remedies import TRAIN_ONE, codec_remedies
 from conf.schema import Settings, check_settings
 from gradcodec.artifact import load_artifact
-from gradcodec.build import build_codec, byte_budget
+from gradcodec.build import byte_budget
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
 from server.alive import alive
@@ -135,9 +136,9 @@ def _receiver(settings: Settings, layout: Layout, evaluator: Evaluator) -> Recei
     if settings.arm != "coded":
         return DenseReceiver()
     with codec_remedies(TRAIN_ONE):
-        codec = build_codec(settings.codec, layout, evaluator.model.device)
+        codecs = codecs_of(settings, layout, evaluator.seeded, evaluator.model.device)
     num_clients, budget = settings.federation.num_clients, byte_budget(settings.codec, layout)
-    return CodedReceiver(codec, settings.run_id, num_clients, budget)
+    return CodedReceiver(codecs.at(evaluator.seeded), settings.run_id, num_clients, budget, codecs)
 
 
 class Diverged(ValueError):

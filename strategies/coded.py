@@ -11,6 +11,7 @@ from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_blocks
 from gradcodec.frame import has_context
+from gradcodec.rounds import Codecs, SameCodec
 from strategies.outcomes import Uplink
 from strategies.receive import Adapter, Asked
 from strategies.state import State, pairs, table_of
@@ -28,9 +29,24 @@ class CodedReceiver:
     or refused goes back into the client's residual.
     """
 
-    def __init__(self, codec: Codec, run_id: str, num_partitions: int, max_bytes: int | None = None) -> None:
-        """``max_bytes``: what a payload may take; None, for a codec of one rate: a little more than a dense update."""
+    def __init__(
+        self,
+        codec: Codec,
+        run_id: str,
+        num_partitions: int,
+        max_bytes: int | None = None,
+        codecs: Codecs | None = None,
+    ) -> None:
+        """
+        Args:
+            codec: what stays the same over all rounds of it: layout and side information.
+            run_id: goes into every payload's checksum.
+            num_partitions: how many clients there are.
+            max_bytes: what a payload may take; None, for a codec of one rate: a little more than a dense update.
+            codecs: the codec of every round; None: ``codec`` itself.
+        """
         self.codec = codec
+        self.codecs = codecs or SameCodec(codec)
         self.run_id = run_id
         self.num_partitions = num_partitions
         self.max_bytes = max_bytes or 4 * codec.layout.num_parameters + 4096
@@ -48,7 +64,7 @@ class CodedReceiver:
             raise CodecError(f"its payload takes {len(payload)} bytes, and {self.max_bytes} are the most of this run")
         context = context_of(self.run_id, asked.server_round, asked.partition)
         try:
-            blocks_RC = decode_blocks(payload, codec=self.codec, side=self.side, context=context).cpu()
+            blocks_RC = decode_blocks(payload, codec=self.codecs.at(current), side=self.side, context=context).cpu()
         except CodecError as error:
             raise CodecError(
                 f"{self._belongs(payload, asked) or error}. What it carries stays with the client"

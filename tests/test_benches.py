@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from adapters.model import adapter_shapes, empty_model
 from adapters.settings import LoraSettings, ModelSettings
 from bench import arms, demo_real
-from bench.fidelity import first_third, measure_all
+from bench.fidelity import Given, first_third, measure_all
 from bench.fuzz import honest_payloads, hostile
 from bench.loss_over_bytes import Run, summary
 from bench.programs import run_once
@@ -43,7 +43,7 @@ def test_fidelity_trains_on_the_first_third_and_measures_on_the_rest(recording: 
     train, heldout = first_third(recording)
     assert {update.round for update in train} == {1, 2}
     assert {update.round for update in heldout} == {3, 4, 5, 6}
-    rows = measure_all(["learned", "topk", "bf16"], recording, train, heldout, [0.5, 1.0], Path("none"), 1)
+    rows = measure_all(["learned", "topk", "bf16"], recording, train, heldout, [0.5, 1.0], Given(Path("none"), 1))
     assert [(row.codec, row.bits_requested) for row in rows] == [
         ("learned", 0.5),
         ("learned", 1.0),
@@ -162,5 +162,5 @@ def test_seeds_of_several_machines_are_put_together(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has seed 1, too"):
         demo_real.earlier_runs(file, [1, 2])
     file.write_text("{}")
-    with pytest.raises(ValueError, match="is no results.json of this command"):
+    with pytest.raises(ValueError, match=r"is no results\.json of this command"):
         demo_real.earlier_runs(file, [2])

@@ -42,6 +42,7 @@ from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_
 from adapters.windows import Windows
 from client.app import app as client_app
 from client.trainer import Trainer
+from conf.basis import priors_of
 from conf.schema import FederationSettings, Settings
 from gradcodec.build import build_codec
 from gradcodec.exchange import decode_update, encode_update
@@ -126,7 +127,7 @@ def cosine(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> floa
 
 
 def test_an_update_of_any_architecture_is_cut_coded_and_decoded(
-    architecture: str, models: Callable[[str], ModelSettings], windows: Windows
+    architecture: str, models: Callable[[str], ModelSettings], windows: Windows, tmp_path: Path
 ) -> None:
     model = load_model(models(architecture), LoraSettings(), seed=0)
     found = {tuple(name.split(".lora_")[0].split(".")[-2:]) for name in adapter_shapes(model)}
@@ -137,6 +138,12 @@ def test_an_update_of_any_architecture_is_cut_coded_and_decoded(
     layout = Layout.of(adapter_shapes(model), adapter_parts(model))
     back = layout.to_update(layout.to_blocks(update))
     assert all(torch.equal(back[name], update[name]) for name in update)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CG_FEDLLM_CACHE", str(tmp_path))
+        priors = priors_of(models(architecture), layout)
+    assert {name: len(prior.directions_WK) for name, prior in priors.items()} == {
+        b.name: b.width for b in layout.blocks
+    }
     codec = build_codec(CodecSettings("rotated"), layout)
     payload, _ = encode_update(update, None, codec=codec, max_bytes=layout.num_parameters // 4)
     assert cosine(update, decode_update(payload, codec=codec)) > 0.8

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,7 @@ from gradcodec.errors import BudgetError, CodecError, DivergedError
 from gradcodec.frame import Codes
 from gradcodec.gauge import principal_axes
 from gradcodec.layout import Layout
+from gradcodec.learned.basis import Prior, derive, sketch
 from gradcodec.learned.quantizer import MAX_CLASS, MIN_CLASS, Quantizer
 from gradcodec.learned.spectrum import LEVELS_PER_OCTAVE, Corrections, Spectrum
 from gradcodec.learned.tables import LearnedTables
@@ -78,6 +79,7 @@ class LearnedCodec:
         self.layout = layout
         self.tables = tables
         self.id = codec_id("learned/3", weights_digest)
+        self._weights_digest = weights_digest
         self._transform = Transform(layout, tables.leading, device)
         self._spectrum = Spectrum(layout, tables.expected, tables.any_rows, device)
         self._quantizer = Quantizer(dict(tables.coders), device)
@@ -86,6 +88,13 @@ class LearnedCodec:
     def from_artifact(cls, artifact: Artifact, layout: Layout, device: torch.device | str = "cpu") -> LearnedCodec:
         """Serves any layout. Raises CodecError: the artifact's tensors are not this codec's."""
         return cls(layout, LearnedTables.from_tensors(artifact.tensors), bytes.fromhex(artifact.digest), device)
+
+    def starting_from(self, priors: Mapping[str, Prior], moved_RC: Tensor | None) -> LearnedCodec:
+        """The codec of one round, its directions along the width derived (``basis.py``); those of the artifact are
+        not used. Raises CodecError: a prior is not this layout's."""
+        leading = derive(self.layout, priors, moved_RC)
+        tables = self.tables.for_directions(leading, {block.name: block.transposed for block in self.layout.blocks})
+        return LearnedCodec(self.layout, tables, self._weights_digest + sketch(leading), self._transform.device)
 
     def side_information(self, global_update_RC: Tensor) -> Tensor | None:
         """Principal axes of the last global update, ``[B, R, R]`` float32."""

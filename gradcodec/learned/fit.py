@@ -9,7 +9,8 @@ Shape suffixes: R rank, C columns, W width of one block, K leading directions, M
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ from gradcodec.artifact import Artifact
 from gradcodec.layout import Layout
 from gradcodec.learned.quantizer import (
     CLASSES,
+    MAX_CLASS,
+    MIN_CLASS,
     ClassCoder,
     Quantizer,
     expected_counts,
@@ -47,6 +50,15 @@ class Sample:
 
     blocks_RC: Tensor
     side: Tensor | None
+
+
+@dataclass(frozen=True)
+class DerivedSample:
+    """One recorded update of any layout, with the directions that both ends would derive for its round."""
+
+    layout: Layout
+    sample: Sample
+    leading: Mapping[str, Tensor]
 
 
 def train(name: str, fitting: Fitting) -> Artifact:
@@ -101,12 +113,56 @@ def fit_learned(
     }
     spectrum = Spectrum(layout, expected, (0,))
     levels_RC = torch.stack([*spectrum.levels(spectrum.nothing())]).int()
+    classes = {octaves: levels_RC - LEVELS_PER_OCTAVE * octaves for octaves in _STEPS}
     coders = {c: first_coder(c) for c in CLASSES}
     for number in range(1, passes + 1):
-        coders, cost = _refit(coders, coefficients, levels_RC)
+        coders, cost = _refit(coders, coefficients, [classes] * len(coefficients))
         if progress is not None:
             progress(number, passes, cost)
     return LearnedTables(coders, _any_rows(expected), expected, leading)
+
+
+def fit_general(
+    samples: Sequence[DerivedSample], *, passes: int = 6, progress: Progress | None = None
+) -> LearnedTables:
+    """Trains what serves every model whose directions are derived: levels by the number of row and direction, entropy
+    models and centroids. Nothing in it is random.
+
+    Args:
+        samples: of several models, ranks and kinds of update, one of them at least not zero.
+        passes: as for ``fit_learned``.
+        progress: likewise.
+    """
+    analysed = [
+        (one, Transform(one.layout, one.leading).analyse(one.sample.blocks_RC, one.sample.side)) for one in samples
+    ]
+    analysed = [(one, c / c.square().mean().sqrt()) for one, c in analysed if bool(c.any())]
+    assert analysed
+    most = max(basis_WK.shape[1] for one in samples for basis_WK in one.leading.values())
+    squares: list[list[Tensor]] = [[], []]  # of A and of B: by number of direction, and the mean of all that follow
+    rows: dict[int, list[Tensor]] = {}  # by rank
+    for one, c in analysed:
+        for block in one.layout.blocks:
+            squares_RW = c[: block.rank, block.start : block.stop].double().square()
+            if block.name not in one.leading or not bool(squares_RW.any()):
+                continue
+            rows.setdefault(block.rank, []).append(squares_RW.mean(1) / squares_RW.mean())
+            if one.leading[block.name].shape[1] == most:
+                columns_W = squares_RW.mean(0) / squares_RW.mean()
+                squares[block.transposed].append(torch.cat([columns_W[:most], columns_W[most:].mean()[None]]))
+    any_columns = tuple(_levels(_smooth(torch.stack(kind).mean(0))) if kind else (0,) for kind in squares)
+    by_rank = {str(rank): Expected(_levels(torch.stack(found).mean(0)), (0,)) for rank, found in rows.items()}
+    tables = LearnedTables({c: first_coder(c) for c in CLASSES}, _any_rows(by_rank), any_columns=any_columns)
+    classes = []
+    for one, c in analysed:
+        of_layout = tables.for_directions(one.leading, {block.name: block.transposed for block in one.layout.blocks})
+        classes.append(_as_encoded(Spectrum(one.layout, of_layout.expected, tables.any_rows), c))
+    coders = dict(tables.coders)
+    for number in range(1, passes + 1):
+        coders, cost = _refit(coders, [c for _, c in analysed], classes)
+        if progress is not None:
+            progress(number, passes, cost)
+    return LearnedTables(coders, tables.any_rows, any_columns=any_columns)
 
 
 def _bases(samples: Sequence[Sample], layout: Layout, directions: int) -> dict[str, Tensor]:
@@ -124,14 +180,18 @@ def _expected(parts: Sequence[Tensor], num_leading: int) -> Expected:
     squares_RW = torch.stack([part.double().square() for part in parts]).mean(0)
     columns_W = squares_RW.mean(0)
     overall = max(float(columns_W.mean()), 1e-30)
-    log_number_K = torch.log(torch.arange(num_leading) + 4.0).double()
-    kernel_KK = torch.exp(-((log_number_K[:, None] - log_number_K) / _SMOOTHING).square())
-    leading_K = (kernel_KK / kernel_KK.sum(1, keepdim=True)) @ columns_W[:num_leading]
-    tail = columns_W[num_leading:].mean()[None]
-    columns = _levels(torch.cat([leading_K, tail]) / overall)
-    expected_W = torch.cat([leading_K, tail.expand(len(columns_W) - num_leading)]).clamp_min(1e-30)
+    smooth_K = _smooth(torch.cat([columns_W[:num_leading], columns_W[num_leading:].mean()[None]]))
+    columns = _levels(smooth_K / overall)
+    expected_W = torch.cat([smooth_K[:-1], smooth_K[-1:].expand(len(columns_W) - num_leading)]).clamp_min(1e-30)
     whitened_RW = squares_RW / expected_W * overall
     return Expected(_levels(whitened_RW.mean(1)), columns)
+
+
+def _smooth(energies_K: Tensor) -> Tensor:
+    """Of leading directions, and of all that follow, which stays as it is."""
+    log_number_K = torch.log(torch.arange(len(energies_K) - 1) + 4.0).double()
+    kernel_KK = torch.exp(-((log_number_K[:, None] - log_number_K) / _SMOOTHING).square())
+    return torch.cat([(kernel_KK / kernel_KK.sum(1, keepdim=True)) @ energies_K[:-1], energies_K[-1:]])
 
 
 def _levels(energies: Tensor) -> tuple[int, ...]:
@@ -146,17 +206,35 @@ def _any_rows(expected: dict[str, Expected]) -> tuple[int, ...]:
     return tuple(round(float(level - np.mean(means))) for level in means)
 
 
+def _as_encoded(spectrum: Spectrum, coefficients_RC: Tensor) -> dict[int, Tensor]:
+    """Step in octaves -> classes as a payload of that step has them, its corrections included: tables learned without
+    those would expect far more spread within a class than there is."""
+    energies_NS = spectrum.energies(coefficients_RC)
+    found = {}
+    for octaves in _STEPS:
+        corrections, loudness = spectrum.fit(energies_NS, 2.0 ** (octaves / 2))
+        shift = round(LEVELS_PER_OCTAVE * (math.log2(loudness) - octaves))
+        levels_RC = torch.stack([*spectrum.levels(corrections)]).int()
+        found[octaves] = (levels_RC + shift).clamp(MIN_CLASS - 1, MAX_CLASS).to(torch.int8)
+    return found
+
+
 def _refit(
-    coders: dict[int, ClassCoder], coefficients: Sequence[Tensor], levels_RC: Tensor
+    coders: dict[int, ClassCoder], coefficients: Sequence[Tensor], classes: Sequence[Mapping[int, Tensor]]
 ) -> tuple[dict[int, ClassCoder], float]:
-    """Quantises everything with these coders, and fits coders to what came out."""
+    """Quantises everything with these coders, and fits coders to what came out.
+
+    Args:
+        coders: by class.
+        coefficients: ``[R, C]``, their mean square 1.
+        classes: for each of them, step in octaves -> the classes at that step ``[R, C]``.
+    """
     quantizer = Quantizer(coders)
     counts: dict[int, NDArray[np.float64]] = {}
     sums: dict[int, Tensor] = {}
     total_error, total_bits, num_values = 0.0, 0.0, 0
-    for coefficients_RC in coefficients:
-        for octaves in _STEPS:
-            classes_RC = levels_RC - LEVELS_PER_OCTAVE * octaves
+    for coefficients_RC, at_step in zip(coefficients, classes, strict=True):
+        for octaves, classes_RC in at_step.items():
             for c in CLASSES:
                 values_N = coefficients_RC[classes_RC == c] * 2.0 ** (-octaves / 2)
                 if not len(values_N):

@@ -18,6 +18,7 @@ from gradcodec.learned.quantizer import CLASSES, ClassCoder, largest_magnitude
 from gradcodec.learned.spectrum import Expected
 
 _ROWS, _COLUMNS, _LEADING = "rows.", "columns.", "leading."
+_ANY_COLUMNS = ("any_columns.a", "any_columns.b")
 _COUNTS, _CENTROIDS = "frequencies.", "centroids."
 
 
@@ -26,13 +27,15 @@ class LearnedTables:
     """All that the codec learned.
 
     Per class its coder; per tensor its expected levels and its leading directions along the width ``[W, K]`` float16;
-    ``any_rows`` are the levels of rows by rank for tensors that were not seen.
+    ``any_rows`` are the levels of rows by rank for tensors that were not seen; ``any_columns`` those of the leading
+    directions of A and of B, and of all columns that follow, where both ends derive the directions (``basis.py``).
     """
 
     coders: Mapping[int, ClassCoder]
     any_rows: tuple[int, ...]
     expected: Mapping[str, Expected] = field(default_factory=dict)
     leading: Mapping[str, Tensor] = field(default_factory=dict)
+    any_columns: tuple[tuple[int, ...], ...] = ((0,), (0,))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LearnedTables:
@@ -57,11 +60,28 @@ class LearnedTables:
         for name, basis_WK in leading.items():
             if basis_WK.shape[1] > basis_WK.shape[0] // 2:
                 raise ArtifactError(f"artifact tensor {_LEADING + name!r} of shape {tuple(basis_WK.shape)} is no basis")
-        return cls(coders, any_rows, expected, leading)
+        any_columns = tuple(_small_integers(tensors, key) if key in tensors else (0,) for key in _ANY_COLUMNS)
+        return cls(coders, any_rows, expected, leading, any_columns)
+
+    def for_directions(self, leading: Mapping[str, Tensor], is_b: Mapping[str, bool]) -> LearnedTables:
+        """The same for tensors whose directions are derived.
+
+        Args:
+            leading: tensor name -> its leading directions ``[W, K]``.
+            is_b: tensor name -> whether it is a B factor.
+        """
+        expected = {}
+        for name, basis_WK in leading.items():
+            *strong, tail = self.any_columns[is_b[name]]
+            expected[name] = Expected((), (*strong[: basis_WK.shape[1]], tail))
+        return LearnedTables(self.coders, self.any_rows, expected, leading, self.any_columns)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Inverse of ``from_tensors``."""
         tensors = {"any_rows": torch.tensor(self.any_rows, dtype=torch.int8)}
+        for key, columns in zip(_ANY_COLUMNS, self.any_columns, strict=True):
+            if columns != (0,):
+                tensors[key] = torch.tensor(columns, dtype=torch.int8)
         for symbol_class, coder in self.coders.items():
             tensors[f"{_COUNTS}{symbol_class}"] = torch.from_numpy(coder.table.astype(np.int32))
             tensors[f"{_CENTROIDS}{symbol_class}"] = coder.centroids_M

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any
@@ -41,27 +41,33 @@ class Row:
 
 
 def measure(
-    name: str, codec: Codec, recording: Recording, heldout: dict[str, list[Update]], rates: Sequence[float | None]
+    name: str,
+    codec: Codec | Mapping[int, Codec],
+    recording: Recording,
+    heldout: dict[str, list[Update]],
+    rates: Sequence[float | None],
 ) -> list[Row]:
-    """Fidelity of single updates, each encoded to a payload and decoded again, without error feedback."""
-    sides = side_information_of(recording, codec.side_information)
-    return [_measured(name, part, codec, updates, sides, rate) for part, updates in heldout.items() for rate in rates]
+    """Fidelity of single updates, each encoded to a payload and decoded again, without error feedback; ``codec`` may be
+    one a round."""
+    codecs = codec if isinstance(codec, Mapping) else dict.fromkeys({one.round for one in recording.updates}, codec)
+    sides = side_information_of(recording, next(iter(codecs.values())).side_information)
+    return [_measured(name, part, codecs, updates, sides, rate) for part, updates in heldout.items() for rate in rates]
 
 
 def _measured(
     name: str,
     part: str,
-    codec: Codec,
+    codecs: Mapping[int, Codec],
     updates: Sequence[Update],
     sides: dict[int, Tensor | None],
     rate: float | None,
 ) -> Row:
-    layout = codec.layout
+    layout = next(iter(codecs.values())).layout
     budget = None if rate is None else max_payload_bytes(rate, layout.num_parameters)
     found, num_bytes = [], 0
     sums: dict[int, tuple[Tensor, Tensor]] = {}
     for update in updates:
-        side = sides[update.round]
+        side, codec = sides[update.round], codecs[update.round]
         payload, _ = encode_update(layout.to_update(update.blocks_RC), None, codec=codec, max_bytes=budget, side=side)
         decoded_RC = layout.to_blocks(decode_update(payload, codec=codec, side=side))
         found.append(fidelity(update.blocks_RC, decoded_RC))

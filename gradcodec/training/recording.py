@@ -50,6 +50,12 @@ class Recording:
         blocks = [update.blocks_RC for update in self.updates if update.round == number]
         return torch.stack(blocks).mean(0) if blocks else None
 
+    def moved_before(self, number: int) -> Tensor | None:
+        """The sum of the global updates of all rounds before, ``[R, C]``; None in the first round."""
+        means = [self.mean_of_round(earlier) for earlier in range(1, number)]
+        known = [mean for mean in means if mean is not None]
+        return torch.stack(known).sum(0) if known else None
+
     def split(self, heldout_rounds: int, heldout_clients: int) -> tuple[list[Update], dict[str, list[Update]]]:
         """Training updates; and by name those held out: later rounds, other clients, both.
 

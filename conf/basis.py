@@ -1,0 +1,44 @@
+"""Settings, base model and adapter -> the codec of every round. What client and server have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from adapters.settings import ModelSettings
+from adapters.spaces import Wanted, spaces_of
+from conf.schema import Settings
+from gradcodec.build import build_codec
+from gradcodec.layout import Layout
+from gradcodec.learned.basis import Prior
+from gradcodec.learned.codec import LearnedCodec
+from gradcodec.rounds import Codecs, DerivedCodecs, SameCodec
+
+
+def codecs_of(
+    settings: Settings, layout: Layout, seeded: Mapping[str, Tensor], device: torch.device | str = "cpu"
+) -> Codecs:
+    """
+    Args:
+        settings: of the run; paths are this machine's.
+        layout: of the adapter.
+        seeded: the adapter that the seed gives, from which a run starts if ``lora.start`` names no other.
+        device: where the codec works.
+
+    Raises:
+        ValueError: the artifact or the base model's weights are not as they are needed.
+    """
+    codec = build_codec(settings.codec, layout, device)
+    if settings.codec.basis == "artifact":
+        return SameCodec(codec)
+    assert isinstance(codec, LearnedCodec)
+    return DerivedCodecs(codec, priors_of(settings.model, layout), None if settings.lora.start is not None else seeded)
+
+
+def priors_of(model: ModelSettings, layout: Layout) -> dict[str, Prior]:
+    """What the base model says of where each block's updates will lie. Raises ValueError: it cannot be read."""
+    wanted = [Wanted(block.name, block.tensor, block.rows) for block in layout.blocks]
+    spaces = spaces_of(model, wanted)
+    return {name: Prior(space.directions_WK, space.shares_K) for name, space in spaces.items()}

@@ -1,0 +1,134 @@
+"""Directions that both ends derive: from priors and from how the adapter moved; and what is noticed if they differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import heavy_tailed_update
+from torch import Tensor
+
+from gradcodec.errors import CodecError
+from gradcodec.exchange import decode_blocks, encode_update, max_payload_bytes
+from gradcodec.layout import Layout
+from gradcodec.learned.basis import Prior, derive, sketch
+from gradcodec.learned.codec import LearnedCodec
+from gradcodec.learned.fit import DerivedSample, Sample, fit_general
+from gradcodec.learned.tables import LearnedTables
+from gradcodec.rounds import DerivedCodecs, SameCodec
+
+
+def prior_of(width: int, seed: int, count: int = 40) -> Prior:
+    generator = torch.Generator().manual_seed(seed)
+    directions_WK = torch.linalg.qr(torch.randn(width, min(count, width), generator=generator))[0]
+    shares_K = torch.rand(directions_WK.shape[1], generator=generator).sort(descending=True)[0]
+    return Prior(directions_WK, shares_K / shares_K.sum())
+
+
+@pytest.fixture(scope="module")
+def priors(layout: Layout) -> dict[str, Prior]:
+    return {block.name: prior_of(block.width, i) for i, block in enumerate(layout.blocks)}
+
+
+@pytest.fixture(scope="module")
+def general(layout: Layout, priors: dict[str, Prior]) -> LearnedTables:
+    """Trained on updates of which a good part lies where the priors say."""
+    leading = derive(layout, priors, None)
+    samples = [Sample(update_within(layout, priors, seed), None) for seed in range(6)]
+    return fit_general([DerivedSample(layout, sample, leading) for sample in samples], passes=2)
+
+
+def update_within(layout: Layout, priors: dict[str, Prior], seed: int) -> Tensor:
+    blocks_RC = layout.to_blocks(heavy_tailed_update(seed)) * 0.3
+    generator = torch.Generator().manual_seed(1000 + seed)
+    for block in layout.blocks:
+        strongest_WK = priors[block.name].directions_WK[:, :6]
+        inside_RW = torch.randn(block.rank, 6, generator=generator) @ strongest_WK.T
+        blocks_RC[: block.rank, block.start : block.stop] += 4e-3 * inside_RW
+    return blocks_RC
+
+
+def test_directions_are_orthonormal_and_hold_what_is_known(layout: Layout, priors: dict[str, Prior]) -> None:
+    moved_RC = layout.to_blocks(heavy_tailed_update(5))
+    for name, leading_WK in derive(layout, priors, moved_RC, most=24).items():
+        block = next(block for block in layout.blocks if block.name == name)
+        assert leading_WK.shape == (block.width, min(24, block.width // 2))
+        assert torch.allclose(leading_WK.T @ leading_WK, torch.eye(leading_WK.shape[1]).double(), atol=1e-9)
+        rows_RW = moved_RC[: block.rank, block.start : block.stop].double()
+        assert (rows_RW @ leading_WK).norm() > 0.9 * rows_RW.norm()
+        strongest_W = priors[name].directions_WK[:, 0].double()
+        assert (strongest_W @ leading_WK).norm() > 0.9
+    alone = derive(layout, {}, moved_RC)  # a server without a base model has the history
+    assert {len(basis_WK.T) for basis_WK in alone.values()} <= {1, 2, 3, 4, 5, 6, 7, 8}
+    assert derive(layout, {}, None) == derive(layout, {}, torch.zeros_like(moved_RC)) == {}
+    with pytest.raises(CodecError, match="another model"):
+        derive(layout, {layout.blocks[0].name: prior_of(50, 0)}, None)
+
+
+def test_a_sketch_sees_every_difference_but_signs_and_rounding(layout: Layout, priors: dict[str, Prior]) -> None:
+    leading = derive(layout, priors, None)
+    name = layout.blocks[0].name
+    other = leading[name] * torch.where(torch.arange(leading[name].shape[1]) % 2 == 0, -1.0, 1.0)
+    noise = 1e-9 * torch.randn(other.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    assert sketch(leading | {name: other + noise}) == sketch(leading)
+    swapped = leading[name].clone()
+    swapped[:, [0, 1]] = swapped[:, [1, 0]]
+    assert sketch(leading | {name: swapped}) != sketch(leading)
+    quantised = {
+        name: Prior(prior.directions_WK + 2e-3 * torch.randn_like(prior.directions_WK), prior.shares_K)
+        for name, prior in priors.items()
+    }
+    assert sketch(derive(layout, quantised, None)) != sketch(leading)
+
+
+def test_both_ends_derive_one_codec_a_round_and_others_are_refused(
+    layout: Layout, priors: dict[str, Prior], general: LearnedTables
+) -> None:
+    start = heavy_tailed_update(50)
+    ends = [DerivedCodecs(LearnedCodec(layout, general, b"same"), priors, start) for _ in range(2)]
+    later = {name: tensor + 0.1 * heavy_tailed_update(51)[name] for name, tensor in start.items()}
+    update_RC = update_within(layout, priors, 7)
+    update, budget = layout.to_update(update_RC), max_payload_bytes(0.5, layout.num_parameters)
+    ids = set()
+    for adapter in (start, later):
+        client, server = (end.at(adapter) for end in ends)
+        assert client.id == server.id
+        ids.add(client.id)
+        payload, residual = encode_update(update, None, codec=client, max_bytes=budget)
+        assert len(payload) <= budget
+        decoded_RC = decode_blocks(payload, codec=server)
+        assert torch.allclose(decoded_RC + residual.error_RC, residual.target_RC, atol=1e-6)
+        assert server is ends[1].at({name: tensor.clone() for name, tensor in adapter.items()})  # one for all payloads
+    assert len(ids) == 2
+    with pytest.raises(CodecError, match="the same base model"):
+        decode_blocks(payload, codec=ends[1].at(start))  # a client that missed a round
+    other = {**priors, layout.blocks[1].name: prior_of(layout.blocks[1].width, 99)}
+    stranger = DerivedCodecs(LearnedCodec(layout, general, b"same"), other, start)
+    with pytest.raises(CodecError, match="the same base model"):
+        decode_blocks(payload, codec=stranger.at(later))
+    assert SameCodec(client).at(start) is client
+
+
+def test_derived_directions_pay(layout: Layout, priors: dict[str, Prior], general: LearnedTables) -> None:
+    """Beside the same tables with every tensor's own columns."""
+    codec = LearnedCodec(layout, general, b"same")
+    update = layout.to_update(update_within(layout, priors, 8))
+    budget = max_payload_bytes(0.5, layout.num_parameters)
+    left = {}
+    for name, one in (("own columns", codec), ("derived", codec.starting_from(priors, None))):
+        _, residual = encode_update(update, None, codec=one, max_bytes=budget)
+        left[name] = float(residual.error_RC.square().sum() / residual.target_RC.square().sum())
+    assert left["derived"] < 0.7 * left["own columns"]
+
+
+def test_general_tables_come_back_from_an_artifact(general: LearnedTables) -> None:
+    back = LearnedTables.from_tensors(general.to_tensors())
+    assert (back.any_rows, back.any_columns) == (general.any_rows, general.any_columns)
+    assert len(back.any_columns[0]) > 10
+    assert not back.leading
+    assert not back.expected
+    assert replace(back, any_columns=((0,), (0,))).to_tensors().keys() == back.to_tensors().keys() - {
+        "any_columns.a",
+        "any_columns.b",
+    }
