@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import heavy_tailed_update
+from conftest import InProcessGrid, heavy_tailed_update
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from client.app import app as client_app
+from conf.schema import FederationSettings, Settings
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_blocks, encode_update, max_payload_bytes
 from gradcodec.layout import Layout
@@ -17,6 +22,10 @@ from gradcodec.learned.codec import LearnedCodec
 from gradcodec.learned.fit import DerivedSample, Sample, fit_general
 from gradcodec.learned.tables import LearnedTables
 from gradcodec.rounds import DerivedCodecs, SameCodec
+from gradcodec.settings import CodecSettings, check_codec
+from server.rounds import run_federation
+
+TINY = Path("assets/tiny-llama").absolute()
 
 
 def prior_of(width: int, seed: int, count: int = 40) -> Prior:
@@ -132,3 +141,60 @@ def test_general_tables_come_back_from_an_artifact(general: LearnedTables) -> No
         "any_columns.a",
         "any_columns.b",
     }
+
+
+def settings_for(folder: Path, **changes: object) -> Settings:
+    settings = Settings(output=str(folder / "run"), run_id="derived")
+    settings.model.path, settings.codec.artifact = str(TINY), str(Path("assets/codec-general").absolute())
+    settings.codec.basis = "model"
+    settings.task.window, settings.task.heldout_windows, settings.task.max_windows = 32, 4, 200
+    settings.train.update, settings.train.lr, settings.train.steps = "delta", 0.005, 2
+    settings.train.batch_size = settings.train.micro_batch_size = 4
+    settings.federation = FederationSettings(rounds=3, num_clients=3, clients_per_round=2, wait_seconds=5.0)
+    for key, value in changes.items():
+        setattr(settings, key, value)
+    return settings
+
+
+@pytest.fixture
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CG_FEDLLM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("caches")
+def test_a_federation_derives_its_directions_and_a_resumed_one_the_same(tmp_path: Path) -> None:
+    grid = InProcessGrid(client_app, 3, {"memory": str(tmp_path / "memory")})
+    results = run_federation(grid, settings_for(tmp_path))
+    assert not results.faults
+    assert results.heldout_loss[-1] < results.heldout_loss[0] - 0.02
+    assert all(8 * uplink.payload_bytes <= 0.5 * results.num_parameters for uplink in results.uplinks)
+    settings = settings_for(tmp_path, resume=str(tmp_path / "run"), from_round=2)
+    again = run_federation(InProcessGrid(client_app, 3, {"memory": str(tmp_path / "memory")}), settings)
+    assert again.heldout_loss == results.heldout_loss
+
+
+@pytest.mark.usefixtures("caches")
+def test_a_node_with_another_base_model_is_noticed_in_its_first_round(tmp_path: Path) -> None:
+    """It trains on other weights than it says; its payloads would decode into noise."""
+    shutil.copytree(TINY, tmp_path / "other")
+    tensors = load_file(TINY / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("o_proj.weight"):  # as a checkpoint that was quantised and taken out again
+            scale = tensor.float().abs().max() / 127
+            tensors[name] = ((tensor.float() / scale).round() * scale).to(tensor.dtype)
+    save_file(tensors, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    grid = InProcessGrid(client_app, 3, {"memory": str(tmp_path / "memory")})
+    grid.contexts[1000].node_config["model-path"] = str(tmp_path / "other")
+    settings = settings_for(tmp_path)
+    settings.federation.clients_per_round, settings.federation.rounds = 3, 1
+    results = run_federation(grid, settings)
+    assert [fault.partition for fault in results.faults] == [0]
+    assert "the same base model" in results.faults[0].reason
+    assert {uplink.partition for uplink in results.uplinks} == {1, 2}
+
+
+def test_only_the_learned_codec_derives_directions() -> None:
+    with pytest.raises(CodecError, match="basis=model: the codec rotated has no directions"):
+        check_codec(CodecSettings(name="rotated", basis="model"))
+    with pytest.raises(CodecError, match="basis='weights' is none of artifact, model"):
+        check_codec(CodecSettings(artifact="x", basis="weights"))
