@@ -225,9 +225,9 @@ def _llama_grams(weights: _Weights, root: str, head_width: int) -> _Grams:
     for i in reversed(range(count)):
         layer = _Layer(weights, f"{root}{i}", head_width)
         yield [layer.name("down")], False, partial(_gram, layer, "down", False, later)
-        later = later + _mean(_reads(weight * layer.gain_of_mlp) for weight in (layer.gate, layer.up))
+        later = later + _sum(*(_reads(weight * layer.gain_of_mlp) for weight in (layer.gate, layer.up)))
         yield [layer.name("o")], False, partial(_gram, layer, "o", False, later)
-        later = later + _mean(_reads(weight * layer.gain_of_attention) for weight in (layer.q, layer.k, layer.v))
+        later = later + _sum(*(_reads(weight * layer.gain_of_attention) for weight in (layer.q, layer.k, layer.v)))
 
 
 class _Layer:
@@ -250,13 +250,13 @@ def _gram(layer: _Layer, which: str, is_a: bool, around_WW: Tensor) -> Tensor:
     q, k, v, o = layer.q, layer.k, layer.v, layer.o
     match which, is_a:
         case "q", True:
-            return _sum(_mean(map(_reads, (q, k, v))), _gained(around_WW, layer.gain_of_attention))
+            return _sum(_sum(*map(_reads, (q, k, v))), _gained(around_WW, layer.gain_of_attention))
         case "gate", True:
-            return _sum(_mean(map(_reads, (layer.gate, layer.up))), _gained(around_WW, layer.gain_of_mlp))
+            return _sum(_sum(*map(_reads, (layer.gate, layer.up))), _gained(around_WW, layer.gain_of_mlp))
         case "o", True:
             return _sum(_reads(o), _writes(_repeated(v, o.shape[1], layer.head_width)))
         case "down", True:
-            return _sum(_reads(layer.down), _mean(map(_writes, (layer.gate, layer.up))))
+            return _sum(_reads(layer.down), _sum(*map(_writes, (layer.gate, layer.up))))
         case "q", False:
             return _sum(_writes(q), _writes(_repeated(k, len(q), layer.head_width)))
         case "k", False:
@@ -286,10 +286,6 @@ def _writes(weight: Tensor) -> Tensor:
 
 def _sum(*grams: Tensor) -> Tensor:
     return _normed(torch.stack(grams).sum(0))
-
-
-def _mean(grams: Iterable[Tensor]) -> Tensor:
-    return _normed(torch.stack([*grams]).sum(0))
 
 
 def _gained(gram_WW: Tensor, gain_W: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ loaded model, as the clients of one node do.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,15 +15,14 @@ from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.object_ref import load_app
 from flwr.supercore.task_identity import TaskIdentity
 
 from conf.schema import Settings
 from server.events import EventLog
-from server.quiet import engine_log
+from server.local import clients_here
 from server.results import RunResults
 from server.rounds import run_federation
-from strategies.wire import MEMORY_VARIABLE, PARTITION, TRUST_VARIABLE
+from strategies.wire import PARTITION
 
 
 def run_in_process(settings: Settings) -> RunResults:
@@ -35,12 +33,8 @@ def run_in_process(settings: Settings) -> RunResults:
         KeyboardInterrupt: the user ended it; the run's log says so.
     """
     output = Path(settings.output)
-    os.environ[MEMORY_VARIABLE] = str(output / "memory")
-    os.environ[TRUST_VARIABLE] = "1" if settings.model.trust_remote_code else ""
-    engine_log(output)
     TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # else no message can be made
-    client_app = load_app("client.app:app", ImportError)  # by name: the server does not import the client's program
-    assert isinstance(client_app, ClientApp)
+    client_app = clients_here(settings)
     with InProcessGrid(client_app, settings.federation.num_clients) as grid:
         try:
             return run_federation(grid, settings)

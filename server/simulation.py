@@ -12,18 +12,16 @@ from types import FrameType
 from typing import Any
 
 from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
 from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
-from flwr.supercore.object_ref import load_app
 
 from conf.schema import Settings
 from server.events import EventLog
-from server.quiet import ENGINE_LOG, engine_log
+from server.local import clients_here
+from server.quiet import ENGINE_LOG
 from server.results import RunResults
 from server.rounds import run_federation
-from strategies.wire import MEMORY_VARIABLE, TRUST_VARIABLE
 
 LAST_SECONDS = 2.0
 
@@ -36,9 +34,7 @@ def run_in_simulation(settings: Settings) -> RunResults:
         KeyboardInterrupt: the user ended it; the run's log says so.
     """
     output = Path(settings.output)
-    os.environ[MEMORY_VARIABLE] = str(output / "memory")
-    os.environ[TRUST_VARIABLE] = "1" if settings.model.trust_remote_code else ""
-    engine_log(output)
+    client_app = clients_here(settings)
     ended: list[RunResults | Exception] = []
     stopped, left = threading.Event(), threading.Event()
     server_app = ServerApp()
@@ -54,8 +50,6 @@ def run_in_simulation(settings: Settings) -> RunResults:
         finally:
             left.set()
 
-    client_app = load_app("client.app:app", ImportError)  # by name: the server does not import the client's program
-    assert isinstance(client_app, ClientApp)
     resources: dict[str, Any] = {"num_cpus": settings.backend.client_cpus, "num_gpus": settings.backend.client_gpus}
     try:
         with _interrupting(stopped):
