@@ -25,7 +25,8 @@ from conf.schema import TgapRun
 FULL_ERROR = "HYDRA_FULL_ERROR"
 OPTIONS = {"--data": "task.path", "--model": "model.path", "--codec-artifact": "codec.artifact"}
 """Of every program: option -> the setting that it gives."""
-_BARE = re.compile(r"[A-Za-z0-9_/.:@%+-]+")
+_BARE = re.compile(r"(\.{0,2}/|[A-Za-z_])[A-Za-z0-9_/.:@%+-]*")
+"""What begins otherwise may be a number, which Hydra writes in its own way: ``0.`` as ``0.0``, ``1_0`` as ``10``."""
 _FOLDERS = {"--output": ("hydra.run.dir", "hydra.sweep.dir")}
 CONF = Path(__file__).parent
 
