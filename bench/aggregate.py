@@ -33,11 +33,12 @@ from gradcodec.exchange import encode_update, max_payload_bytes
 from gradcodec.frame import pack, unpack
 from gradcodec.layout import Layout
 from gradcodec.settings import CodecSettings
+from strategies.broadcast import DenseBroadcaster
 from strategies.build import build_inner
 from strategies.coded import CodedReceiver
-from strategies.federated import FederatedStrategy, Limits
+from strategies.federated import FederatedStrategy, Limits, Ways
 from strategies.norms import NormBound
-from strategies.outcomes import Fault, Uplink
+from strategies.outcomes import Downlink, Fault, Uplink
 from strategies.roll import Roll
 from strategies.sampling import Sampling
 from strategies.settings import StrategySettings
@@ -135,6 +136,8 @@ class Unobserved:
 
     def uplink(self, uplink: Uplink) -> None: ...
 
+    def downlink(self, downlink: Downlink) -> None: ...
+
     def fault(self, fault: Fault) -> None: ...
 
     def node_refused(self, node: int, reason: str) -> None: ...
@@ -144,7 +147,7 @@ def _strategy(layout: Layout, num_clients: int) -> tuple[FederatedStrategy, Code
     codec = build_codec(CodecSettings(artifact="assets/codec"), layout)
     strategy = FederatedStrategy(
         build_inner(StrategySettings()),
-        CodedReceiver(codec, "", num_clients),
+        Ways(DenseBroadcaster(), CodedReceiver(codec, "", num_clients)),
         AllPresent(cast(Grid, None), num_clients, ConfigRecord(), Unobserved()),
         Sampling(num_clients, num_clients, seed=0),
         NormBound(None, None),

@@ -12,11 +12,14 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.link import ResidentTrainer, trainer_at
-from client.work import TRUST, Work
+from client.work import TRUST, Broadcast, Work
 from strategies.wire import (
     ACCEPTED,
     ARRAYS,
     CONFIG,
+    HELD,
+    HELD_BEFORE,
+    LACKS,
     MEMORY_VARIABLE,
     METRICS,
     NUM_EXAMPLES,
@@ -31,6 +34,7 @@ from strategies.wire import (
     arrays_of,
     config_of,
     unwrap_adapter,
+    unwrap_bundle,
     wrap_adapter,
     wrap_payload,
 )
@@ -67,15 +71,19 @@ def train(message: Message, context: Context) -> Message:
     partition = int(context.node_config[PARTITION])
     trainer = _trainer(message, context)
     side = message.content.array_records.get(SIDE)
+    bundle = unwrap_bundle(message.content)
     work = Work(
-        adapter=unwrap_adapter(message.content),
+        adapter=unwrap_adapter(message.content) if bundle is None else None,
         side=arrays_of(side)[SIDE] if side else None,
         partition=partition,
         server_round=int(str(config[SERVER_ROUND])),
         accepted=str(config.get(ACCEPTED, "")),
         memory=_memory_root(context) / _folder_name(json.loads(str(config[SETTINGS]))["run_id"]),
+        broadcast=None if bundle is None else Broadcast(bundle, str(config[HELD_BEFORE]), str(config[HELD])),
     )
     done = trainer.train(work)
+    if done.lacks is not None:
+        return Message(RecordDict({CONFIG: ConfigRecord({LACKS: done.lacks})}), reply_to=message)
     if done.payload is not None:
         arrays = wrap_payload(done.payload)
     else:

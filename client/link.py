@@ -23,14 +23,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from safetensors.numpy import load, save
 
-from client.work import Overrides, Trained, Work
+from client.work import Broadcast, Overrides, Trained, Work
 
 if TYPE_CHECKING:
     from client.trainer import Trainer
 
-SIDE, ADAPTER = "side", "adapter/"
+SIDE, BUNDLE, ADAPTER = "side", "bundle", "adapter/"
 RESTART_SECONDS = 60.0
 """How long a client waits for a trainer that died to come back, before it fails."""
 MOST_DEATHS = 3
@@ -103,31 +104,41 @@ def trainer_at(path: Path | None, settings_json: str, overrides: Overrides) -> T
 
 
 def pack_work(work: Work) -> tuple[dict[str, Any], bytes]:
-    arrays = {ADAPTER + name: array for name, array in work.adapter.items()}
+    arrays: dict[str, Any] = {ADAPTER + name: array for name, array in (work.adapter or {}).items()}
     if work.side is not None:
         arrays[SIDE] = work.side
-    head = {"partition": work.partition, "server_round": work.server_round, "names": list(work.adapter)}
-    return {**head, "accepted": work.accepted, "memory": str(work.memory)}, save(arrays)
+    if work.broadcast is not None:
+        arrays[BUNDLE] = np.frombuffer(work.broadcast.bundle, np.uint8)
+    head = {
+        "partition": work.partition,
+        "server_round": work.server_round,
+        "names": None if work.adapter is None else list(work.adapter),
+        "accepted": work.accepted,
+        "memory": str(work.memory),
+        "held": None if work.broadcast is None else [work.broadcast.held_before, work.broadcast.held],
+    }
+    return head, save(arrays)
 
 
 def unpack_work(head: Mapping[str, Any], body: bytes) -> Work:
     """Inverse of ``pack_work``; safetensors sorts names, so their order comes apart."""
-    arrays = load(body)
+    arrays, names = load(body), head["names"]
     return Work(
-        adapter={str(name): arrays[ADAPTER + str(name)] for name in head["names"]},
+        adapter=None if names is None else {str(name): arrays[ADAPTER + str(name)] for name in names},
         side=arrays.get(SIDE),
         partition=int(head["partition"]),
         server_round=int(head["server_round"]),
         accepted=str(head["accepted"]),
         memory=Path(str(head["memory"])),
+        broadcast=None if head["held"] is None else Broadcast(arrays[BUNDLE].tobytes(), *map(str, head["held"])),
     )
 
 
 def pack_trained(done: Trained) -> tuple[dict[str, Any], bytes]:
     figures = {field.name: getattr(done, field.name) for field in dataclasses.fields(done)}
     adapter, payload = figures.pop("adapter"), figures.pop("payload")
-    if payload is not None:
-        return {**figures, "names": None}, payload
+    if payload is not None or adapter is None:
+        return {**figures, "names": None}, payload or b""
     return {**figures, "names": list(adapter)}, save(adapter)
 
 
@@ -135,7 +146,7 @@ def unpack_trained(head: Mapping[str, Any], body: bytes) -> Trained:
     """Inverse of ``pack_trained``."""
     figures = {key: value for key, value in head.items() if key != "names"}
     if head["names"] is None:
-        return Trained(adapter=None, payload=body, **figures)
+        return Trained(adapter=None, payload=body if figures["lacks"] is None else None, **figures)
     arrays = load(body)
     return Trained(adapter={name: arrays[name] for name in head["names"]}, payload=None, **figures)
 

@@ -19,8 +19,10 @@ from typing import Any
 
 from adapters.team import Team
 from client.console import note, write_notes
-from client.link import pack_trained, receive, send, unpack_work
+from client.holdings import LacksError
+from client.link import pack_trained, pack_work, receive, send, unpack_work
 from client.trainer import Trainer, trainer_for
+from client.work import Trained
 from conf.processes import exit_on_sigterm
 
 _LOG = logging.getLogger(__name__)
@@ -106,7 +108,14 @@ def _take_part(question: dict[str, Any], body: bytes, team: Team) -> None:
 
 
 def _work_on(head: dict[str, Any], body: bytes, team: Team) -> tuple[dict[str, Any], bytes]:
-    """One message's work."""
+    """One message's work. A team is told of an adapter, not of what leads to it."""
+    if head["verb"] == "train" and head["names"] is None:
+        try:
+            work = _trainer(head).resolved(unpack_work(head, body))
+        except LacksError as error:
+            return pack_trained(Trained(None, None, 0, 0.0, 0.0, 0.0, lacks=error.holds))
+        own, body = pack_work(work)
+        head = {**head, **own}
     team.tell(json.dumps(head).encode())
     team.tell(body)
     trainer = _trainer(head)

@@ -56,7 +56,7 @@ def save_residual(folder: Path, partition: int, layout: Layout, server_round: in
         OutputError: the disk is full or cannot be written; what was there before still is.
     """
     last, before = _paths(folder, partition)
-    _open_folder(folder, partition)
+    open_folder(folder, partition)
     target_RC, error_RC = residual.target_RC.cpu(), residual.error_RC.contiguous().cpu()
     metadata = {
         "layout": layout.id.hex(),
@@ -76,7 +76,7 @@ def save_residual(folder: Path, partition: int, layout: Layout, server_round: in
     os.replace(written, last)
 
 
-def _open_folder(folder: Path, partition: int) -> None:
+def open_folder(folder: Path, partition: int) -> None:
     """Makes the run's folder its owner's alone, and removes what was left by others and by writers that were killed."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -27,17 +27,20 @@ from adapters.model import Adapter, adapter_parts, adapter_shapes, get_adapter, 
 from adapters.settings import is_hub_name, num_examples
 from adapters.team import Team
 from client.console import note, round_line
+from client.holdings import LacksError, load_held, save_held, take_in
 from client.residuals import load_residual, save_residual
 from client.work import TRUST, Arrays, Overrides, Trained, Work
 from conf.basis import codecs_of
 from conf.footprint import client_memory
 from conf.remedies import COPY_IT, codec_remedies
 from conf.schema import Settings, check_settings
+from gradcodec.broadcast import Held
 from gradcodec.build import byte_budget
+from gradcodec.codec import Codec
 from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
 from gradcodec.rounds import Codecs
-from strategies.wire import TRUST_VARIABLE, context_of
+from strategies.wire import TRUST_VARIABLE, broadcast_context, context_of
 from tasks.settings import check_window
 from tasks.shards import Shard, load_shard, what_is_lost
 
@@ -131,6 +134,11 @@ class Trainer:
     def train(self, work: Work, team: Team | None = None) -> Trained:
         """Trains on a partition, alone or with a team whose others call ``finetune``, and encodes what changed."""
         settings = self.settings
+        try:
+            work = self.resolved(work)
+        except LacksError as error:
+            return Trained(None, None, 0, 0.0, 0.0, 0.0, lacks=error.holds)
+        assert work.adapter is not None
         start = time.perf_counter()
         update, loss = self.finetune(work, team or Team())
         trained = time.perf_counter()
@@ -149,9 +157,35 @@ class Trainer:
         note(round_line(work.server_round, done))
         return done
 
+    def resolved(self, work: Work) -> Work:
+        """The same with its adapter in place of the broadcast that leads to it, which this client holds from now on.
+
+        Raises:
+            LacksError: it holds something else than what the broadcast starts from.
+        """
+        if work.broadcast is None:
+            return work
+        layout, codecs, whose = self.layout, self.codecs, (work.memory, work.partition)
+        before = load_held(*whose, layout, layout.to_blocks(self.seeded))
+
+        def codec_at(held: Held) -> Codec:
+            return codecs.at(layout.to_update(held.adapter_RC))
+
+        held = take_in(work.broadcast, before, layout, codec_at, broadcast_context(self.settings.run_id))
+        if held is not before:
+            save_held(*whose, held)
+        adapter = {name: tensor.numpy() for name, tensor in layout.tensors(held.adapter_RC)}
+        return dataclasses.replace(
+            work,
+            adapter={name: adapter[name] for name in self.seeded},
+            side=None if held.side is None else held.side.numpy(),
+            broadcast=None,
+        )
+
     def finetune(self, work: Work, team: Team) -> tuple[Adapter, float]:
         """The part of ``train`` that all of a team do: the update and the mean loss."""
         torch.set_num_threads(self.settings.train.threads)
+        assert work.adapter is not None
         self.model.zero_grad()  # a message that failed within a step left its gradients
         return finetune(
             self.model,
@@ -164,6 +198,7 @@ class Trainer:
 
     def _encode(self, update: Adapter, work: Work) -> bytes:
         layout, feedback, whose = self.layout, self.settings.codec.feedback, (work.memory, work.partition)
+        assert work.adapter is not None
         carried = None
         if feedback > 0 and (old := load_residual(*whose, layout, work.server_round)) is not None:
             carried = old.carried(work.accepted, feedback)

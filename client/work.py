@@ -17,20 +17,31 @@ TRUST = "trust-remote-code"
 
 
 @dataclass(frozen=True)
-class Work:
-    """To train from the global adapter on one partition."""
+class Broadcast:
+    """A bundle of ``gradcodec.broadcast``, and the digests of what a client holds before and after it."""
 
-    adapter: Arrays
+    bundle: bytes
+    held_before: str  # empty: whatever it is
+    held: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """To train on one partition, from the global adapter."""
+
+    adapter: Arrays | None  # None: ``broadcast`` leads to it
     side: NDArray[np.float32] | None  # the codec's side information of this round
     partition: int
     server_round: int
     accepted: str  # digest of this client's last payload that the server took
-    memory: Path  # folder of this run's residuals
+    memory: Path  # folder of this run's residuals, and of what the client holds
+    broadcast: Broadcast | None = None
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The dense adapter or the payload, whichever the arm sends."""
+    """The dense adapter or the payload, whichever the arm sends; neither, if nothing was trained since the client
+    ``lacks`` what the broadcast starts from: the digest of what it holds."""
 
     adapter: Arrays | None
     payload: bytes | None
@@ -38,3 +49,4 @@ class Trained:
     train_loss: float
     seconds_train: float
     seconds_encode: float
+    lacks: str | None = None

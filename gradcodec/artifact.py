@@ -72,6 +72,11 @@ def save_artifact(artifact: Artifact, folder: Path) -> None:
         raise ArtifactError(f"cannot write the codec artifact to {folder}: {error.strerror}") from None
 
 
+def size_of_artifact(folder: Path) -> int:
+    """Bytes of its files."""
+    return sum((folder / name).stat().st_size for name in (WEIGHTS, SETTINGS))
+
+
 def load_artifact(folder: Path, kind: str) -> Artifact:
     """Inverse of ``save_artifact``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,6 +57,11 @@ def byte_budget(settings: CodecSettings, layout: Layout) -> int | None:
     if settings.bits is None or not entry_of(settings.name).has_rate:
         return None
     return max_payload_bytes(settings.bits, layout.num_parameters)
+
+
+def broadcast_budget(settings: CodecSettings, layout: Layout) -> int | None:
+    """The same of a step of the server's, ``gradcodec.broadcast``."""
+    return byte_budget(replace(settings, bits=settings.down_bits), layout)
 
 
 def payload_bytes(settings: CodecSettings, layout: Layout) -> int | None:

@@ -57,7 +57,7 @@ def pack(frame: Frame, context: bytes = b"") -> bytes:
     """Frame -> payload, which ``unpack`` reads with the same context alone."""
     assert len(frame.codec_id) == len(frame.layout_id) == 4 and 1 <= len(frame.codes) <= MAX_STREAMS
     fields = _FIELDS.pack(MAGIC, VERSION, frame.codec_id, frame.layout_id, frame.gain)
-    body = b"".join(_pack_length(len(stream)) + stream for stream in frame.codes[:-1]) + frame.codes[-1]
+    body = b"".join(pack_length(len(stream)) + stream for stream in frame.codes[:-1]) + frame.codes[-1]
     return fields + _CHECKSUM.pack(_checksum(context, fields, body)) + body
 
 
@@ -87,7 +87,7 @@ def unpack(payload: bytes, num_streams: int, context: bytes = b"") -> Frame:
     streams: list[bytes] = []
     offset = 0
     for _ in range(num_streams - 1):
-        length, offset = _unpack_length(body, offset)
+        length, offset = unpack_length(body, offset)
         if length > len(body) - offset:
             raise CodecError(f"a stream of {length} bytes is announced, {len(body) - offset} are left")
         streams.append(body[offset : offset + length])
@@ -110,7 +110,8 @@ def _checksum(context: bytes, fields: bytes | memoryview, body: bytes | memoryvi
     return zlib.crc32(body, zlib.crc32(fields, zlib.crc32(context)))
 
 
-def _pack_length(length: int) -> bytes:
+def pack_length(length: int) -> bytes:
+    """A length, at least 0, as a varint (LEB128)."""
     packed = bytearray()
     while length >= 0x80:
         packed.append(length & 0x7F | 0x80)
@@ -121,10 +122,12 @@ def _pack_length(length: int) -> bytes:
 
 def packed_bytes(stream_bytes: Sequence[int]) -> int:
     """Size of the payload that ``pack`` makes of streams of these sizes."""
-    return HEADER_BYTES + sum(stream_bytes) + sum(len(_pack_length(size)) for size in stream_bytes[:-1])
+    return HEADER_BYTES + sum(stream_bytes) + sum(len(pack_length(size)) for size in stream_bytes[:-1])
 
 
-def _unpack_length(body: bytes, offset: int) -> tuple[int, int]:
+def unpack_length(body: bytes, offset: int) -> tuple[int, int]:
+    """Inverse of ``pack_length``: the length at an offset, and the offset behind it. Raises CodecError: there is none,
+    or it takes more than ``MAX_LENGTH_BYTES``."""
     length = 0
     for position in range(MAX_LENGTH_BYTES):
         if offset + position >= len(body):

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from gradcodec.layout import Layout
 
+_FAINT = 1e-8
+"""Share of the energy by which axes are told apart that are equally strong, or hold nothing: else each library would
+take others."""
+
 
 def principal_axes(blocks_RC: Tensor, layout: Layout) -> Tensor:
     """``[B, R, R]`` float32: per block an orthogonal matrix whose rows are its principal axes, strongest first.
@@ -24,8 +28,17 @@ def principal_axes(blocks_RC: Tensor, layout: Layout) -> Tensor:
     for axes_RR, block in zip(axes_BRR, layout.blocks, strict=True):
         rows = blocks_RC[: block.rank, block.start : block.stop].double()
         if bool(rows.any()):
-            axes_RR[: block.rank, : block.rank] = torch.linalg.eigh(rows @ rows.T)[1].flip(-1).T
+            gram_KK = rows @ rows.T
+            place_K = torch.arange(block.rank, 0, -1, dtype=torch.float64) / block.rank
+            gram_KK += (_FAINT * gram_KK.trace()) * place_K.diag()
+            axes_RR[: block.rank, : block.rank] = _one_sign(torch.linalg.eigh(gram_KK)[1].flip(-1).T)
     return axes_BRR.float()
+
+
+def _one_sign(axes_KK: Tensor) -> Tensor:
+    """The axes, each turned so that its values grow with their place rather than fall: libraries differ in signs."""
+    place_K = torch.arange(1, axes_KK.shape[1] + 1, dtype=axes_KK.dtype).sqrt()
+    return axes_KK * torch.where(axes_KK @ place_K < 0, -1.0, 1.0)[:, None]
 
 
 def rotate(blocks_RC: Tensor, axes_BRR: Tensor, layout: Layout) -> Tensor:

@@ -20,6 +20,8 @@ class CodecSettings:
 
     name: str = "learned"
     bits: float | None = 0.5  # bits per parameter of the whole payload, at most; null: the codec's own rate
+    # bits per parameter of a broadcast of the server's step, at most; null: the adapter goes down as float32
+    down_bits: float | None = None
     snr_db: float | None = None  # the cheapest payload of this signal-to-noise ratio, still of at most `bits`
     artifact: str | None = None  # folder of a trained codec, for those that are trained
     # directions along the width: artifact: its own; model: derived on both ends from the base model and the adapter
@@ -44,6 +46,10 @@ def check_codec(settings: CodecSettings) -> None:
     entry = entry_of(settings.name)
     if settings.bits is not None and not 0 < settings.bits <= 64:
         raise CodecError(f"bits={settings.bits} bits per parameter: choose more than 0 and at most 64, or null")
+    if settings.down_bits is not None and not 0 < settings.down_bits <= 64:
+        raise CodecError(
+            f"down_bits={settings.down_bits} bits per parameter: choose more than 0 and at most 64, or null"
+        )
     if settings.snr_db is not None:
         if not 0 < settings.snr_db <= 60:
             raise CodecError(f"snr_db={settings.snr_db} dB: choose more than 0 and at most 60, or null")

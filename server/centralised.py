@@ -94,7 +94,7 @@ class _Pooled:
             settings.train, update="delta", lr=lr, steps=steps_a_round * federation.rounds, epochs=None
         )
         torch.set_num_threads(os.cpu_count() or 1)  # alone on the machine
-        self._events.write("round_started", server_round=1, clients=0, bytes_down=0)
+        self._events.write("round_started", server_round=1, clients=0)
 
         def on_step(step: int) -> None:
             if step % steps_a_round == 0:

@@ -112,6 +112,10 @@ def _count(event: Event, key: str) -> int:
     return value
 
 
+DOWNLINK_BYTES = ("step_bytes", "catch_up_bytes", "snapshot_bytes", "side_bytes")
+"""Of what one client was sent: ``strategies.outcomes.Downlink``."""
+
+
 @dataclass
 class RunStatus:
     """Where a run stands, folded from its events."""
@@ -168,9 +172,11 @@ class RunStatus:
         self.nodes = _count(event, "count")
 
     def _start_round(self, event: Event) -> None:
-        down, asked = _count(event, "bytes_down"), _count(event, "clients")
+        asked = _count(event, "clients")
         self.state, self._since, self.answers, self.asked = "running", self._since or event["time"], 0, asked
-        self.bytes_down += down
+
+    def _take_downlink(self, event: Event) -> None:
+        self.bytes_down += sum(_count(event, key) for key in DOWNLINK_BYTES)
 
     def _take_uplink(self, event: Event) -> None:
         self.payload_bytes += _count(event, "payload_bytes")
@@ -209,6 +215,7 @@ _CHANGES: dict[str, Callable[[RunStatus, Event], None]] = {
     "waiting": RunStatus._wait,
     "nodes": RunStatus._wait,
     "round_started": RunStatus._start_round,
+    "downlink": RunStatus._take_downlink,
     "uplink": RunStatus._take_uplink,
     "fault": RunStatus._take_fault,
     "round_finished": RunStatus._finish_round,

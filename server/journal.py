@@ -12,7 +12,7 @@ from flwr.supercore import log
 from conf.output import OutputError
 from server.events import EventLog
 from server.results import NodeRefusal, RunResults
-from strategies.outcomes import Fault, Uplink
+from strategies.outcomes import Downlink, Fault, Uplink
 
 
 class Journal:
@@ -37,9 +37,8 @@ class Journal:
             self._here = num_nodes
             self.event("waiting", count=num_nodes, of=self.results.settings.federation.num_clients)
 
-    def round_started(self, server_round: int, num_clients: int, num_bytes: int) -> None:
-        self.results.downlink_bytes += num_bytes
-        self.event("round_started", server_round=server_round, clients=num_clients, bytes_down=num_bytes)
+    def round_started(self, server_round: int, num_clients: int) -> None:
+        self.event("round_started", server_round=server_round, clients=num_clients)
 
     def round_finished(self, server_round: int, uplinks: list[Uplink]) -> None:
         """``uplinks``: what it is made of."""
@@ -54,6 +53,10 @@ class Journal:
 
     def uplink(self, uplink: Uplink) -> None:
         self.event("uplink", **dataclasses.asdict(uplink))
+
+    def downlink(self, downlink: Downlink) -> None:
+        self.results.downlinks.append(downlink)
+        self.event("downlink", **dataclasses.asdict(downlink))
 
     def fault(self, fault: Fault) -> None:
         self.results.faults.append(fault)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from conf.output import provenance
 from conf.schema import Settings
-from strategies.outcomes import KINDS, Fault, Uplink
+from strategies.outcomes import KINDS, Downlink, Fault, Uplink
 
 T = TypeVar("T")
 MAX_EXPONENT = math.log(sys.float_info.max)
@@ -41,8 +41,27 @@ class RunResults:
     uplinks: list[Uplink] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     seconds: float = 0.0
-    downlink_bytes: int = 0  # of the arrays that went to clients
+    downlinks: list[Downlink] = field(default_factory=list)
     refused_nodes: list[NodeRefusal] = field(default_factory=list)
+    delivery_bytes: int = 0  # what would bring every client to the final adapter
+    artifact_bytes: int = 0  # of the codec's artifact, which every client needs
+
+    def account(self) -> dict[str, int]:
+        """Bytes of the whole exchange, payloads and arrays alone: ``up``; ``down``, of which ``catch_up`` and
+        ``snapshots`` say what went to clients that had missed something; ``delivery`` of the final adapter to every
+        client; ``artifact``, a copy for each; ``total`` of ``up``, ``down``, ``delivery`` and ``artifact``."""
+        up = sum(uplink.payload_bytes for uplink in self.uplinks)
+        down = sum(downlink.total_bytes for downlink in self.downlinks)
+        artifact = self.artifact_bytes * self.settings.federation.num_clients
+        return {
+            "up": up,
+            "down": down,
+            "catch_up": sum(downlink.catch_up_bytes for downlink in self.downlinks),
+            "snapshots": sum(downlink.snapshot_bytes for downlink in self.downlinks),
+            "delivery": self.delivery_bytes,
+            "artifact": artifact,
+            "total": up + down + self.delivery_bytes + artifact,
+        }
 
     @property
     def payload_bytes_per_client_round(self) -> float:
@@ -100,6 +119,7 @@ class RunResults:
             "codec": settings.codec.name if settings.arm == "coded" else "none",
             "bytes up per client and round": f"{self.payload_bytes_per_client_round:,.0f}",
             "bits up per parameter": f"{self.bits_per_parameter:.3f}",
+            "bytes in all": ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in self.account().items()),
         }
         return {
             "run": settings.run_id or "-",
@@ -118,11 +138,13 @@ class RunResults:
         return {
             "num_parameters": self.num_parameters,
             "heldout_loss": self.heldout_loss,
-            "downlink_array_bytes": self.downlink_bytes,
             "seconds": self.seconds,
             "faults": [dataclasses.asdict(fault) for fault in self.faults],
             "uplinks": [dataclasses.asdict(uplink) for uplink in self.uplinks],
+            "downlinks": [dataclasses.asdict(downlink) for downlink in self.downlinks],
             "refused_nodes": [dataclasses.asdict(refusal) for refusal in self.refused_nodes],
+            "delivery_bytes": self.delivery_bytes,
+            "artifact_bytes": self.artifact_bytes,
         }
 
     @classmethod
@@ -135,8 +157,10 @@ class RunResults:
             [_record(Uplink, uplink) for uplink in _typed(state["uplinks"], list)],
             [_record(Fault, fault) for fault in _typed(state["faults"], list)],
             _typed(state["seconds"], float),
-            _typed(state["downlink_array_bytes"], int),
+            [_record(Downlink, downlink) for downlink in _typed(state["downlinks"], list)],
             [_record(NodeRefusal, refusal) for refusal in _typed(state.get("refused_nodes", []), list)],
+            _typed(state["delivery_bytes"], int),
+            _typed(state["artifact_bytes"], int),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -150,6 +174,7 @@ class RunResults:
             "uplink_payload_bytes_per_client_round": per_client_round,
             "bits_per_parameter": self.bits_per_parameter,
             "uplink_payload_bytes": sum(uplink.payload_bytes for uplink in self.uplinks),
+            "bytes": self.account(),
             "settings": dataclasses.asdict(self.settings),
             "made_with": provenance(),
         }

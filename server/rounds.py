@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from logging import WARNING
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from conf.basis import codecs_of
 from conf.output import OutputError, open_output, write_json
 from conf.remedies import TRAIN_ONE, codec_remedies
 from conf.schema import Settings, check_settings
-from gradcodec.artifact import load_artifact
-from gradcodec.build import byte_budget
+from gradcodec.artifact import load_artifact, size_of_artifact
+from gradcodec.build import broadcast_budget, byte_budget
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
 from server.alive import alive
@@ -37,14 +38,14 @@ from server.journal import Journal
 from server.metrics import serve_metrics
 from server.progress import shown
 from server.results import RunResults
+from strategies.broadcast import CodedBroadcaster, DenseBroadcaster
 from strategies.build import build_inner
 from strategies.coded import CodedReceiver
 from strategies.dense import DenseReceiver
 from strategies.errors import RoundError
-from strategies.federated import FederatedStrategy, Limits
+from strategies.federated import FederatedStrategy, Limits, Ways
 from strategies.messages import replies_to
 from strategies.norms import NormBound
-from strategies.receive import Receiver
 from strategies.recording import RecordingStrategy
 from strategies.roll import Roll, call_roll
 from strategies.sampling import Sampling
@@ -94,14 +95,16 @@ def prepare(
     bound: Mapping[int, int] | None = None,
 ) -> Federation:
     """Loads model and data, and puts the parts of a run together; nobody has been asked anything yet."""
+    artifact_bytes = 0
     if settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact:
         assert settings.codec.artifact is not None
         with codec_remedies(TRAIN_ONE):
-            settings.codec.digest = load_artifact(Path(settings.codec.artifact), settings.codec.name).digest
+            artifact = load_artifact(Path(settings.codec.artifact), settings.codec.name)
+            settings.codec.digest, artifact_bytes = artifact.digest, size_of_artifact(Path(settings.codec.artifact))
     evaluator = Evaluator(settings)
     layout = Layout.of(adapter_shapes(evaluator.model), adapter_parts(evaluator.model))
     results = before.results if before is not None else RunResults(settings, layout.num_parameters)
-    results.settings = settings
+    results.settings, results.artifact_bytes = settings, artifact_bytes
     journal = Journal(results, events)
     inner = build_inner(settings.strategy)
     recording = RecordingStrategy(inner, layout) if settings.record is not None else None
@@ -109,7 +112,7 @@ def prepare(
     config = ConfigRecord({SETTINGS: settings.to_json()})
     strategy = FederatedStrategy(
         recording or inner,
-        _receiver(settings, layout, evaluator),
+        _ways(settings, layout, evaluator),
         Roll(grid, federation.num_clients, config, journal, federation.wait_seconds, bound),
         Sampling(
             federation.num_clients,
@@ -132,13 +135,21 @@ def prepare(
     return run
 
 
-def _receiver(settings: Settings, layout: Layout, evaluator: Evaluator) -> Receiver:
+def _ways(settings: Settings, layout: Layout, evaluator: Evaluator) -> Ways:
     if settings.arm != "coded":
-        return DenseReceiver()
+        return Ways(DenseBroadcaster(), DenseReceiver())
     with codec_remedies(TRAIN_ONE):
         codecs = codecs_of(settings, layout, evaluator.seeded, evaluator.model.device)
     num_clients, budget = settings.federation.num_clients, byte_budget(settings.codec, layout)
-    return CodedReceiver(codecs.at(evaluator.seeded), settings.run_id, num_clients, budget, codecs)
+    down = settings.codec.down_bits is not None
+    receiver = CodedReceiver(
+        codecs.at(evaluator.seeded), settings.run_id, num_clients, budget, codecs, sends_side=not down
+    )
+    if not down:
+        return Ways(DenseBroadcaster(), receiver)
+    budget, known = broadcast_budget(settings.codec, layout), settings.lora.start is None
+    down_way = CodedBroadcaster(codecs, layout, evaluator.initial, settings.run_id, budget, known)
+    return Ways(down_way, receiver)
 
 
 class Diverged(ValueError):
@@ -209,7 +220,7 @@ class Federation:
         started = time.monotonic()
         update = self.evaluator.rehearse(settings, steps)
         if update is not None:
-            self.strategy.receiver.foresee(update)
+            self.strategy.foresee(update)
             self.journal.event("rehearsed", steps=steps, seconds=time.monotonic() - started)
 
     def _write_results(self) -> None:
@@ -233,6 +244,8 @@ class Federation:
             if not all(bool(tensor.isfinite().all()) for tensor in new.values()):
                 raise Diverged(f"the adapter after round {server_round} holds NaN or infinity")
             self.adapter, self.done = new, server_round
+            clients = range(self.settings.federation.num_clients)
+            self.results.delivery_bytes = sum(map(self.strategy.broadcaster.missing_bytes, clients))
             self.journal.round_finished(server_round, self.strategy.uplinks)
             self._save()
         self._evaluate()
@@ -251,9 +264,9 @@ class Federation:
             arrays, config = to_record(dict(self.adapter)), ConfigRecord({SETTINGS: self.settings.to_json()})
             try:
                 messages = list(self.strategy.configure_train(server_round, arrays, config, self.grid))
-                size = sum(len(a.data) for m in messages for r in m.content.array_records.values() for a in r.values())
-                self.journal.round_started(server_round, len(messages), size)
-                replies = replies_to(self.grid, messages, federation.round_seconds)
+                self.journal.round_started(server_round, len(messages))
+                again = partial(self.strategy.again, server_round)
+                replies = replies_to(self.grid, messages, federation.round_seconds, again)
                 self._evaluate()
                 new, _ = self.strategy.aggregate_train(server_round, replies)
             except RoundError as error:

@@ -36,6 +36,7 @@ class CodedReceiver:
         num_partitions: int,
         max_bytes: int | None = None,
         codecs: Codecs | None = None,
+        sends_side: bool = True,
     ) -> None:
         """
         Args:
@@ -44,6 +45,7 @@ class CodedReceiver:
             num_partitions: how many clients there are.
             max_bytes: what a payload may take; None, for a codec of one rate: a little more than a dense update.
             codecs: the codec of every round; None: ``codec`` itself.
+            sends_side: clients do not find the codec's side information out by themselves.
         """
         self.codec = codec
         self.codecs = codecs or SameCodec(codec)
@@ -51,10 +53,11 @@ class CodedReceiver:
         self.num_partitions = num_partitions
         self.max_bytes = max_bytes or 4 * codec.layout.num_parameters + 4096
         self.accepted: dict[int, str] = {}  # partition -> digest of its last accepted payload
+        self.sends_side = sends_side
         self.side: Tensor | None = None  # the codec's side information of the next round
 
     def outgoing(self, partition: int) -> tuple[RecordDict, ConfigRecord]:
-        side = ArrayRecord() if self.side is None else to_record({SIDE: self.side})
+        side = to_record({SIDE: self.side}) if self.side is not None and self.sends_side else ArrayRecord()
         return RecordDict({SIDE: side}), ConfigRecord({ACCEPTED: self.accepted.get(partition, "")})
 
     def adapter_of(self, content: RecordDict, asked: Asked, current: Mapping[str, Tensor]) -> Adapter:

@@ -25,6 +25,8 @@ class DenseReceiver:
     Nothing in an adapter says whose it is, so one that was taken before, from anybody, is not taken again.
     """
 
+    side: Tensor | None = None
+
     def __init__(self) -> None:
         self.taken: dict[int, list[str]] = {}  # round -> digests of what was taken in it
 

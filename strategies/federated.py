@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from logging import INFO, WARNING
 from types import SimpleNamespace
@@ -20,17 +20,18 @@ from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 from torch import Tensor
 
+from strategies.broadcast import Broadcaster
 from strategies.errors import RoundError
 from strategies.messages import in_order
 from strategies.norms import NormBound
 from strategies.optimizer import optimizer_state, restore_optimizer
 from strategies.outcomes import ABSENT, REFUSED, Fault, Observer, Uplink
-from strategies.receive import Asked, Decoded, Receiver, Refused, receive
+from strategies.receive import Asked, Decoded, Receiver, Refused, lacks_of, receive
 from strategies.roll import POLL_SECONDS, Roll
 from strategies.sampling import Sampling
 from strategies.state import State
 from strategies.tensors import from_record, moved_to_record
-from strategies.wire import ARRAYS, CONFIG, METRICS, wrap_adapter
+from strategies.wire import ARRAYS, CONFIG, METRICS, SIDE
 from strategies.wrapping import AdapterStrategy
 
 RETURN_SECONDS = 20.0
@@ -52,6 +53,14 @@ class Limits:
     wait_seconds: float = 180.0  # for one of a round's nodes to be connected
 
 
+@dataclasses.dataclass(frozen=True)
+class Ways:
+    """Of the adapter to the clients, and of what they trained back."""
+
+    down: Broadcaster
+    up: Receiver
+
+
 class FederatedStrategy(AdapterStrategy):
     """Asks the sampled partitions whose nodes are connected, and hands on what can be used of their replies.
 
@@ -61,7 +70,7 @@ class FederatedStrategy(AdapterStrategy):
     def __init__(
         self,
         inner: Strategy,
-        receiver: Receiver,
+        ways: Ways,
         roll: Roll,
         sampling: Sampling,
         bound: NormBound,
@@ -69,7 +78,7 @@ class FederatedStrategy(AdapterStrategy):
         limits: Limits,
     ) -> None:
         super().__init__(inner)
-        self.receiver = receiver
+        self.broadcaster, self.receiver = ways.down, ways.up
         self.roll = roll
         self.sampling = sampling
         self.bound = bound
@@ -78,6 +87,8 @@ class FederatedStrategy(AdapterStrategy):
         self.uplinks: list[Uplink] = []  # what the last averaged round is made of
         self._absent: set[int] = set()  # partitions that were absent when they were last looked for
         self._messages: list[Message] = []  # of this round
+        self._asked: dict[str, int] = {}  # identity of each of them -> its partition
+        self._repaired: set[int] = set()  # partitions that were sent another message in it
         self._nodes: dict[int, int] = {}  # partition -> node, of this round
 
     def configure_train(
@@ -103,13 +114,45 @@ class FederatedStrategy(AdapterStrategy):
         shown = cast(Grid, SimpleNamespace(get_node_ids=lambda: sorted(partition_of)))
         messages = list(super().configure_train(server_round, arrays, config, shown))
         messages.sort(key=lambda message: partition_of[message.metadata.dst_node_id])
-        adapter = wrap_adapter({name: tensor.numpy() for name, tensor in self.current.items()})  # one for all
         for message in messages:
-            records, entries = self.receiver.outgoing(partition_of[message.metadata.dst_node_id])
-            own_config = ConfigRecord({**message.content.config_records[CONFIG], **entries})
+            partition = partition_of[message.metadata.dst_node_id]
+            adapter, of_adapter, sent = self.broadcaster.outgoing(partition, self.current)
+            records, entries = self.receiver.outgoing(partition)
+            own_config = ConfigRecord({**message.content.config_records[CONFIG], **of_adapter, **entries})
             message.content = RecordDict({**message.content, **records, ARRAYS: adapter, CONFIG: own_config})
-        self._messages = messages
+            side_bytes = sum(len(array.data) for array in records.array_records.get(SIDE, {}).values())
+            self.observer.downlink(dataclasses.replace(sent, server_round=server_round, side_bytes=side_bytes))
+        self._messages, self._asked = messages, {}
+        self._repaired = set()
         return messages
+
+    def again(self, server_round: int, reply: Message) -> Message | None:
+        """What a client is sent that could not take in what it was sent: once a round. None: the reply is an answer."""
+        lacks = lacks_of(reply)
+        partition = self._partition_of(reply)
+        if lacks is None or partition is None or partition in self._repaired:
+            return None
+        repair = self.broadcaster.repair(partition, lacks)
+        if repair is None:
+            return None
+        self._repaired.add(partition)
+        adapter, of_adapter, sent = repair
+        (asked,) = (m for m in self._messages if m.metadata.message_id == reply.metadata.reply_to_message_id)
+        config = ConfigRecord({**asked.content.config_records[CONFIG], **of_adapter})
+        content = RecordDict({**asked.content, ARRAYS: adapter, CONFIG: config})
+        message = Message(content, asked.metadata.dst_node_id, asked.metadata.message_type)
+        self._messages.append(message)
+        log(WARNING, "partition %s holds another adapter than the server: it is sent what it needs", partition)
+        self.observer.downlink(dataclasses.replace(sent, server_round=server_round))
+        return message
+
+    def _partition_of(self, reply: Message) -> int | None:
+        """Who was asked for what this answers; None: nobody."""
+        identity = reply.metadata.reply_to_message_id
+        if identity not in self._asked:  # messages get their identity when they are sent
+            partition_of = {node: partition for partition, node in self._nodes.items()}
+            self._asked = {m.metadata.message_id: partition_of[m.metadata.dst_node_id] for m in self._messages}
+        return self._asked.get(identity)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -124,23 +167,33 @@ class FederatedStrategy(AdapterStrategy):
         usable = self._usable(server_round, replies, taken, too_long)
         arrays, metrics = super().aggregate_train(server_round, usable)
         assert arrays is not None
-        step = from_record(arrays)
-        for name, tensor in self.current.items():
-            step[name].sub_(tensor)
+        adapter, step = self.broadcaster.settle(self.current, from_record(arrays))
         # A client is not asked for the same again that was too long: with the next update on top it would be longer.
         self.receiver.averaged([*taken, *too_long], step)
         self.bound.averaged([uplink.scale * uplink.update_norm for uplink in taken])
         for uplink in taken:
             self.sampling.answered(uplink.partition)
         self.uplinks = taken
-        return arrays, metrics
+        return moved_to_record(adapter), metrics
+
+    def foresee(self, step: Mapping[str, Tensor]) -> None:
+        """What the first global update may be like, before there is any."""
+        self.receiver.foresee(dict(step))
+        self.broadcaster.foresee(self.receiver.side)
 
     def state(self) -> State:
         """All that this strategy and those inside it remember from round to round."""
         receiver = self.receiver.state()
+        broadcaster = self.broadcaster.state()
         tensors = {f"receiver/{key}": tensor for key, tensor in receiver.tensors.items()}
+        tensors |= {f"broadcaster/{key}": tensor for key, tensor in broadcaster.tensors.items()}
         tensors |= {f"optimizer/{key}": tensor for key, tensor in optimizer_state(self.inner).items()}
-        values = {"sampling": self.sampling.state(), "receiver": receiver.values, "norms": self.bound.state()}
+        values = {
+            "sampling": self.sampling.state(),
+            "receiver": receiver.values,
+            "broadcaster": broadcaster.values,
+            "norms": self.bound.state(),
+        }
         return State(values, tensors)
 
     def load_state(self, state: State) -> None:
@@ -151,6 +204,7 @@ class FederatedStrategy(AdapterStrategy):
 
         self.sampling.load_state(state.values["sampling"])
         self.receiver.load_state(State(state.values["receiver"], under("receiver/")))
+        self.broadcaster.load_state(State(state.values["broadcaster"], under("broadcaster/")))
         self.bound.load_state(state.values["norms"])
         restore_optimizer(self.inner, under("optimizer/"))
 
@@ -217,9 +271,7 @@ class FederatedStrategy(AdapterStrategy):
     def _decoded(self, server_round: int, replies: Iterable[Message]) -> Iterator[Decoded]:
         """The replies that are whole and are what they say, by ascending partition; all others are noted."""
         seen: dict[str, int] = {}  # digest -> the partition that it first came from
-        partition_of = {node: partition for partition, node in self._nodes.items()}
-        asked = {m.metadata.message_id: partition_of[m.metadata.dst_node_id] for m in self._messages}
-        for partition, reply in in_order(asked, replies):
+        for partition, reply in in_order(sorted(self._nodes), self._partition_of, replies):
             found = receive(
                 reply, Asked(server_round, partition, self.limits.max_examples), self.receiver, self.current
             )
@@ -228,6 +280,7 @@ class FederatedStrategy(AdapterStrategy):
                 if first != partition:
                     found = Refused(REFUSED, f"it sends what partition {first} sent in this round")
             if isinstance(found, Decoded):
+                self.broadcaster.answered(partition)
                 yield found
             else:
                 self._fault(server_round, partition, found)

@@ -8,7 +8,7 @@ every reply is asked for on its own here.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from logging import WARNING
 
 from flwr.app import Error, Message
@@ -60,28 +60,37 @@ class Mailbox:
                     yield reply
 
 
-def replies_to(grid: Grid, messages: Iterable[Message], seconds: float) -> Iterator[Message]:
-    """Sends the messages at once; then gives every reply, once. What comes after ``seconds`` is not asked for any
-    more."""
+Again = Callable[[Message], Message | None]
+"""A reply -> what is asked in its place; None: the reply is an answer."""
+
+
+def replies_to(
+    grid: Grid, messages: Iterable[Message], seconds: float, again: Again | None = None
+) -> Iterator[Message]:
+    """Sends the messages at once; then gives every reply, once, and asks ``again`` where that says so. What comes after
+    ``seconds`` is not asked for any more."""
     mailbox = Mailbox(grid)
     mailbox.send(messages)
-    return _pulled(mailbox, time.monotonic(), seconds)
+    return _pulled(mailbox, time.monotonic(), seconds, again)
 
 
-def in_order(asked: Mapping[str, int], replies: Iterable[Message]) -> Iterator[tuple[int, Message | None]]:
+def in_order(
+    partitions: Sequence[int], partition_of: Callable[[Message], int | None], replies: Iterable[Message]
+) -> Iterator[tuple[int, Message | None]]:
     """Replies by ascending partition, each as soon as all before it are there; only those that come early are kept.
 
     Args:
-        asked: id of a message that was sent -> the partition that it went to.
-        replies: in any order. What answers none of these messages, or one of them again, is left out.
+        partitions: those that were asked, ascending.
+        partition_of: a reply -> who was asked for it; None: nobody.
+        replies: in any order. What nobody was asked for, or was answered before, is left out.
 
     Yields:
         Every partition that was asked, once, and its reply; None if there was none.
     """
-    waiting = sorted(asked.values())
+    waiting = list(partitions)
     early: dict[int, Message] = {}
     for reply in replies:
-        partition = asked.get(reply.metadata.reply_to_message_id)
+        partition = partition_of(reply)
         if partition is None or partition not in waiting or partition in early:
             log(WARNING, "a reply that nobody asked for is left out")
             continue
@@ -110,9 +119,14 @@ def _push(grid: Grid, messages: list[Message]) -> list[str]:
     raise AssertionError
 
 
-def _pulled(mailbox: Mailbox, sent: float, seconds: float) -> Iterator[Message]:
+def _pulled(mailbox: Mailbox, sent: float, seconds: float, again: Again | None) -> Iterator[Message]:
     while mailbox.unanswered:
-        yield from mailbox.arrived()
+        for reply in mailbox.arrived():
+            message = again(reply) if again is not None else None
+            if message is None:
+                yield reply
+            else:
+                mailbox.send([message])
         if (elapsed := time.monotonic() - sent) >= seconds:
             return
         if mailbox.unanswered:

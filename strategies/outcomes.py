@@ -28,6 +28,22 @@ class Uplink:
 
 
 @dataclass(frozen=True)
+class Downlink:
+    """What went to one client in one round, in bytes of arrays, by what it is for."""
+
+    server_round: int
+    partition: int
+    step_bytes: int = 0  # the adapter, or the last step of it
+    catch_up_bytes: int = 0  # steps before the last one, which it missed
+    snapshot_bytes: int = 0  # of all that is held, for who holds nothing
+    side_bytes: int = 0  # the codec's side information
+
+    @property
+    def total_bytes(self) -> int:
+        return self.step_bytes + self.catch_up_bytes + self.snapshot_bytes + self.side_bytes
+
+
+@dataclass(frozen=True)
 class Fault:
     """A client that gave nothing usable in a round, and why. Only ``failed`` and ``refused`` count towards a rest."""
 
@@ -42,6 +58,8 @@ class Observer(Protocol):
     """Who is told of outcomes as they come. A round that is tried again tells of its clients again."""
 
     def uplink(self, uplink: Uplink) -> None: ...
+
+    def downlink(self, downlink: Downlink) -> None: ...
 
     def fault(self, fault: Fault) -> None: ...
 

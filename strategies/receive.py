@@ -23,6 +23,8 @@ from strategies.state import State
 from strategies.tensors import distance
 from strategies.wire import (
     ARRAYS,
+    CONFIG,
+    LACKS,
     METRICS,
     NUM_EXAMPLES,
     PARTITION,
@@ -72,6 +74,8 @@ class Refused:
 class Receiver(Protocol):
     """What the arm decides: how an adapter comes out of a reply, and what goes out beside the next one."""
 
+    side: Tensor | None  # the codec's side information of the next round
+
     def outgoing(self, partition: int) -> tuple[RecordDict, ConfigRecord]:
         """Records and config entries for one client, beside the adapter."""
         ...
@@ -96,6 +100,15 @@ class Receiver(Protocol):
         ...
 
 
+def lacks_of(reply: Message) -> str | None:
+    """The digest of what a client holds that cannot take in what it was sent; None: the reply says nothing of it."""
+    if reply.has_error():
+        return None
+    config = reply.content.config_records.get(CONFIG)
+    lacks = None if config is None else config.get(LACKS)
+    return lacks if isinstance(lacks, str) else None
+
+
 def receive(
     reply: Message | None, asked: Asked, receiver: Receiver, current: Mapping[str, Tensor]
 ) -> Decoded | Refused:
@@ -106,6 +119,9 @@ def receive(
         code = reply.error.code
         kind = ABSENT if code == ErrorCode.NODE_UNAVAILABLE else FAILED
         return Refused(kind, clean(reply.error.reason or "") or f"Flower's error {code}")
+    if lacks_of(reply) is not None:
+        reason = "it does not come to hold the adapter that the server holds: another base model, or another PyTorch?"
+        return Refused(REFUSED, reason)
     try:
         metrics = _metrics_of(reply.content, asked)
         partition, server_round = metric(metrics, PARTITION), metric(metrics, SERVER_ROUND)

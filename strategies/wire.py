@@ -27,6 +27,7 @@ SIDE = "side"  # the codec's side information of the round
 METRICS = "metrics"
 ADAPTER, ADAPTER_TYPE = "adapter", "safetensors"
 PAYLOAD, PAYLOAD_TYPE = "payload", "gradcodec/1"
+BUNDLE, BUNDLE_TYPE = "bundle", "gradcodec-bundle/1"
 
 NUM_EXAMPLES = "num-examples"
 PARTITION = "partition-id"
@@ -43,7 +44,14 @@ SETTINGS = "settings"  # the run's resolved settings, as JSON
 MEMORY_VARIABLE = "CG_FEDLLM_MEMORY"  # environment: where the clients of a simulation keep residuals
 TRUST_VARIABLE = "CG_FEDLLM_TRUST_REMOTE_CODE"  # environment: the clients of a simulation run a model's own code
 ACCEPTED = "accepted"  # digest of the client's last payload that the server took
+HELD_BEFORE, HELD = "held-before", "held"  # digests of what a client holds before it takes in a bundle, and after
+LACKS = "lacks"  # a reply: digest of what the client holds, as it cannot take in the bundle that it was sent
 REFUSAL = "refusal"  # why a node cannot take part, at the roll call
+
+
+def broadcast_context(run_id: str) -> bytes:
+    """What the checksums of a run's broadcasts are made with, beside the state that each starts from."""
+    return run_id.encode()
 
 
 def context_of(run_id: str, server_round: int, partition: int) -> bytes:
@@ -89,6 +97,18 @@ def wrap_payload(payload: bytes) -> ArrayRecord:
 def unwrap_payload(content: RecordDict) -> bytes:
     """Inverse of ``wrap_payload``. Raises CodecError: the reply holds something else."""
     return _from_one_array(content, PAYLOAD, PAYLOAD_TYPE)
+
+
+def wrap_bundle(bundle: bytes) -> ArrayRecord:
+    """A bundle of ``gradcodec.broadcast`` in one Array."""
+    return _in_one_array(BUNDLE, BUNDLE_TYPE, bundle)
+
+
+def unwrap_bundle(content: RecordDict) -> bytes | None:
+    """Inverse of ``wrap_bundle``; None: the message brings the adapter itself."""
+    if BUNDLE not in content.array_records.get(ARRAYS, {}):
+        return None
+    return _from_one_array(content, BUNDLE, BUNDLE_TYPE)
 
 
 def _in_one_array(name: str, stype: str, data: bytes) -> ArrayRecord:

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from conf.schema import Settings
 from server.results import RunResults
+from strategies.broadcast import DenseBroadcaster
 from strategies.build import build_inner
 from strategies.dense import DenseReceiver
 from strategies.errors import RoundError
-from strategies.federated import FederatedStrategy, Limits
+from strategies.federated import FederatedStrategy, Limits, Ways
 from strategies.messages import replies_to
 from strategies.norms import NormBound
-from strategies.outcomes import ABSENT, FAILED, REFUSED, Fault, Uplink
+from strategies.outcomes import ABSENT, FAILED, REFUSED, Downlink, Fault, Uplink
 from strategies.roll import Roll, call_roll
 from strategies.sampling import Sampling
 from strategies.settings import StrategySettings
@@ -78,7 +79,7 @@ class Rounds:
         roll = Roll(grid, num_clients, ConfigRecord(), self, 1.0)
         self.strategy = FederatedStrategy(
             build_inner(StrategySettings()),
-            DenseReceiver(),
+            Ways(DenseBroadcaster(), DenseReceiver()),
             roll,
             Sampling(num_clients, num_clients, 0, max_failures=2, rest_rounds=2),
             NormBound(3, 10),
@@ -98,6 +99,8 @@ class Rounds:
         return [uplink.partition for uplink in self.strategy.uplinks]
 
     def uplink(self, uplink: Uplink) -> None: ...
+
+    def downlink(self, downlink: Downlink) -> None: ...
 
     def fault(self, fault: Fault) -> None:
         self.results.faults.append(fault)

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from strategies.errors import FederationError
-from strategies.outcomes import Fault, Uplink
+from strategies.outcomes import Downlink, Fault, Uplink
 from strategies.roll import Roll, call_roll
 from strategies.wire import CONFIG, METRICS, PARTITION, REFUSAL
 
@@ -36,6 +36,8 @@ class Watcher:
         self.refused: dict[int, str] = {}
 
     def uplink(self, uplink: Uplink) -> None: ...
+
+    def downlink(self, downlink: Downlink) -> None: ...
 
     def fault(self, fault: Fault) -> None: ...
 

@@ -1,0 +1,260 @@
+"""How the global adapter gets to the clients: as it is, or as coded steps that each client adds to what it holds.
+
+``receive.py`` is the way up, this is the way down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord
+from torch import Tensor
+
+from gradcodec.broadcast import Held, encode_step, pack_bundle, pack_snapshot
+from gradcodec.layout import Layout
+from gradcodec.rounds import Codecs
+from strategies.outcomes import Downlink
+from strategies.state import State, pairs, table_of
+from strategies.wire import HELD, HELD_BEFORE, broadcast_context, wrap_adapter, wrap_bundle
+
+Adapter = dict[str, Tensor]
+SNAPSHOT_BITS = 4
+"""No snapshot takes fewer bits a parameter: as long as a client has missed less, none is made to compare."""
+
+
+class Broadcaster(Protocol):
+    """What goes to a client so that it starts a round from the global adapter."""
+
+    def outgoing(self, partition: int, current: Mapping[str, Tensor]) -> tuple[ArrayRecord, ConfigRecord, Downlink]:
+        """The arrays and config entries for one client, and what they take; its round is 0."""
+        ...
+
+    def repair(self, partition: int, lacks: str) -> tuple[ArrayRecord, ConfigRecord, Downlink] | None:
+        """The same for a client that says that it holds something else; None: that cannot be."""
+        ...
+
+    def settle(self, current: Mapping[str, Tensor], new: Adapter) -> tuple[Adapter, Adapter]:
+        """The adapter that all hold after a round which came to ``new``, and by how much it differs from ``current``.
+        Called once a round, when it is done."""
+        ...
+
+    def answered(self, partition: int) -> None:
+        """The client has taken in what it was sent."""
+        ...
+
+    def foresee(self, side: Tensor | None) -> None:
+        """The codec's side information of the first round, before there is any global update."""
+        ...
+
+    def missing_bytes(self, partition: int) -> int:
+        """What would bring a client to what is held now."""
+        ...
+
+    def state(self) -> State: ...
+
+    def load_state(self, state: State) -> None:
+        """Inverse of ``state``. Raises ValueError or KeyError: it is none."""
+        ...
+
+
+class DenseBroadcaster:
+    """The adapter in float32, to everybody in every round."""
+
+    def __init__(self) -> None:
+        self._packed: tuple[Mapping[str, Tensor], ArrayRecord] | None = None
+        self._size = 0
+
+    def outgoing(self, partition: int, current: Mapping[str, Tensor]) -> tuple[ArrayRecord, ConfigRecord, Downlink]:
+        if self._packed is None or self._packed[0] is not current:  # one for all clients of a round
+            record = wrap_adapter({name: tensor.numpy() for name, tensor in current.items()})
+            self._packed, self._size = (current, record), _size_of(record)
+        return self._packed[1], ConfigRecord(), Downlink(0, partition, step_bytes=self._size)
+
+    def repair(self, partition: int, lacks: str) -> None:
+        return None
+
+    def settle(self, current: Mapping[str, Tensor], new: Adapter) -> tuple[Adapter, Adapter]:
+        self._packed = None
+        return new, {name: new[name] - tensor for name, tensor in current.items()}
+
+    def answered(self, partition: int) -> None:
+        """Everybody is sent everything."""
+
+    def foresee(self, side: Tensor | None) -> None:
+        """Side information travels with every message."""
+
+    def missing_bytes(self, partition: int) -> int:
+        return self._size
+
+    def state(self) -> State:
+        return State()
+
+    def load_state(self, state: State) -> None:
+        """There is none."""
+
+
+class CodedBroadcaster:
+    """Steps as payloads; what of them a client has missed it is sent from a log, or a snapshot where that is smaller.
+
+    States are counted from 0, the start; step ``n`` leads from state ``n`` to the next one. What a client holds is
+    known from its last reply; a client that holds something else says so, and is sent what it needs in the same round.
+    """
+
+    def __init__(
+        self,
+        codecs: Codecs,
+        layout: Layout,
+        start: Mapping[str, Tensor],
+        run_id: str,
+        max_bytes: int | None,
+        start_is_known: bool = True,
+    ) -> None:
+        """
+        Args:
+            codecs: of every round.
+            layout: of the adapter.
+            start: the adapter that the run starts from.
+            max_bytes: what a step may take; None: the codec's own rate.
+            start_is_known: clients make the start adapter themselves, from the seed.
+        """
+        self.codecs = codecs
+        self.layout = layout
+        self.held = self._first = Held.at_start(layout.to_blocks(start))
+        self.max_bytes = max_bytes
+        self._context = broadcast_context(run_id)
+        self._start_is_known = start_is_known
+        self._residual_RC: Tensor | None = None
+        self._number = 0  # of the state that is held
+        self._steps: dict[int, bytes] = {}
+        self._digests: dict[int, str] = {}  # of the states that steps lead on from, and of the last one
+        self._of_clients: dict[int, int] = {}  # partition -> the state that it holds
+        self._snapshot: tuple[int, bool, bytes] | None = (
+            None  # the last that was made: its state, with the start or not
+        )
+        self._note_state()
+
+    def outgoing(self, partition: int, current: Mapping[str, Tensor]) -> tuple[ArrayRecord, ConfigRecord, Downlink]:
+        return self._to_client(partition, self._of_clients.get(partition, self._own_state()), not self._start_is_known)
+
+    def repair(self, partition: int, lacks: str) -> tuple[ArrayRecord, ConfigRecord, Downlink] | None:
+        known = {digest: number for number, digest in self._digests.items()}.get(lacks)
+        self._of_clients.pop(partition, None)
+        return self._to_client(partition, known, with_start=True)
+
+    def settle(self, current: Mapping[str, Tensor], new: Adapter) -> tuple[Adapter, Adapter]:
+        step_RC = self.layout.to_blocks(new)
+        step_RC -= self.layout.to_blocks(current)
+        before = self.held
+        codec = self.codecs.at(current)
+        step, self.held, residual = encode_step(
+            step_RC,
+            self._residual_RC,
+            held=before,
+            codec=codec,
+            max_bytes=self.max_bytes,
+            context=self._context,
+        )
+        self._residual_RC = residual.error_RC
+        self._steps[self._number] = step
+        self._number += 1
+        self._note_state()
+        self._forget()
+        adapter = self.layout.to_update(self.held.adapter_RC)
+        settled = self.layout.to_update(self.held.moved_RC - before.moved_RC)
+        return {name: adapter[name] for name in current}, settled
+
+    def answered(self, partition: int) -> None:
+        self._of_clients[partition] = self._number
+
+    def foresee(self, side: Tensor | None) -> None:
+        assert self._number == 0
+        self.held = self._first = Held.at_start(self.held.start_RC, side)
+        self._note_state()
+
+    def missing_bytes(self, partition: int) -> int:
+        number = self._of_clients.get(partition, self._own_state())
+        return self._to_client(partition, number, not self._start_is_known)[2].total_bytes
+
+    def state(self) -> State:
+        tensors = {"moved": self.held.moved_RC}
+        if self._residual_RC is not None:
+            tensors["residual"] = self._residual_RC
+        if self.held.side is not None:
+            tensors["side"] = self.held.side
+        if self._first.side is not None:
+            tensors["first-side"] = self._first.side
+        for number, step in self._steps.items():
+            tensors[f"step/{number}"] = torch.frombuffer(bytearray(step), dtype=torch.uint8)
+        values = {"number": self._number, "digests": pairs(self._digests), "clients": pairs(self._of_clients)}
+        return State(values, tensors)
+
+    def load_state(self, state: State) -> None:
+        tensors = state.tensors
+        self._first = Held.at_start(self.held.start_RC, tensors.get("first-side"))
+        self.held = Held(self.held.start_RC, tensors["moved"], tensors.get("side"))
+        if self.held.moved_RC.shape != self.held.start_RC.shape:
+            raise ValueError(f"an adapter that moved by {tuple(self.held.moved_RC.shape)} is another one")
+        self._residual_RC = tensors.get("residual")
+        self._number = int(state.values["number"])
+        self._digests = table_of(state.values["digests"], str)
+        self._of_clients = table_of(state.values["clients"], int)
+        steps = {key.removeprefix("step/"): tensor for key, tensor in tensors.items() if key.startswith("step/")}
+        self._steps = {int(key): tensor.numpy().tobytes() for key, tensor in steps.items()}
+        if self._digests.get(self._number) != self.held.digest:
+            raise ValueError("the state that all hold is not the one that it was")
+
+    def _own_state(self) -> int | None:
+        """What a client holds that was never heard of: the start, if it can make that itself."""
+        return 0 if self._start_is_known and self._first.side is None else None
+
+    def _to_client(
+        self, partition: int, number: int | None, with_start: bool
+    ) -> tuple[ArrayRecord, ConfigRecord, Downlink]:
+        """From a state to the one that is held; None: from nothing."""
+        snapshot = b"" if number is not None else pack_snapshot(self._first, self.layout, with_start)
+        steps = self._steps_from(number or 0)
+        size = len(snapshot) + sum(map(len, steps or []))
+        if steps is None or size > self.layout.num_parameters * SNAPSHOT_BITS // 8:
+            whole = self._snapshot_of(with_start)
+            if steps is None or len(whole) < size:
+                snapshot, steps = whole, []
+        record = wrap_bundle(pack_bundle(snapshot, steps))
+        beside = _size_of(record) - len(snapshot) - sum(map(len, steps))
+        sent = Downlink(
+            0,
+            partition,
+            step_bytes=(len(steps[-1]) if steps else 0) + beside,
+            catch_up_bytes=sum(map(len, steps[:-1])),
+            snapshot_bytes=len(snapshot),
+        )
+        before = "" if snapshot else self._digests[number or 0]
+        return record, ConfigRecord({HELD_BEFORE: before, HELD: self.held.digest}), sent
+
+    def _steps_from(self, number: int) -> list[bytes] | None:
+        """Those that lead on from a state; None: they are not kept any more."""
+        numbers = range(number, self._number)
+        return [self._steps[one] for one in numbers] if all(one in self._steps for one in numbers) else None
+
+    def _snapshot_of(self, with_start: bool) -> bytes:
+        if self._snapshot is None or self._snapshot[:2] != (self._number, with_start):
+            self._snapshot = self._number, with_start, pack_snapshot(self.held, self.layout, with_start)
+        return self._snapshot[2]
+
+    def _note_state(self) -> None:
+        self._digests[self._number] = self.held.digest
+        self._snapshot = None
+
+    def _forget(self) -> None:
+        """Steps that together take more than the adapter itself: nobody will be sent them."""
+        kept = 0
+        for number in sorted(self._steps, reverse=True):
+            kept += len(self._steps[number])
+            if kept > 4 * self.layout.num_parameters:
+                del self._steps[number]
+        self._digests = {n: d for n, d in self._digests.items() if n in self._steps or n in (0, self._number)}
+
+
+def _size_of(record: ArrayRecord) -> int:
+    return sum(len(array.data) for array in record.values())

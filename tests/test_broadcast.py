@@ -1,0 +1,315 @@
+"""The way down: steps that every machine decodes to the same bits; clients that come to hold what the server holds."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHAPES, heavy_tailed_update
+from flwr.app import RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from torch import Tensor
+
+from client.holdings import LacksError, load_held, save_held, take_in
+from client.work import Broadcast
+from gradcodec.broadcast import (
+    Bundle,
+    Held,
+    catch_up,
+    decode_step,
+    encode_step,
+    pack_bundle,
+    pack_snapshot,
+    unpack_bundle,
+    unpack_snapshot,
+)
+from gradcodec.build import build_codec
+from gradcodec.codec import Codec
+from gradcodec.errors import CodecError
+from gradcodec.frame import Codes
+from gradcodec.layout import Layout
+from gradcodec.learned.codec import LearnedCodec
+from gradcodec.rounds import SameCodec
+from gradcodec.settings import CodecSettings
+from strategies.broadcast import CodedBroadcaster
+from strategies.wire import ARRAYS, HELD, HELD_BEFORE, broadcast_context, unwrap_bundle
+
+CODECS = ("learned", "rotated", "topk", "eden", "sign", "nf4", "identity")
+BITS = 1.0
+
+
+class AnotherMachine:
+    """The same codec where sums are added up in another order: decoded values differ in their last bits."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self.id, self.layout, self.num_streams = codec.id, codec.layout, codec.num_streams
+        self._generator = torch.Generator().manual_seed(5)
+
+    def side_information(self, global_update_RC: Tensor) -> Tensor | None:
+        side = self._codec.side_information(global_update_RC)
+        return None if side is None else side * (1 + 2.0**-22)
+
+    def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
+        raise AssertionError("it only listens")
+
+    def decode(self, codes: Codes, side: Tensor | None) -> Tensor:
+        decoded_RC = self._codec.decode(codes, side)
+        noise_RC = torch.rand(decoded_RC.shape, generator=self._generator) * 2 - 1
+        for block in self.layout.blocks:
+            columns = slice(block.start, block.stop)
+            noise_RC[:, columns] *= decoded_RC[:, columns].abs().max() * 2.0**-22
+        return decoded_RC + noise_RC
+
+
+def codec_named(name: str, layout: Layout, learned: LearnedCodec) -> Codec:
+    return learned if name == "learned" else build_codec(CodecSettings(name=name), layout)
+
+
+def step_of(layout: Layout, number: int) -> Tensor:
+    return layout.to_blocks(heavy_tailed_update(number))
+
+
+def start_of(layout: Layout) -> Held:
+    return Held.at_start(layout.to_blocks(heavy_tailed_update(1000)))
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_every_machine_comes_to_the_same_bits(name: str, layout: Layout, learned: LearnedCodec) -> None:
+    codec = codec_named(name, layout, learned)
+    budget, carried_RC = int(BITS * layout.num_parameters / 8), None
+    here = there = start_of(layout)
+    for number in range(20):
+        step_RC = step_of(layout, number)
+        data, after, residual = encode_step(
+            step_RC, carried_RC, held=here, codec=codec, max_bytes=budget, context=b"run"
+        )
+        target_RC = step_RC if carried_RC is None else step_RC + carried_RC
+        assert torch.allclose(residual.error_RC + (after.moved_RC - here.moved_RC), target_RC, atol=1e-9)
+        assert len(data) <= budget or name in ("sign", "nf4", "identity")
+        there = decode_step(data, held=there, codec=AnotherMachine(codec), context=b"run")
+        assert torch.equal(there.moved_RC, after.moved_RC)
+        assert there.digest == after.digest
+        here, carried_RC = after, residual.error_RC
+    assert here.moved_RC.abs().max() > 0
+
+
+def test_values_between_two_points_are_named(layout: Layout, learned: LearnedCodec) -> None:
+    """Without their names the other machine would take some of them for the other point."""
+    codec = codec_named("learned", layout, learned)
+    named = 0
+    for number in range(60):
+        data, _, _ = encode_step(step_of(layout, number), None, held=start_of(layout), codec=codec, max_bytes=None)
+        named += data[2]  # a count below 128
+    assert named > 0
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_snapshot_is_what_was_held(name: str, layout: Layout, learned: LearnedCodec) -> None:
+    codec, held = codec_named(name, layout, learned), start_of(layout)
+    assert (
+        unpack_snapshot(pack_snapshot(held, layout, True), layout, torch.zeros_like(held.start_RC)).digest
+        == held.digest
+    )
+    for number in range(6):
+        held = encode_step(step_of(layout, number), None, held=held, codec=codec, max_bytes=240)[1]
+    data = pack_snapshot(held, layout, False)
+    assert len(data) < 4 * layout.num_parameters + 400
+    assert unpack_snapshot(data, layout, held.start_RC).digest == held.digest
+
+
+def test_a_snapshot_of_anything_is_exact(layout: Layout) -> None:
+    wide_RC = layout.unflatten(
+        torch.randn(layout.num_parameters) * 10.0 ** torch.randint(-20, 20, (layout.num_parameters,))
+    )
+    held = Held(start_of(layout).start_RC, wide_RC)
+    assert unpack_snapshot(pack_snapshot(held, layout, False), layout, held.start_RC).digest == held.digest
+
+
+def test_a_step_counts_on_its_own_state_alone(layout: Layout, learned: LearnedCodec) -> None:
+    held = start_of(layout)
+    first, after, _ = encode_step(step_of(layout, 0), None, held=held, codec=learned, max_bytes=240, context=b"run")
+    with pytest.raises(CodecError, match="another context"):
+        decode_step(first, held=after, codec=learned, context=b"run")
+    with pytest.raises(CodecError, match="another context"):
+        decode_step(first, held=held, codec=learned, context=b"another run")
+
+
+def test_what_is_no_broadcast_is_refused(layout: Layout, learned: LearnedCodec) -> None:
+    """Every cut and thousands of changes: a CodecError, or a state (of a changed grid or name) and nothing else."""
+    held = start_of(layout)
+    step, after, _ = encode_step(step_of(layout, 0), None, held=held, codec=learned, max_bytes=240)
+    bundle = pack_bundle(pack_snapshot(after, layout, True), [step])
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(most: int) -> int:
+        return int(torch.randint(most, (1,), generator=generator))
+
+    refused = 0
+    for number in range(3000):
+        data = bytearray(bundle)
+        for _ in range(1 + draw(3)):
+            data[draw(len(data))] = draw(256)
+        cut = bytes(data[: draw(len(data) + 1)] if number % 2 else data)
+        try:
+            catch_up(held, unpack_bundle(cut), layout=layout, codec_at=lambda _: learned)
+        except CodecError:
+            refused += 1
+    assert refused > 2000
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_bytes_of_anybody_are_refused(data: bytes) -> None:
+    layout = Layout.of(SHAPES)
+    with pytest.raises(CodecError):
+        unpack_snapshot(data, layout, torch.zeros(layout.rank, layout.num_columns))
+    try:
+        bundle = unpack_bundle(data)
+    except CodecError:
+        return
+    assert pack_bundle(bundle.snapshot, bundle.steps) == data or b"\x80" in data  # a varint may be padded
+
+
+def test_a_bomb_is_not_inflated(layout: Layout) -> None:
+    import zlib
+
+    from safetensors.torch import save
+
+    bomb = torch.frombuffer(bytearray(zlib.compress(bytes(1 << 26), 9)), dtype=torch.uint8)
+    data = save({"moved": bomb, "grid": torch.tensor([0], dtype=torch.int16)})
+    with pytest.raises(CodecError, match="cannot be read"):
+        unpack_snapshot(data, layout, torch.zeros(layout.rank, layout.num_columns))
+
+
+LAYOUT = Layout.of(SHAPES)
+START = heavy_tailed_update(1000)
+RUN = "run"
+CLIENTS = 4
+
+
+class Protocol(RuleBasedStateMachine):
+    """Clients that come and go, lose and damage what they hold, and a server that begins again from a checkpoint: who
+    answers holds the server's adapter to the bit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.codec = build_codec(CodecSettings(name="rotated"), LAYOUT)
+        self.adapter: Mapping[str, Tensor] = START
+        self.seed = 0
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.folder)
+
+    def new_server(self) -> CodedBroadcaster:
+        return CodedBroadcaster(SameCodec(self.codec), LAYOUT, START, RUN, 240, self.start_is_known)
+
+    @initialize(start_is_known=st.booleans(), rehearsed=st.booleans())
+    def begin(self, start_is_known: bool, rehearsed: bool) -> None:
+        self.start_is_known = start_is_known
+        self.server = self.new_server()
+        if rehearsed:
+            self.server.foresee(self.codec.side_information(LAYOUT.to_blocks(heavy_tailed_update(7))))
+        self.checkpoint = self.server.state(), dict(self.adapter)
+
+    def client(self, partition: int) -> None:
+        """One client in a round: in at most two messages it holds what the server holds."""
+        arrays, config, sent = self.server.outgoing(partition, self.adapter)
+        for repaired in (False, True):
+            bundle = unwrap_bundle(RecordDict({ARRAYS: arrays}))
+            assert bundle is not None
+            assert sent.total_bytes == len(bundle)
+            own = heavy_tailed_update(1000 if self.start_is_known else 1001)  # of another seed
+            before = load_held(self.folder, partition, LAYOUT, LAYOUT.to_blocks(own))
+            broadcast = Broadcast(bundle, str(config[HELD_BEFORE]), str(config[HELD]))
+            try:
+                held = take_in(broadcast, before, LAYOUT, lambda _: self.codec, broadcast_context(RUN))
+            except LacksError as error:
+                assert not repaired, "one repair is enough"
+                repair = self.server.repair(partition, error.holds)
+                assert repair is not None
+                arrays, config, sent = repair
+                continue
+            break
+        save_held(self.folder, partition, held)
+        for name, tensor in LAYOUT.to_update(held.adapter_RC).items():
+            assert torch.equal(tensor, self.adapter[name])
+
+    @rule(asked=st.sets(st.integers(0, CLIENTS - 1), min_size=1), silent=st.sets(st.integers(0, CLIENTS - 1)))
+    def round(self, asked: set[int], silent: set[int]) -> None:
+        """``silent`` ones take in what they are sent, and then nothing is heard of them."""
+        for partition in sorted(asked):
+            self.client(partition)
+        for partition in asked - silent:
+            self.server.answered(partition)
+        self.seed += 1
+        step = heavy_tailed_update(self.seed)
+        new = {name: tensor + step[name] for name, tensor in self.adapter.items()}
+        adapter, settled = self.server.settle(self.adapter, new)
+        for name, tensor in settled.items():
+            assert torch.allclose(self.adapter[name] + tensor, adapter[name], atol=1e-7)
+        self.adapter = adapter
+
+    @rule()
+    def save(self) -> None:
+        self.checkpoint = self.server.state(), dict(self.adapter)
+
+    @rule(another=st.booleans())
+    def begin_again(self, another: bool) -> None:
+        """From the checkpoint, and then the next round comes out as before or (``another``) not."""
+        state, self.adapter = self.checkpoint
+        self.server = self.new_server()
+        self.server.load_state(state)
+        self.seed += 100 * another
+
+    @rule(partition=st.integers(0, CLIENTS - 1))
+    def lose(self, partition: int) -> None:
+        for path in self.folder.glob(f"partition-{partition}.*"):
+            path.unlink()
+
+    @rule(partition=st.integers(0, CLIENTS - 1), place=st.floats(0, 0.999))
+    def damage(self, partition: int, place: float) -> None:
+        for path in self.folder.glob(f"partition-{partition}.*"):
+            data = bytearray(path.read_bytes())
+            data[int(place * len(data))] ^= 0x10
+            path.write_bytes(data)
+
+    @rule(one=st.integers(0, CLIENTS - 1), other=st.integers(0, CLIENTS - 1))
+    def take_anothers(self, one: int, other: int) -> None:
+        """A disk that comes back from a backup, or from another node."""
+        for path in self.folder.glob(f"partition-{one}.*") if one != other else ():
+            shutil.copyfile(path, self.folder / path.name.replace(f"-{one}.", f"-{other}."))
+
+    @invariant()
+    def nothing_half_written(self) -> None:
+        assert not list(self.folder.glob("*.part*"))
+
+
+TestProtocol = Protocol.TestCase
+TestProtocol.settings = settings(max_examples=12, stateful_step_count=20, deadline=None)
+
+
+def test_a_long_absence_costs_a_snapshot_at_most(layout: Layout, learned: LearnedCodec) -> None:
+    server = CodedBroadcaster(SameCodec(learned), layout, START, RUN, 240)
+    adapter: Mapping[str, Tensor] = START
+    sizes = []
+    for number in range(60):
+        step = heavy_tailed_update(number)
+        adapter, _ = server.settle(adapter, {name: tensor + step[name] for name, tensor in adapter.items()})
+        sizes.append(server.missing_bytes(0))
+    assert sizes[3] > sizes[2] > sizes[1]
+    assert max(sizes) < 4 * layout.num_parameters
+    assert sum(tensor.numel() for key, tensor in server.state().tensors.items() if key.startswith("step/")) <= (
+        4 * layout.num_parameters
+    )
+
+
+def test_bundle_of_nothing() -> None:
+    assert unpack_bundle(pack_bundle(b"", [])) == Bundle(b"", ())
