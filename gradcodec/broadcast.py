@@ -52,6 +52,7 @@ _TOLERANCE = 2.0**-20
 _PARAMETERS_PER_BYTE = 2500
 """About one value in 6,000 is named, in two bytes."""
 _MANY = 256
+_COARSE = 127
 _ROUND_UP_FROM = math.sqrt(2) - 1
 """A little off the middle: decoders that send halves, quarters and eighths give values that lie right there."""
 _EXACT_BITS = 22
@@ -232,10 +233,18 @@ def pack_snapshot(held: Held, layout: Layout, with_start: bool) -> bytes:
     exponent = _grid_of(moved_N)
     tensors = {"moved": moved_N} if exponent is None else _packed_points(moved_N, exponent)
     if held.side is not None:
-        tensors["side"] = held.side.contiguous().cpu()
+        side = held.side.contiguous().cpu()
+        is_coarse = torch.equal(coarse_side(side), side)
+        tensors["side"] = side.mul(_COARSE).round().to(torch.int8) if is_coarse else side
     if with_start:
         tensors["start"] = layout.flatten(held.start_RC)
     return bytes(save(tensors))
+
+
+def coarse_side(side: Tensor) -> Tensor:
+    """Side information whose values are at most 1, as good in a byte a value: the server's to choose before the first
+    step, afterwards both ends find it out to float32."""
+    return side.cpu().mul(_COARSE).round().clamp(-_COARSE, _COARSE) / _COARSE
 
 
 def unpack_snapshot(data: bytes, layout: Layout, start_RC: Tensor) -> Held:
@@ -251,6 +260,8 @@ def unpack_snapshot(data: bytes, layout: Layout, start_RC: Tensor) -> Held:
         if "grid" in tensors:
             moved_N = _unpacked_points(moved_N, tensors["grid"], num)
         start_N, side = tensors.get("start"), tensors.get("side")
+        if side is not None and side.dtype == torch.int8:
+            side = side.float() / _COARSE
     except (SafetensorError, KeyError, ValueError, TypeError, zlib.error) as error:
         raise CodecError(f"a snapshot cannot be read: {error!r}") from None
     for values_N in (moved_N, moved_N if start_N is None else start_N):

@@ -12,7 +12,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from torch import Tensor
 
-from gradcodec.broadcast import Held, encode_step, pack_bundle, pack_snapshot
+from gradcodec.broadcast import Held, coarse_side, encode_step, pack_bundle, pack_snapshot
 from gradcodec.layout import Layout
 from gradcodec.rounds import Codecs
 from strategies.outcomes import Downlink
@@ -44,8 +44,9 @@ class Broadcaster(Protocol):
         """The client has taken in what it was sent."""
         ...
 
-    def foresee(self, side: Tensor | None) -> None:
-        """The codec's side information of the first round, before there is any global update."""
+    def foresee(self, side: Tensor | None) -> Tensor | None:
+        """The codec's side information of the first round, before there is any global update, as clients will know
+        it."""
         ...
 
     def missing_bytes(self, partition: int) -> int:
@@ -82,8 +83,9 @@ class DenseBroadcaster:
     def answered(self, partition: int) -> None:
         """Everybody is sent everything."""
 
-    def foresee(self, side: Tensor | None) -> None:
-        """Side information travels with every message."""
+    def foresee(self, side: Tensor | None) -> Tensor | None:
+        """It travels with every message."""
+        return side
 
     def missing_bytes(self, partition: int) -> int:
         return self._size
@@ -168,10 +170,12 @@ class CodedBroadcaster:
     def answered(self, partition: int) -> None:
         self._of_clients[partition] = self._number
 
-    def foresee(self, side: Tensor | None) -> None:
+    def foresee(self, side: Tensor | None) -> Tensor | None:
         assert self._number == 0
+        side = None if side is None else coarse_side(side)
         self.held = self._first = Held.at_start(self.held.start_RC, side)
         self._note_state()
+        return side
 
     def missing_bytes(self, partition: int) -> int:
         number = self._of_clients.get(partition, self._own_state())

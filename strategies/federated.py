@@ -179,7 +179,7 @@ class FederatedStrategy(AdapterStrategy):
     def foresee(self, step: Mapping[str, Tensor]) -> None:
         """What the first global update may be like, before there is any."""
         self.receiver.foresee(dict(step))
-        self.broadcaster.foresee(self.receiver.side)
+        self.receiver.side = self.broadcaster.foresee(self.receiver.side)
 
     def state(self) -> State:
         """All that this strategy and those inside it remember from round to round."""

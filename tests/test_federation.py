@@ -151,7 +151,7 @@ def test_results_and_adapter_are_on_disk_and_true(coded: RunResults) -> None:
     assert (status.state, status.server_round, status.uplinks, status.nodes) == ("finished", 3, 6, 3)
     assert status.heldout_loss == coded.heldout_loss
     assert status.payload_bytes == content["uplink_payload_bytes"]
-    assert status.bytes_down == content["downlink_array_bytes"] > 6 * 4 * coded.num_parameters
+    assert status.bytes_down == content["bytes"]["down"] > 6 * 4 * coded.num_parameters
     assert status.seconds_left == 0
     base = AutoModelForCausalLM.from_pretrained("assets/tiny-llama", dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, str(output / "adapter"))

@@ -19,7 +19,7 @@ from rich.console import Console
 from conf.console import Display, is_live, printable, seconds_text
 from conf.output import OutputError, open_output, replace_file, write_json
 from server.alive import DEAD_SECONDS, HEARTBEAT, LOCK, BusyError, alive, check_free, is_alive, read_heartbeat
-from server.events import LONGEST_LINE, EventLog, EventReader, RunStatus, read_status
+from server.events import DOWNLINK_BYTES, LONGEST_LINE, EventLog, EventReader, RunStatus, read_status
 from server.places import CHECKPOINT, continuation, found, latest, remember
 from server.progress import RunView, bar_of
 from server.status import Watcher, show_status, table
@@ -33,8 +33,10 @@ def write_run(folder: Path, *, ended: bool = False) -> EventLog:
     log.write("run_started", arm="coded", codec="identity", rounds=2, run_id="abc")
     log.write("nodes", count=2)
     log.write("evaluated", server_round=0, heldout_loss=3.5)
-    log.write("round_started", server_round=1, clients=2, bytes_down=100)
+    log.write("round_started", server_round=1, clients=2)
     for partition in (0, 1):
+        sizes = dict.fromkeys(DOWNLINK_BYTES, 500)
+        log.write("downlink", server_round=1, partition=partition, **sizes)
         log.write("uplink", server_round=1, partition=partition, payload_bytes=1500)
     log.write("round_finished", server_round=1)
     log.write("evaluated", server_round=1, heldout_loss=3.25)
@@ -79,7 +81,7 @@ def test_printable_text_is_one_line_without_controls_and_cut() -> None:
         '{"time": 1, "event": ["nodes"], "count": 1}',
         '{"time": 1, "event": "nodes", "count": "many"}',
         '{"time": 1, "event": "nodes", "count": -5}',
-        '{"time": 1, "event": "round_started", "clients": 2, "bytes_down": 1' + "0" * 400 + "}",
+        '{"time": 1, "event": "downlink", "step_bytes": 1' + "0" * 400 + "}",
         '{"time": 1, "event": "round_finished", "server_round": 1e300}',
         '{"time": 1, "event": "evaluated", "server_round": null, "heldout_loss": 1}',
         '{"time": 1, "event": "evaluated", "server_round": 1, "heldout_loss": "low"}',
@@ -229,11 +231,11 @@ def test_without_a_terminal_there_is_one_line_a_round(tmp_path: Path) -> None:
     log.write("waiting", count=1, of=2)
     log.write("nodes", count=2)
     log.write("evaluated", server_round=0, heldout_loss=3.5)
-    log.write("round_started", server_round=1, clients=2, bytes_down=100)
+    log.write("round_started", server_round=1, clients=2)
     log.write("uplink", server_round=1, partition=1, payload_bytes=1500)
     log.write("fault", server_round=1, partition=0, reason=HOSTILE)
     log.write("round_finished", server_round=1)
-    log.write("round_started", server_round=2, clients=2, bytes_down=100)  # a deployment evaluates while nodes train
+    log.write("round_started", server_round=2, clients=2)  # a deployment evaluates while nodes train
     log.write("evaluated", server_round=1, heldout_loss=3.25)
     assert shown.lines == [
         "coded (identity), 2 rounds",
