@@ -125,7 +125,7 @@ def test_a_diverged_loss_is_shown(tmp_path: Path) -> None:
 def test_a_reader_takes_what_is_new_and_sees_that_the_file_was_replaced(tmp_path: Path) -> None:
     log = write_run(tmp_path)
     reader = EventReader(tmp_path)
-    assert len(reader.new()) == 8
+    assert len(reader.new()) == 10
     assert reader.new() == []
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"time": 1, "ev')
