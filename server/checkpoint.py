@@ -128,8 +128,10 @@ def _read(path: Path, folder: Path) -> Checkpoint:
 def _checkpoint_of(tensors: dict[str, Tensor]) -> Checkpoint:
     """Raises one of many errors: a right digest says nothing of what is in it."""
     rest: Any = json.loads(tensors.pop(_REST).numpy().tobytes())
-    if any(tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise ValueError("a tensor of it is not float32, or not finite")
+    for name, tensor in tensors.items():
+        is_bytes = tensor.dtype == torch.uint8 and not name.startswith(_ADAPTER)
+        if not is_bytes and (tensor.dtype != torch.float32 or not bool(tensor.isfinite().all())):
+            raise ValueError("a tensor of it is not float32, or not finite")
     settings, server_round, values = Settings.from_json(rest["settings"]), rest["server_round"], rest["strategy"]
     if type(server_round) is not int or server_round < 1 or not isinstance(values, dict):
         raise ValueError("round or strategy's state are of the wrong type")

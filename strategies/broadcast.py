@@ -205,6 +205,8 @@ class CodedBroadcaster:
         self._digests = table_of(state.values["digests"], str)
         self._of_clients = table_of(state.values["clients"], int)
         steps = {key.removeprefix("step/"): tensor for key, tensor in tensors.items() if key.startswith("step/")}
+        if any((tensor.dtype == torch.uint8) != key.startswith("step/") for key, tensor in tensors.items()):
+            raise ValueError("a step is not bytes, or something else is")
         self._steps = {int(key): tensor.numpy().tobytes() for key, tensor in steps.items()}
         if self._digests.get(self._number) != self.held.digest:
             raise ValueError("the state that all hold is not the one that it was")
