@@ -49,7 +49,7 @@ def summary(
     for run in runs:
         kept = kept_fraction(*(run[arm]["heldout_loss"][-1] for arm in ("base", "dense", "coded")))
         of_arms = {
-            arm: {key: run[arm][key] for key in (*FIGURES, "num_parameters", "uplink_payload_bytes")}
+            arm: {key: run[arm][key] for key in (*FIGURES, "num_parameters", "uplink_payload_bytes", "bytes")}
             | {"coding_share": coding_share(run[arm])}
             for arm in arms
         }
@@ -69,7 +69,16 @@ def summary(
 def _mean_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     losses = [mean(of_round) for of_round in zip(*(run["heldout_loss"] for run in runs), strict=True)]
     others = {key: mean(run[key] for run in runs) for key in (*FIGURES, "coding_share") if key != "heldout_loss"}
-    return {"heldout_loss": losses, **others}
+    counted = [run["bytes"] for run in runs if "bytes" in run]  # earlier results do not count them
+    sizes = {key: mean(one[key] for one in counted) for key in counted[0]} if counted else {}
+    return {"heldout_loss": losses, **others, "bytes": sizes}
+
+
+def _beside(sizes: dict[str, float], dense: dict[str, float]) -> str:
+    """The bytes of a whole run as a share of the dense run's; empty if they are not known or there are none."""
+    if not sizes.get("total") or not dense.get("total"):
+        return ""
+    return f"1/{dense['total'] / sizes['total']:.1f}"
 
 
 def print_tables(results: dict[str, Any]) -> None:
@@ -84,7 +93,7 @@ def print_tables(results: dict[str, Any]) -> None:
     losses.add_column("arm")
     for number in shown:
         losses.add_column(str(number), justify="right")
-    for column in ("arm", "loss", "kept", "bytes/client/round", "bits/param", "of fp32", "coding", "seconds"):
+    for column in ("arm", "loss", "kept", "bytes/client/round", "bits/param", "of fp32", "in all", "coding", "seconds"):
         costs.add_column(column, justify="left" if column == "arm" else "right")
     base, dense = arms["base"]["heldout_loss"][-1], arms["dense"]["heldout_loss"][-1]
     for name, arm in arms.items():
@@ -93,6 +102,7 @@ def print_tables(results: dict[str, Any]) -> None:
         bits, sent = arm["bits_per_parameter"], arm["uplink_payload_bytes_per_client_round"]
         kept = "" if name == "base" else f"{100 * (base - loss[-1]) / (base - dense):.1f} %"
         wire = [f"{sent:,.0f}", f"{bits:.3f}", f"1/{32 / bits:.0f}"] if sent else ["", "", ""]
+        wire += [_beside(arm.get("bytes", {}), arms["dense"].get("bytes", {}))]
         wire += [f"{100 * arm['coding_share']:.1f} %" if name.startswith("coded") else ""]
         costs.add_row(name, f"{loss[-1]:.3f}", kept, *wire, f"{arm['seconds']:.0f}")
     console.print(losses)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from conf.output import provenance
 from conf.schema import Settings
+from server.account import Account, account_of, transfer_seconds
 from strategies.outcomes import KINDS, Downlink, Fault, Uplink
 
 T = TypeVar("T")
@@ -43,24 +44,24 @@ class RunResults:
     seconds: float = 0.0
     downlinks: list[Downlink] = field(default_factory=list)
     refused_nodes: list[NodeRefusal] = field(default_factory=list)
-    delivery_bytes: int = 0  # what would bring every client to the final adapter
+    delivery_bytes: list[int] = field(default_factory=list)  # after each round: to bring every client to its adapter
     artifact_bytes: int = 0  # of the codec's artifact, which every client needs
 
-    def account(self) -> dict[str, int]:
-        """Bytes of the whole exchange, payloads and arrays alone: ``up``; ``down``, of which ``catch_up`` and
-        ``snapshots`` say what went to clients that had missed something; ``delivery`` of the final adapter to every
-        client; ``artifact``, a copy for each; ``total`` of ``up``, ``down``, ``delivery`` and ``artifact``."""
-        up = sum(uplink.payload_bytes for uplink in self.uplinks)
-        down = sum(downlink.total_bytes for downlink in self.downlinks)
+    def account(self) -> Account:
+        """Of the whole run."""
+        delivery = self.delivery_bytes[-1] if self.delivery_bytes else 0
         artifact = self.artifact_bytes * self.settings.federation.num_clients
+        return account_of(self.uplinks, self.downlinks, delivery, artifact)
+
+    def accounts_of_clients(self) -> dict[int, Account]:
+        """Partition -> what it sent and was sent in rounds."""
+        partitions = sorted({one.partition for one in self.uplinks} | {one.partition for one in self.downlinks})
         return {
-            "up": up,
-            "down": down,
-            "catch_up": sum(downlink.catch_up_bytes for downlink in self.downlinks),
-            "snapshots": sum(downlink.snapshot_bytes for downlink in self.downlinks),
-            "delivery": self.delivery_bytes,
-            "artifact": artifact,
-            "total": up + down + self.delivery_bytes + artifact,
+            partition: account_of(
+                [one for one in self.uplinks if one.partition == partition],
+                [one for one in self.downlinks if one.partition == partition],
+            )
+            for partition in partitions
         }
 
     @property
@@ -113,13 +114,14 @@ class RunResults:
         """What a model card tells of the run, label -> text. Names no path: they are this host's affair."""
         settings, federation = self.settings, self.settings.federation
         done = max(self.uplinks, key=lambda uplink: uplink.server_round).server_round if self.uplinks else 0
+        account = self.account().to_json()
         sent = {
             "rounds": f"{done}, {federation.clients_per_round} of {federation.num_clients} clients drawn for each",
             **self._who_took_part(),
             "codec": settings.codec.name if settings.arm == "coded" else "none",
             "bytes up per client and round": f"{self.payload_bytes_per_client_round:,.0f}",
             "bits up per parameter": f"{self.bits_per_parameter:.3f}",
-            "bytes in all": ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in self.account().items()),
+            "bytes in all": ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in account.items()),
         }
         return {
             "run": settings.run_id or "-",
@@ -159,12 +161,13 @@ class RunResults:
             _typed(state["seconds"], float),
             [_record(Downlink, downlink) for downlink in _typed(state["downlinks"], list)],
             [_record(NodeRefusal, refusal) for refusal in _typed(state.get("refused_nodes", []), list)],
-            _typed(state["delivery_bytes"], int),
+            [_typed(size, int) for size in _typed(state["delivery_bytes"], list)],
             _typed(state["artifact_bytes"], int),
         )
 
     def to_json(self) -> dict[str, Any]:
         per_client_round = self.payload_bytes_per_client_round
+        account, num_clients = self.account(), self.settings.federation.num_clients
         return {
             "arm": self.settings.arm,
             "seed": self.settings.seed,
@@ -174,7 +177,9 @@ class RunResults:
             "uplink_payload_bytes_per_client_round": per_client_round,
             "bits_per_parameter": self.bits_per_parameter,
             "uplink_payload_bytes": sum(uplink.payload_bytes for uplink in self.uplinks),
-            "bytes": self.account(),
+            "bytes": account.to_json(),
+            "bytes_of_clients": {str(p): one.to_json() for p, one in self.accounts_of_clients().items()},
+            "transfer_seconds_of_a_client": transfer_seconds(account.up / num_clients, account.down / num_clients),
             "settings": dataclasses.asdict(self.settings),
             "made_with": provenance(),
         }

@@ -245,7 +245,7 @@ class Federation:
                 raise Diverged(f"the adapter after round {server_round} holds NaN or infinity")
             self.adapter, self.done = new, server_round
             clients = range(self.settings.federation.num_clients)
-            self.results.delivery_bytes = sum(map(self.strategy.broadcaster.missing_bytes, clients))
+            self.results.delivery_bytes.append(sum(map(self.strategy.broadcaster.missing_bytes, clients)))
             self.journal.round_finished(server_round, self.strategy.uplinks)
             self._save()
         self._evaluate()
@@ -320,6 +320,8 @@ class Federation:
         good, adapter = self._good
         del self.results.heldout_loss[good + 1 :]
         self.results.uplinks = [uplink for uplink in self.results.uplinks if uplink.server_round <= good]
+        self.results.downlinks = [downlink for downlink in self.results.downlinks if downlink.server_round <= good]
+        del self.results.delivery_bytes[good:]
         if good > 0:
             go_back(self.output, good)
             what += f". resume={self.output} goes on from round {good}"

@@ -12,7 +12,8 @@ from torch import Tensor
 
 @dataclass
 class State:
-    """``values`` is JSON; ``tensors`` are float32 on the CPU, or bytes (uint8). Clients are named by partition: node ids may change."""
+    """``values`` is JSON; ``tensors`` are float32 on the CPU, or bytes (uint8). Clients are named by partition, as node
+    ids may change."""
 
     values: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)

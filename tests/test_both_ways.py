@@ -78,15 +78,15 @@ def test_both_ways_fit_their_budgets_and_all_of_it_is_counted(smooth: tuple[RunR
     most = results.num_parameters / 16
     assert all(uplink.payload_bytes <= most for uplink in results.uplinks)
     account = results.account()
-    assert account["down"] == grid.bytes_down()
+    assert account.down == grid.bytes_down()
     steps = [one for one in results.downlinks if one.step_bytes > 16]
     assert all(one.step_bytes <= most + 8 for one in steps)
     assert {one.server_round for one in steps} <= {2, 3, 4}
-    assert account["down"] < 8 * 4 * results.num_parameters / 8
-    assert 0 < account["delivery"] < 4 * 4 * results.num_parameters
+    assert account.down < 8 * 4 * results.num_parameters / 8
+    assert 0 < account.delivery < 4 * 4 * results.num_parameters
     sizes = [path.stat().st_size for path in Path(str(results.settings.codec.artifact)).iterdir()]
-    assert account["artifact"] == 4 * sum(sizes)
-    assert account["total"] == account["up"] + account["down"] + account["delivery"] + account["artifact"]
+    assert account.artifact == 4 * sum(sizes)
+    assert account.total == account.up + account.down + account.delivery + account.artifact
 
 
 def test_a_client_holds_what_the_server_held(smooth: tuple[RunResults, Counting, Path]) -> None:
@@ -123,8 +123,8 @@ def test_lost_and_damaged_disks_cost_snapshots_and_nothing_else(
     results, grid = run(settings_for(tmp_path, artifact), tmp_path, Forgetful)
     assert not results.faults
     assert results.heldout_loss == smooth[0].heldout_loss
-    assert results.account()["down"] == grid.bytes_down()
-    assert results.account()["snapshots"] > smooth[0].account()["snapshots"]
+    assert results.account().down == grid.bytes_down()
+    assert results.account().snapshots > smooth[0].account().snapshots
 
 
 def test_a_resumed_run_finds_clients_ahead_of_it(
@@ -151,8 +151,8 @@ def test_a_run_that_goes_on_from_an_adapter_sends_it_once(
     assert further.heldout_loss[-1] < further.heldout_loss[0]
     sent = {one.partition for one in further.downlinks if one.snapshot_bytes > 4 * further.num_parameters}
     assert sent == {one.partition for one in further.downlinks}
-    assert further.account()["snapshots"] < (len(sent) + 0.9) * 4 * further.num_parameters
-    assert further.account()["down"] == grid.bytes_down()
+    assert further.account().snapshots < (len(sent) + 0.9) * 4 * further.num_parameters
+    assert further.account().down == grid.bytes_down()
 
 
 def test_identity_both_ways_is_nearly_the_dense_run(tmp_path: Path, artifact: str) -> None:
