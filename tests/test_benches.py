@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from adapters.model import adapter_shapes, empty_model
 from adapters.settings import LoraSettings, ModelSettings
 from bench import arms, demo_real
+from bench.both_ways import budget_of, judge, means_of, print_means
 from bench.fidelity import Given, first_third, measure_all
 from bench.fuzz import honest_payloads, hostile
 from bench.loss_over_bytes import Run, summary
@@ -29,6 +30,7 @@ from gradcodec.layout import Layout
 from gradcodec.registry import codec_names, entry_of
 from gradcodec.settings import CodecSettings
 from gradcodec.training.recording import Recording, load_recording
+from server.events import DOWNLINK_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,7 @@ def _try(codec: Codec) -> None:
 
 def a_run(loss: float) -> dict[str, object]:
     figures: dict[str, object] = dict.fromkeys(arms.FIGURES, 1.0) | {"heldout_loss": [3.0, loss], "uplinks": []}
-    return figures | {"num_parameters": 8, "uplink_payload_bytes": 16}
+    return figures | {"num_parameters": 8, "uplink_payload_bytes": 16, "bytes": {"total": 100}}
 
 
 def test_seeds_of_several_machines_are_put_together(tmp_path: Path) -> None:
@@ -164,3 +166,43 @@ def test_seeds_of_several_machines_are_put_together(tmp_path: Path) -> None:
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"is no results\.json of this command"):
         demo_real.earlier_runs(file, [2])
+
+
+def test_a_whole_run_is_judged_at_equal_rounds_and_at_denses_loss() -> None:
+    def sent(server_round: int, **sizes: int) -> dict[str, int]:
+        return {"server_round": server_round, **dict.fromkeys(DOWNLINK_BYTES, 0), **sizes}
+
+    run = {
+        "heldout_loss": [4.0, 3.5, 3.25, 3.0, 2.5],
+        "uplinks": [{"server_round": number, "payload_bytes": 10} for number in (1, 2, 3, 4)],
+        "downlinks": [sent(1, snapshot_bytes=5), sent(2, step_bytes=10), sent(3, step_bytes=10, catch_up_bytes=10)],
+        "delivery_bytes": [1, 2, 3, 4],
+        "bytes": {"artifact": 7, "total": 86},
+        "seconds": 1.0,
+    }
+    dense = {"heldout_loss": [4.0, 3.5, 3.0], "bytes": {"total": 860}}
+    found = judge(run, dense)
+    assert found["kept"] == 0.75
+    assert found["bytes"] == {
+        "up": 20,
+        "down": 15,
+        "delivery": 2,
+        "artifact": 7,
+        "catch_up": 0,
+        "snapshots": 5,
+        "total": 44,
+    }
+    assert (found["rounds_to_dense"], found["bytes_to_dense"]["total"]) == (3, 30 + 35 + 3 + 7)
+    assert found["of_dense_at_the_end"] == 10
+    never = judge(run | {"heldout_loss": [4.0, 3.9, 3.8, 3.7, 3.6]}, dense)
+    assert never["rounds_to_dense"] is None
+    means = means_of([{"coded": {"a": found}}, {"coded": {"a": never}}])["a"]
+    assert (means["reached"], means["seeds"], means["rounds_to_dense"]) == (1, 2, None)
+    print_means({"a": means}, 2)
+
+
+def test_a_budget_says_its_settings() -> None:
+    assert budget_of("0.5/0.25") == ["codec=derived", "codec.bits=0.5", "codec.down_bits=0.25"]
+    assert budget_of("1/1/learned")[0] == "codec=learned"
+    with pytest.raises(ValueError, match="UP/DOWN"):
+        budget_of("0.5")
