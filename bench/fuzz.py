@@ -1,6 +1,9 @@
 """Hostile payloads against every decoder: each is decoded to finite blocks, or refused with CodecError.
 
-    python -m bench.fuzz [--cases 100000] [--seed 0] [--codecs learned,topk,...] [--json OUT]
+    python -m bench.fuzz [--cases 100000] [--way up|down] [--seed 0] [--codecs learned,topk,...] [--json OUT]
+
+On the way up these are clients' payloads against the server's decoder, on the way down a server's broadcasts (snapshots
+and steps) against the client's.
 
 Half of the cases are damaged as a network would (truncated, flipped bits, spliced); the other half carry a right
 checksum, ids and length, so that the damage reaches the codec: random bodies, flipped bits, cut and lengthened
@@ -17,20 +20,23 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
 from conf.output import provenance, write_json
+from gradcodec.broadcast import Held, catch_up, encode_step, pack_bundle, pack_snapshot, unpack_bundle
 from gradcodec.build import build_codec
 from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
-from gradcodec.frame import HEADER_BYTES, Frame, pack, unpack
+from gradcodec.frame import HEADER_BYTES, Frame, pack, unpack, unpack_length
 from gradcodec.layout import Layout
 from gradcodec.registry import names_for_any_layout
 from gradcodec.settings import CodecSettings
@@ -46,6 +52,7 @@ SHAPES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--way", choices=("up", "down"), default="up", help="payloads or broadcasts (default up)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=5.0, help="the longest that one decode may take")
     parser.add_argument("--codecs", default=",".join(names_for_any_layout()), help="which codecs")
@@ -60,45 +67,113 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rows = attack(codecs, args.cases, args.seed, args.seconds)
+    way = Payloads if args.way == "up" else Broadcasts
+    targets: dict[str, Target] = {name: way(codec) for name, codec in codecs.items()}
+    rows = attack(targets, args.cases, args.seed, args.seconds)
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    table = Table(title=f"{args.cases:,} hostile payloads; peak memory grew by {grown / 1e6:.0f} MB")
+    what = "payloads" if args.way == "up" else "broadcasts"
+    table = Table(title=f"{args.cases:,} hostile {what}; peak memory grew by {grown / 1e6:.0f} MB")
     for column in rows[0]:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(table)
     if args.json is not None:
-        about = {"cases": args.cases, "seed": args.seed, "grown_bytes": grown}
+        about = {"cases": args.cases, "way": args.way, "seed": args.seed, "grown_bytes": grown}
         write_json({"rows": rows, **about, "made_with": provenance()}, args.json)
 
 
-def attack(codecs: dict[str, Codec], num_cases: int, seed: int, most_seconds: float) -> list[dict[str, Any]]:
-    """Tries the codecs in turn and ends the program at the first payload that does what none may do.
+class Target(Protocol):
+    """What is attacked."""
+
+    def hostile(self, chance: random.Random) -> bytes:
+        """Bytes that no honest peer made."""
+        ...
+
+    def decode(self, data: bytes) -> Iterable[Tensor]:
+        """What they decode to. Raises CodecError: they do not."""
+        ...
+
+
+class Payloads:
+    """A server's decoder."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._honest = honest_payloads(codec)
+
+    def hostile(self, chance: random.Random) -> bytes:
+        return hostile(chance, self._codec, self._honest)
+
+    def decode(self, data: bytes) -> Iterable[Tensor]:
+        return decode_update(data, codec=self._codec).values()
+
+
+class Broadcasts:
+    """A client's decoder."""
+
+    def __init__(self, codec: Codec) -> None:
+        generator = torch.Generator().manual_seed(1)
+        shape = codec.layout.rank, codec.layout.num_columns
+        self._codec = codec
+        self._held = Held.at_start(torch.randn(shape, generator=generator))
+        step_RC = torch.randn(shape, generator=generator) * 1e-3
+        self._step, after, _ = encode_step(step_RC, None, held=self._held, codec=codec, max_bytes=700)
+        self._snapshot = pack_snapshot(after, codec.layout, with_start=True)
+        self._honest = pack_bundle(self._snapshot, [self._step])
+
+    def hostile(self, chance: random.Random) -> bytes:
+        """Damaged as a whole, or in one of its parts; of a step's payload also behind a right checksum."""
+        kind = chance.randrange(4)
+        if kind == 0:
+            return _damaged(chance, self._honest)
+        change = chance.choice((_damaged, _noise, _extreme_head))
+        if kind == 1:
+            return pack_bundle(change(chance, self._snapshot), [])
+        if kind == 2:
+            return pack_bundle(b"", [change(chance, self._step)])
+        count, offset = unpack_length(self._step, 2)
+        for _ in range(count):
+            _, offset = unpack_length(self._step, offset)
+        head, payload = self._step[:offset], self._step[offset:]
+        context = b"/step/" + self._held.digest.encode()
+        codes = list(unpack(payload, self._codec.num_streams, context).codes)
+        which = chance.randrange(len(codes))
+        codes[which] = change(chance, codes[which])
+        forged = pack(Frame(self._codec.id, self._codec.layout.id, 1.0, tuple(codes)), context)
+        head = chance.choice((head, _extreme_head(chance, head)))
+        return pack_bundle(chance.choice((b"", self._snapshot)), [head + forged])
+
+    def decode(self, data: bytes) -> Iterable[Tensor]:
+        held = catch_up(self._held, unpack_bundle(data), layout=self._codec.layout, codec_at=lambda _: self._codec)
+        return [held.adapter_RC]
+
+
+def attack(targets: dict[str, Target], num_cases: int, seed: int, most_seconds: float) -> list[dict[str, Any]]:
+    """Tries them in turn and ends the program at the first payload that does what none may do.
 
     Args:
-        codecs: by name.
+        targets: by the codec's name.
         num_cases: of all codecs together.
         seed: of the payloads.
         most_seconds: that one decode may take.
     """
-    names = list(codecs)
+    names = list(targets)
     chance = random.Random(seed)
     outcomes = {name: Counter[str]() for name in names}
     slowest = dict.fromkeys(names, 0.0)
-    honest = {name: honest_payloads(codec) for name, codec in codecs.items()}
     for number in track(range(num_cases), "fuzzing", console=Console(stderr=True), transient=True):
         name = names[number % len(names)]
-        payload = hostile(chance, codecs[name], honest[name])
+        payload = targets[name].hostile(chance)
         start = time.perf_counter()
         try:
-            update = decode_update(payload, codec=codecs[name])
+            decoded = list(targets[name].decode(payload))
         except CodecError:
             outcomes[name]["refused"] += 1
         except Exception as error:
             sys.exit(f"error: {name} raised {error!r} for payload {payload.hex()}")
         else:
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in update.values()):
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in decoded):
                 sys.exit(f"error: {name} decoded values that are not finite from payload {payload.hex()}")
             outcomes[name]["decoded"] += 1
         slowest[name] = max(slowest[name], time.perf_counter() - start)

@@ -1,6 +1,6 @@
 """Random `kill -9` over a deployment's server and clients: what is left of the runs beside an undisturbed one.
 
-    python -m bench.kills [--kills 200] [--minutes M] [--deployments 2] [--seed 0] [--json OUT]
+    python -m bench.kills [--kills 200] [--minutes M] [--deployments 2] [--seed 0] [--json OUT] [key=value ...]
 
 Real deployments on loopback (gRPC, TLS, node keys, two nodes) carry one run after the other, and any of their
 processes is killed at random moments: SuperLink, executor, server app, SuperNodes, trainers, the processes of single
@@ -22,9 +22,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +98,16 @@ def main() -> None:
     parser.add_argument("--deployments", type=int, default=2, help="side by side; most of their time is waiting")
     parser.add_argument("--seed", type=int, default=0, help="of what is killed, and when")
     parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs")
     args = parser.parse_args()
     started = time.monotonic()
     deadline = started + 60 * args.minutes
     share = -(-args.kills // args.deployments)
     try:
         with tempfile.TemporaryDirectory(prefix="kills-") as folder, ThreadPoolExecutor(args.deployments) as pool:
-            work = [
-                pool.submit(kill_for_a_while, Path(folder) / str(i), share, random.Random(f"{args.seed}/{i}"), deadline)
-                for i in range(args.deployments)
-            ]
+            kill = partial(kill_for_a_while, num_kills=share, deadline=deadline, overrides=args.overrides)
+            draws = [random.Random(f"{args.seed}/{number}") for number in range(args.deployments)]
+            work = [pool.submit(kill, Path(folder) / str(number), draw) for number, draw in enumerate(draws)]
             tally = sum((one.result() for one in work), Tally())
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -120,22 +121,25 @@ def main() -> None:
             "in_round": dict(sorted(tally.in_round.items())),
             "seconds": time.monotonic() - started,
             "seed": args.seed,
+            "overrides": args.overrides,
         }
         write_json({**figures, "made_with": provenance()}, args.json)
     if tally.different or tally.unfinished:
         sys.exit(1)
 
 
-def kill_for_a_while(folder: Path, num_kills: int, draw: random.Random, deadline: float) -> Tally:
+def kill_for_a_while(
+    folder: Path, draw: random.Random, num_kills: int, deadline: float, overrides: Sequence[str] = ()
+) -> Tally:
     """One deployment, and runs on it until so many processes were killed or the time is over."""
     tally = Tally()
     with deployment(folder / "deploy", NUM_NODES) as running:
-        expected = run_to_the_end(running, folder / "undisturbed", lambda: None, tally)
+        expected = run_to_the_end(running, folder / "undisturbed", lambda: None, tally, overrides)
         while tally.killed.total() < num_kills and time.monotonic() < deadline:
             left = min(MOST_KILLS_A_RUN, num_kills - tally.killed.total())
             output = folder / f"run-{tally.runs}"
             kills = Kills(running, output, tally, draw, left)
-            losses = run_to_the_end(running, output, kills.maybe, tally)
+            losses = run_to_the_end(running, output, kills.maybe, tally, overrides)
             tally.runs += 1
             if not losses:
                 tally.unfinished.append(tail(output / "run.log"))
@@ -210,10 +214,12 @@ def kind_of(process: psutil.Process) -> str:
     return next((kind for word, kind in KINDS.items() if word in words), "")
 
 
-def run_to_the_end(running: Deployment, output: Path, now_and_then: Callable[[], None], tally: Tally) -> list[float]:
+def run_to_the_end(
+    running: Deployment, output: Path, now_and_then: Callable[[], None], tally: Tally, own_settings: Sequence[str] = ()
+) -> list[float]:
     """A federated run, resumed for as long as it takes; its held-out losses, or none if it never ended well."""
     deadline = time.monotonic() + RUN_SECONDS
-    overrides = [*SMALL, f"output={output}"]
+    overrides = [*SMALL, *own_settings, f"output={output}"]
     output.mkdir(parents=True)
     own = {"FLWR_HOME": str(running.flwr_home), "PYTHONPATH": str(CHECKOUT)}
     while time.monotonic() < deadline:
