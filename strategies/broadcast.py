@@ -21,7 +21,7 @@ from strategies.wire import HELD, HELD_BEFORE, broadcast_context, wrap_adapter, 
 
 Adapter = dict[str, Tensor]
 SNAPSHOT_BITS = 4
-"""No snapshot takes fewer bits a parameter: as long as a client has missed less, none is made to compare."""
+"""Of steps a parameter: as long as a client has missed less, no snapshot is made to compare with it."""
 
 
 class Broadcaster(Protocol):

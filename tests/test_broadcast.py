@@ -313,3 +313,36 @@ def test_a_long_absence_costs_a_snapshot_at_most(layout: Layout, learned: Learne
 
 def test_bundle_of_nothing() -> None:
     assert unpack_bundle(pack_bundle(b"", [])) == Bundle(b"", ())
+
+
+TINY = Layout.of({"x.lora_A.weight": (2, 3), "x.lora_B.weight": (4, 2)})
+GOLDEN_STEP = (
+    "f3ff00c6011b6cc80f74938dc9003c8ceac4df0000403b000080ba00000000000000000000a03b000000bb0000003b"
+    "00000000000000000000803a00000000000000000000803a000080bb"
+)
+GOLDEN_SNAPSHOT = (
+    "f0000000000000007b227374617274223a7b226474797065223a22463332222c227368617065223a5b31345d2c22646174615f6f66667365"
+    "7473223a5b302c35365d7d2c2267726964223a7b226474797065223a22493136222c227368617065223a5b315d2c22646174615f6f666673"
+    "657473223a5b35362c35385d7d2c2273696465223a7b226474797065223a224938222c227368617065223a5b322c322c325d2c2264617461"
+    "5f6f666673657473223a5b35382c36365d7d2c226d6f766564223a7b226474797065223a225538222c227368617065223a5b32335d2c2264"
+    "6174615f6f666673657473223a5b36362c38395d7d7d2020000000000000003e0000803e0000603f0000803f0000903f0000c03e0000003f"
+    "0000203f0000403f0000a03f0000b03f0000c03f0000d03ff6ff7f00007f7f00007f78da63636460e0626661606002227606a20100070b00"
+    "24"
+)
+
+
+def test_golden_bytes_of_a_step_and_a_snapshot() -> None:
+    """On a grid of 2^-13, no value named; the snapshot's deflated points may be packed in other ways, and mean this."""
+    codec = build_codec(CodecSettings(name="identity"), TINY)
+    held = Held.at_start(torch.arange(14, dtype=torch.float32).reshape(2, 7) / 8)
+    step_RC = torch.tensor([[3.0, -1, 0, 2, 0, 0, 1], [0, 5, -2, 0, 0, 1, -4]]) * 2.0**-10
+    data, after, _ = encode_step(step_RC, None, held=held, codec=codec, max_bytes=None, context=b"run")
+    assert data.hex() == GOLDEN_STEP
+    assert (held.digest, after.digest) == ("b487166c35c7dafb", "3a7a8b641df3a3ef")
+    assert torch.equal(decode_step(data, held=held, codec=codec, context=b"run").moved_RC, step_RC)
+    whole = unpack_snapshot(bytes.fromhex(GOLDEN_SNAPSHOT), TINY, torch.zeros(2, 7))
+    assert torch.equal(whole.start_RC, held.start_RC)
+    assert torch.equal(whole.moved_RC, step_RC)
+    assert whole.side is not None
+    assert torch.equal(whole.side, torch.eye(2).repeat(2, 1, 1))
+    assert pack_bundle(b"", [data]).hex() == "00014b" + GOLDEN_STEP

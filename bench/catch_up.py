@@ -1,0 +1,99 @@
+"""What it costs a client to catch up after so many missed rounds, beside a snapshot: bytes, and seconds at the client.
+
+    python -m bench.catch_up [--geometry tiny|7b|70b] [--missed 1,5,20,100] [--bits 0.5] [--codec learned] [--json OUT]
+
+Steps are low-rank and heavy-tailed, as updates are, and independent of each other. The server sends whichever is
+smaller, the steps that were missed or the snapshot; the table has both, and the adapter in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bench.speed import GEOMETRIES, layout_of, update_of
+from conf.output import provenance, write_json
+from gradcodec.broadcast import Bundle, Held, catch_up, encode_step, pack_snapshot
+from gradcodec.build import build_codec
+from gradcodec.exchange import max_payload_bytes
+from gradcodec.settings import CodecSettings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="tiny")
+    parser.add_argument("--missed", default="1,5,20,100", help="rounds (default 1,5,20,100)")
+    parser.add_argument("--bits", type=float, default=0.5, help="of a step, per parameter (default 0.5)")
+    parser.add_argument("--codec", default="learned")
+    parser.add_argument("--artifact", default="assets/codec-general")
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    args = parser.parse_args()
+    try:
+        missed = sorted({int(number) for number in args.missed.split(",")})
+        if missed[0] < 1:
+            raise ValueError(f"--missed {args.missed}: numbers from 1 on are expected")
+        settings = CodecSettings(args.codec, artifact=args.artifact)
+        rows = measure(args.geometry, missed, args.bits, settings)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    table = Table(title=f"catching up, {args.geometry}, steps of at most {args.bits:g} bits a parameter")
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" for value in row.values()))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if args.json is not None:
+        about = {"geometry": args.geometry, "bits": args.bits, "codec": args.codec}
+        write_json({"rows": rows, **about, "made_with": provenance()}, args.json)
+
+
+def measure(geometry: str, missed: list[int], bits: float, settings: CodecSettings) -> list[dict[str, Any]]:
+    """One row for each number of missed rounds. Raises ValueError: the codec cannot be built."""
+    layout = layout_of(geometry, 8)
+    codec = build_codec(settings, layout)
+    start = held = Held.at_start(layout.to_blocks(update_of(layout, seed=1)))
+    carried_RC, steps, rows = None, [], []
+    for number in track(range(1, missed[-1] + 1), "steps", console=Console(stderr=True), transient=True):
+        data, held, residual = encode_step(
+            layout.to_blocks(update_of(layout, seed=1 + number)),
+            carried_RC,
+            held=held,
+            codec=codec,
+            max_bytes=max_payload_bytes(bits, layout.num_parameters),
+        )
+        carried_RC = residual.error_RC
+        steps.append(data)
+        if number not in missed:
+            continue
+        snapshot = pack_snapshot(held, layout, with_start=False)
+        seconds = []
+        for bundle in (Bundle(b"", tuple(steps)), Bundle(snapshot, ())):
+            began = time.perf_counter()
+            reached = catch_up(start, bundle, layout=layout, codec_at=lambda _: codec)
+            seconds.append(time.perf_counter() - began)
+            assert reached.digest == held.digest
+        rows.append(
+            {
+                "missed": number,
+                "steps_bytes": sum(map(len, steps)),
+                "steps_seconds": seconds[0],
+                "snapshot_bytes": len(snapshot),
+                "snapshot_seconds": seconds[1],
+                "snapshot_bits_a_parameter": 8 * len(snapshot) / layout.num_parameters,
+                "float32_bytes": 4 * layout.num_parameters,
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
