@@ -22,9 +22,12 @@ from adapters.settings import num_steps
 from conf.console import bytes_text, printable
 from conf.footprint import client_memory, server_memory
 from conf.schema import Settings, check_settings
+from gradcodec.artifact import WEIGHTS, size_of_artifact
 from gradcodec.build import payload_bytes
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
+from server.account import Account, transfer_seconds
+from strategies.sampling import Sampling
 from tasks.settings import check_window
 from tasks.shards import client_records
 
@@ -33,7 +36,6 @@ ROUND_SECONDS = 5.0
 SUSTAINED = 0.35
 DEVICES = {"RTX 4090": 165e12, "A100": 312e12, "H100": 989e12}
 """Dense bfloat16 FLOP/s by the data sheets; an adapter's training reaches about ``SUSTAINED`` of it."""
-LINKS = {"10 Mbit/s": 10e6, "100 Mbit/s": 100e6}
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Plan:
     records_here: bool  # counted, not said by ``task.expected_records``
     steps: int | None
     payload_bytes: int | None  # at most; None: the codec takes what an update needs
+    step_bytes: int | None  # of a coded broadcast, at most; None: the adapter goes down as it is
+    artifact_bytes: int
     dense_bytes: int
     client_memory: MemoryEstimate
     server_memory: MemoryEstimate
@@ -55,6 +59,52 @@ class Plan:
     @property
     def uplinks(self) -> int:
         return self.settings.federation.rounds * self.settings.federation.clients_per_round
+
+    def account(self) -> Account | None:
+        """Of the whole run, at most, if every client answers; None: payloads take what updates need."""
+        if self.payload_bytes is None:
+            return None
+        if self.step_bytes is None:
+            return self._uncoded_broadcast(self.payload_bytes, 4 * self._axes)
+        federation, held = self.settings.federation, dict[int, int]()
+        sampling = Sampling(federation.num_clients, federation.clients_per_round, self.settings.seed)
+        down = catch_up = snapshots = 0
+
+        def missed(partition: int, steps: int) -> int:
+            """Bytes of steps, the server's log being no longer than the adapter itself."""
+            assert self.step_bytes is not None
+            return min((steps - held.get(partition, 0)) * self.step_bytes, self.dense_bytes)
+
+        for server_round in range(1, federation.rounds + 1):
+            for partition in sampling.sample(server_round):
+                size, first = missed(partition, server_round - 1), 0 if partition in held else self._axes
+                down += size + first
+                catch_up, snapshots = catch_up + max(0, size - self.step_bytes), snapshots + first
+                held[partition] = server_round - 1
+        everybody = range(federation.num_clients)
+        delivery = sum(missed(p, federation.rounds) + (0 if p in held else self._axes) for p in everybody)
+        artifact = self.artifact_bytes * federation.num_clients
+        return Account(self.uplinks * self.payload_bytes, down, catch_up, snapshots, delivery, artifact)
+
+    def dense_account(self) -> Account:
+        """Of the dense run with the same rounds and clients."""
+        return replace(self._uncoded_broadcast(self.dense_bytes, 0), artifact=0)
+
+    def _uncoded_broadcast(self, payload_bytes: int, side_bytes: int) -> Account:
+        clients = self.settings.federation.num_clients
+        return Account(
+            up=self.uplinks * payload_bytes,
+            down=self.uplinks * (self.dense_bytes + side_bytes),
+            delivery=clients * self.dense_bytes,
+            artifact=clients * self.artifact_bytes,
+        )
+
+    @property
+    def _axes(self) -> int:
+        """Values of the codec's side information, which the first message brings in a byte each."""
+        coded = self.settings.arm == "coded" and entry_of(self.settings.codec.name).uses_last_update
+        known = coded and self.settings.federation.rehearsal_steps > 0
+        return len(self.layout.blocks) * self.layout.rank**2 if known else 0
 
     @property
     def tokens(self) -> int | None:
@@ -86,11 +136,27 @@ def plan_of(settings: Settings) -> Plan:
         records_here=here,
         steps=_mean_steps(settings, num_records),
         payload_bytes=payload_bytes(settings.codec, layout) if settings.arm == "coded" else dense,
+        step_bytes=_step_bytes(settings, layout),
+        artifact_bytes=_artifact_bytes(settings),
         dense_bytes=dense,
         client_memory=client_memory(settings),
         server_memory=server_memory(settings),
         warnings=tuple(what_to_know(model, load_config(settings.model), settings.lora)),
     )
+
+
+def _step_bytes(settings: Settings, layout: Layout) -> int | None:
+    if settings.arm != "coded" or settings.codec.down_bits is None:
+        return None
+    return payload_bytes(replace(settings.codec, bits=settings.codec.down_bits), layout)
+
+
+def _artifact_bytes(settings: Settings) -> int:
+    """0 where there is none, or none yet."""
+    if settings.arm != "coded" or not entry_of(settings.codec.name).needs_artifact:
+        return 0
+    folder = Path(settings.codec.artifact or "")
+    return size_of_artifact(folder) if (folder / WEIGHTS).is_file() else 0
 
 
 def _count_records(settings: Settings) -> tuple[int | None, bool]:
@@ -148,8 +214,8 @@ def _lines(plan: Plan) -> dict[str, str]:
         **lines,
         "codec": _codec_line(settings),
         "bytes up": f"{_up(plan)}; dense: {_traffic(plan, plan.dense_bytes)}",
-        "bytes down": f"{_traffic(plan, plan.dense_bytes)}: the adapter in float32",
-        **_upload_line(plan),
+        "bytes down": _down(plan),
+        **_exchange_lines(plan),
         **_time_lines(plan),
     }
 
@@ -166,12 +232,32 @@ def _up(plan: Plan) -> str:
     return _traffic(plan, plan.payload_bytes)
 
 
-def _upload_line(plan: Plan) -> dict[str, str]:
-    if plan.payload_bytes is None:
+def _down(plan: Plan) -> str:
+    if plan.step_bytes is None:
+        return f"{_traffic(plan, plan.dense_bytes)}: the adapter in float32"
+    return (
+        f"{bytes_text(plan.step_bytes)} a step at most, to each client once; dense: {_traffic(plan, plan.dense_bytes)}"
+    )
+
+
+def _exchange_lines(plan: Plan) -> dict[str, str]:
+    """Of the whole run, if everybody answers."""
+    if (account := plan.account()) is None:
         return {}
-    coded, dense = 8 * plan.payload_bytes, 8 * plan.dense_bytes
-    times = (f"{_seconds(coded / speed)} at {name} (dense {_seconds(dense / speed)})" for name, speed in LINKS.items())
-    return {"upload": ", ".join(times)}
+    dense, num_clients = plan.dense_account(), plan.settings.federation.num_clients
+    parts = [f"{bytes_text(account.up)} up", f"{bytes_text(account.down)} down"]
+    if account.catch_up + account.snapshots:
+        parts.append(f"{bytes_text(account.catch_up + account.snapshots)} of it for what clients had missed")
+    parts.append(f"{bytes_text(account.delivery)} for the last adapter to all")
+    parts += [f"{bytes_text(account.artifact)} of codec artifacts"] if account.artifact else []
+    in_all = f"{bytes_text(account.total)} ({', '.join(parts)})"
+    if plan.settings.arm == "coded":
+        in_all += f", 1/{dense.total / account.total:.1f} of dense's {bytes_text(dense.total)}"
+    own, of_dense = (
+        transfer_seconds(one.up / num_clients, (one.down + one.delivery) / num_clients) for one in (account, dense)
+    )
+    times = (f"{_seconds(own[link])} at {link} (dense {_seconds(of_dense[link])})" for link in own)
+    return {"in all": in_all, "transfer": f"a client, the whole run: {', '.join(times)}"}
 
 
 def _time_lines(plan: Plan) -> dict[str, str]:
