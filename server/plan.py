@@ -34,6 +34,7 @@ from tasks.shards import client_records
 ROUND_SECONDS = 5.0
 """What Flower takes of a round over gRPC besides training: `python -m bench.rounds`, column `rest`."""
 SUSTAINED = 0.35
+SHOWN_LINKS = ("10 Mbit/s", "100 Mbit/s", "10 Mbit/s down, 1 up")
 DEVICES = {"RTX 4090": 165e12, "A100": 312e12, "H100": 989e12}
 """Dense bfloat16 FLOP/s by the data sheets; an adapter's training reaches about ``SUSTAINED`` of it."""
 
@@ -256,7 +257,7 @@ def _exchange_lines(plan: Plan) -> dict[str, str]:
     own, of_dense = (
         transfer_seconds(one.up / num_clients, (one.down + one.delivery) / num_clients) for one in (account, dense)
     )
-    times = (f"{_seconds(own[link])} at {link} (dense {_seconds(of_dense[link])})" for link in own)
+    times = (f"{_seconds(own[link])} at {link} (dense {_seconds(of_dense[link])})" for link in SHOWN_LINKS)
     return {"in all": in_all, "transfer": f"a client, the whole run: {', '.join(times)}"}
 
 
