@@ -32,6 +32,7 @@ SMALL = [
     "federation.num_clients=2",
     "federation.clients_per_round=2",
     "federation.round_seconds=150",
+    "codec.down_bits=0.5",
     "train.steps=4",
     "train.batch_size=8",
     "train.micro_batch_size=8",
