@@ -11,6 +11,7 @@ from adapters.settings import ModelSettings
 from adapters.spaces import Wanted, spaces_of
 from conf.schema import Settings
 from gradcodec.build import build_codec
+from gradcodec.errors import ArtifactError
 from gradcodec.layout import Layout
 from gradcodec.learned.basis import Prior
 from gradcodec.learned.codec import LearnedCodec
@@ -34,6 +35,11 @@ def codecs_of(
     if settings.codec.basis == "artifact":
         return SameCodec(codec)
     assert isinstance(codec, LearnedCodec)
+    if not codec.tables.serve_derived:
+        raise ArtifactError(
+            f"codec.artifact={settings.codec.artifact} was trained with directions of its own and has no levels for "
+            "derived ones: with codec.basis=model take assets/codec-general, or train one with `python -m tgap.general`"
+        )
     return DerivedCodecs(codec, priors_of(settings.model, layout), None if settings.lora.start is not None else seeded)
 
 

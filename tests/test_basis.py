@@ -14,7 +14,7 @@ from torch import Tensor
 
 from client.app import app as client_app
 from conf.schema import FederationSettings, Settings
-from gradcodec.errors import CodecError
+from gradcodec.errors import ArtifactError, CodecError
 from gradcodec.exchange import decode_blocks, encode_update, max_payload_bytes
 from gradcodec.layout import Layout
 from gradcodec.learned.basis import Prior, derive, sketch
@@ -198,3 +198,12 @@ def test_only_the_learned_codec_derives_directions() -> None:
         check_codec(CodecSettings(name="rotated", basis="model"))
     with pytest.raises(CodecError, match="basis='weights' is none of artifact, model"):
         check_codec(CodecSettings(artifact="x", basis="weights"))
+
+
+@pytest.mark.usefixtures("caches")
+def test_an_artifact_with_directions_of_its_own_is_refused_for_derived_ones(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path)
+    settings.codec.artifact = str(Path("assets/codec").absolute())
+    grid = InProcessGrid(client_app, 3, {"memory": str(tmp_path / "memory")})
+    with pytest.raises(ArtifactError, match=r"codec\.basis=model take assets/codec-general"):
+        run_federation(grid, settings)

@@ -63,6 +63,11 @@ class LearnedTables:
         any_columns = tuple(_small_integers(tensors, key) if key in tensors else (0,) for key in _ANY_COLUMNS)
         return cls(coders, any_rows, expected, leading, any_columns)
 
+    @property
+    def serve_derived(self) -> bool:
+        """Whether there are levels of derived directions."""
+        return self.any_columns != ((0,), (0,))
+
     def for_directions(self, leading: Mapping[str, Tensor], is_b: Mapping[str, bool]) -> LearnedTables:
         """The same for tensors whose directions are derived.
 
