@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
 from gradcodec.codec import Codec
@@ -57,8 +57,10 @@ class CodedReceiver:
         self.side: Tensor | None = None  # the codec's side information of the next round
 
     def outgoing(self, partition: int) -> tuple[RecordDict, ConfigRecord]:
-        side = to_record({SIDE: self.side}) if self.side is not None and self.sends_side else ArrayRecord()
-        return RecordDict({SIDE: side}), ConfigRecord({ACCEPTED: self.accepted.get(partition, "")})
+        records = RecordDict()  # every record costs a node requests of its own
+        if self.side is not None and self.sends_side:
+            records[SIDE] = to_record({SIDE: self.side})
+        return records, ConfigRecord({ACCEPTED: self.accepted.get(partition, "")})
 
     def adapter_of(self, content: RecordDict, asked: Asked, current: Mapping[str, Tensor]) -> Adapter:
         """Beside the adapter, only its blocks are ever held."""

@@ -24,7 +24,7 @@ from strategies.broadcast import Broadcaster
 from strategies.errors import RoundError
 from strategies.messages import in_order
 from strategies.norms import NormBound
-from strategies.optimizer import optimizer_state, restore_optimizer
+from strategies.optimizer import begin_round, optimizer_state, restore_optimizer
 from strategies.outcomes import ABSENT, REFUSED, Fault, Observer, Uplink
 from strategies.receive import Asked, Decoded, Receiver, Refused, lacks_of, receive
 from strategies.roll import POLL_SECONDS, Roll
@@ -99,6 +99,7 @@ class FederatedStrategy(AdapterStrategy):
         Raises:
             RoundError: none of them was within ``limits.wait_seconds``.
         """
+        begin_round(self.inner)
         chosen = self.sampling.sample(server_round)
         self._nodes = self._present(chosen)
         for partition in chosen:

@@ -39,6 +39,14 @@ def restore_optimizer(strategy: Strategy, state: Mapping[str, Tensor]) -> None:
         flower.momentum_vector = [state[key].numpy().copy() for key in sorted(state)]
 
 
+def begin_round(strategy: Strategy) -> None:
+    """The round's own adapter counts: FedAvgM goes on from what it gave last, and what all hold may be another one, as
+    where a broadcast is coded."""
+    flower = _innermost(strategy)
+    if isinstance(flower, FedAvgM):
+        flower.current_arrays = None  # it takes the next one that it is shown
+
+
 def _innermost(strategy: Strategy) -> Strategy:
     while isinstance(strategy, WrappingStrategy):
         strategy = strategy.inner
