@@ -91,12 +91,14 @@ def _arms_table(results: dict[str, Any]) -> str:
             f"{arm['heldout_loss'][-1]:.4f}",
             f"{arm['uplink_payload_bytes_per_client_round']:,.0f}",
             f"{arm['bits_per_parameter']:.3f}",
+            f"{arm['bytes']['total']:,.0f}" if arm.get("bytes") else "",
             f"{100 * arm['coding_share']:.1f} %" if name.startswith("coded") else "",
             f"{arm['seconds']:.0f}",
         ]
         for name, arm in results["arms"].items()
     ]
-    head = ["arm", "final held-out loss", "uplink bytes / client / round", "bits / parameter", "coding", "seconds"]
+    head = ["arm", "final held-out loss", "uplink bytes / client / round", "bits / parameter"]
+    head += ["bytes in all", "coding", "seconds"]
     return _table(head, rows)
 
 

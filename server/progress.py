@@ -32,6 +32,7 @@ class RunView:
         self._shown = shown
         self._came: list[str] = []  # partitions that answered in the round that is under way
         self._sent = 0  # bytes of their payloads
+        self._down = 0  # bytes that went to clients before the round that is under way
         self._finished = ""  # of the last round, until its loss is known
 
     def skip(self, event: Event) -> None:
@@ -60,6 +61,7 @@ class RunView:
             self._wrong(event)
         elif kind == "round_finished":
             self._finished = self._round_text()
+            self._down = status.bytes_down
         elif kind == "evaluated":
             self._evaluated(event)
         self._bar()
@@ -87,7 +89,8 @@ class RunView:
             return f"round {status.server_round} of {status.rounds}"
         came = sorted(self._came, key=lambda partition: (len(partition), partition))
         who = f" ({', '.join(came[:20])}{', ...' if len(came) > 20 else ''})" if came else ""
-        each = f", {bytes_text(self._sent / len(came))} up each" if came else ""
+        down = f"{bytes_text((status.bytes_down - self._down) / status.asked)} down"
+        each = f", {bytes_text(self._sent / len(came))} up and {down} each" if came else ""
         return f"round {status.server_round} of {status.rounds}: {len(came)} of {status.asked} clients{who}{each}"
 
     def _line(self, text: str) -> None:

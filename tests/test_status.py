@@ -243,7 +243,7 @@ def test_without_a_terminal_there_is_one_line_a_round(tmp_path: Path) -> None:
         "2 clients are here",
         "round 0 of 2, held-out loss 3.5000",
         f"fault: partition 0: {printable(HOSTILE)}",
-        "round 1 of 2: 1 of 2 clients (1), 1.5 KB up each, held-out loss 3.2500, 0:00:00 left",
+        "round 1 of 2: 1 of 2 clients (1), 1.5 KB up and 0 B down each, held-out loss 3.2500, 0:00:00 left",
     ]
 
 
