@@ -231,6 +231,8 @@ def test_without_a_terminal_there_is_one_line_a_round(tmp_path: Path) -> None:
     log.write("waiting", count=1, of=2)
     log.write("nodes", count=2)
     log.write("evaluated", server_round=0, heldout_loss=3.5)
+    for partition in (0, 1):
+        log.write("downlink", server_round=1, partition=partition, **dict.fromkeys(DOWNLINK_BYTES, 500))
     log.write("round_started", server_round=1, clients=2)
     log.write("uplink", server_round=1, partition=1, payload_bytes=1500)
     log.write("fault", server_round=1, partition=0, reason=HOSTILE)
@@ -243,7 +245,7 @@ def test_without_a_terminal_there_is_one_line_a_round(tmp_path: Path) -> None:
         "2 clients are here",
         "round 0 of 2, held-out loss 3.5000",
         f"fault: partition 0: {printable(HOSTILE)}",
-        "round 1 of 2: 1 of 2 clients (1), 1.5 KB up and 0 B down each, held-out loss 3.2500, 0:00:00 left",
+        "round 1 of 2: 1 of 2 clients (1), 1.5 KB up and 2.0 KB down each, held-out loss 3.2500, 0:00:00 left",
     ]
 
 
