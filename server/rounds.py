@@ -28,6 +28,7 @@ from conf.remedies import TRAIN_ONE, codec_remedies
 from conf.schema import Settings, check_settings
 from gradcodec.artifact import load_artifact, size_of_artifact
 from gradcodec.build import broadcast_budget, byte_budget
+from gradcodec.errors import DivergedError
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
 from server.alive import alive
@@ -269,6 +270,8 @@ class Federation:
                 replies = replies_to(self.grid, messages, federation.round_seconds, again)
                 self._evaluate()
                 new, _ = self.strategy.aggregate_train(server_round, replies)
+            except DivergedError as error:  # of the step, as it was to be coded
+                raise Diverged(f"the step of round {server_round} cannot be coded: {error}") from None
             except RoundError as error:
                 if attempt == federation.retries:
                     raise RoundError(f"{error}; tried {attempt + 1} times (federation.retries={attempt})") from None

@@ -102,7 +102,7 @@ class Receiver(Protocol):
 
 def lacks_of(reply: Message) -> str | None:
     """The digest of what a client holds that cannot take in what it was sent; None: the reply says nothing of it."""
-    if reply.has_error():
+    if reply.has_error() or not reply.has_content():
         return None
     config = reply.content.config_records.get(CONFIG)
     lacks = None if config is None else config.get(LACKS)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import InProcessGrid
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message, RecordDict
 from safetensors.torch import load_file
 
 from adapters.model import adapter_parts, adapter_shapes, get_adapter, load_model
@@ -21,7 +21,7 @@ from gradcodec.learned.tables import LearnedTables
 from server.checkpoint import load_checkpoint
 from server.results import RunResults
 from server.rounds import run_federation
-from strategies.wire import ARRAYS, CONFIG
+from strategies.wire import ARRAYS, CONFIG, LACKS
 
 TINY = Path("assets/tiny-llama").absolute()
 
@@ -185,3 +185,38 @@ def test_identity_both_ways_is_nearly_the_dense_run(tmp_path: Path, artifact: st
 def test_a_budget_that_cannot_be_is_refused(tmp_path: Path, artifact: str) -> None:
     with pytest.raises(ValueError, match=r"codec.down_bits=0\.0 bits per parameter"):
         check_settings(settings_for(tmp_path, artifact, codec__down_bits=0.0))
+
+
+class Lying(Counting):
+    """Partition 0 says in every round, twice, that it holds something else; partition 1 answers nothing at all."""
+
+    def answer(self, message: Message) -> Message | None:
+        reply = super().answer(message)
+        if reply is None or message.metadata.message_type != "train":
+            return reply
+        if message.metadata.dst_node_id == 1000:
+            lie = ConfigRecord({LACKS: "x" * 100_000})
+            return Message(RecordDict({CONFIG: lie}), reply_to=message)
+        if message.metadata.dst_node_id == 1007:
+            reply.__dict__["_content"] = None
+        return reply
+
+
+@pytest.mark.parametrize("arm", ["coded", "dense"])
+def test_a_client_that_always_lacks_something_is_left_out_and_the_run_goes_on(
+    tmp_path: Path, artifact: str, arm: str
+) -> None:
+    changes: dict[str, object] = {"arm": arm, "federation__clients_per_round": 4, "federation__rounds": 2}
+    results, grid = run(settings_for(tmp_path, artifact, **changes), tmp_path, Lying)
+    assert [(fault.server_round, fault.partition) for fault in results.faults] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert "does not come to hold" in results.faults[0].reason
+    asked = [m.metadata.dst_node_id for m in grid.sent if m.metadata.message_type == "train"]
+    assert asked.count(1000) == (4 if arm == "coded" else 2)  # a repair a round, and no more
+    assert asked.count(1014) == 2
+    assert results.heldout_loss[-1] < results.heldout_loss[0]
+
+
+def test_a_step_that_cannot_be_coded_ends_the_run_as_diverged(tmp_path: Path, artifact: str) -> None:
+    settings = settings_for(tmp_path, artifact, strategy__lr=1e38)
+    with pytest.raises(ValueError, match=r"training diverged: the step of round 1 cannot be coded.*Lower train\.lr"):
+        run(settings, tmp_path)
