@@ -19,7 +19,7 @@ def server_memory(settings: Settings) -> MemoryEstimate:
     """Of the process that evaluates, and in the arm ``centralised`` trains. Raises ValueError: as ``client_memory``."""
     estimate = estimate_memory if settings.arm == "centralised" else estimate_evaluation
     needed = estimate(settings.model, settings.lora, settings.train, settings.task.window)
-    return _with_codec(needed, settings, encoding=False)
+    return _with_codec(needed, settings, encoding=settings.codec.down_bits is not None)
 
 
 def _with_codec(estimate: MemoryEstimate, settings: Settings, encoding: bool) -> MemoryEstimate:

@@ -48,7 +48,8 @@ _GRID = struct.Struct("<h")
 _POINTS_PER_DEVIATION = 16
 """Rounding to the grid adds 1 / (12 * 16^2) of a step's energy to its error, and the next step makes up for it."""
 _TOLERANCE = 2.0**-20
-"""Machines that decode the same payload differ by less than this share of a block's largest value."""
+"""Share of a block's largest value by which machines that decode the same payload may differ, nearly always; where they
+differ by more, and it matters, digests differ and a snapshot is sent."""
 _PARAMETERS_PER_BYTE = 2500
 """About one value in 6,000 is named, in two bytes."""
 _MANY = 256
@@ -262,7 +263,7 @@ def unpack_snapshot(data: bytes, layout: Layout, start_RC: Tensor) -> Held:
         start_N, side = tensors.get("start"), tensors.get("side")
         if side is not None and side.dtype == torch.int8:
             side = side.float() / _COARSE
-    except (SafetensorError, KeyError, ValueError, TypeError, zlib.error) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, OverflowError, RuntimeError, zlib.error) as error:
         raise CodecError(f"a snapshot cannot be read: {error!r}") from None
     for values_N in (moved_N, moved_N if start_N is None else start_N):
         if values_N.shape != (num,) or values_N.dtype != torch.float32:

@@ -38,6 +38,7 @@ class RunView:
     def skip(self, event: Event) -> None:
         """Takes an event of the past, and shows nothing."""
         self.status.add(event)
+        self._down = self.status.bytes_down
 
     def __call__(self, event: Event) -> None:
         status, kind = self.status, event.get("event")

@@ -142,8 +142,9 @@ class CodedBroadcaster:
 
     def repair(self, partition: int, lacks: str) -> tuple[ArrayRecord, ConfigRecord, Downlink] | None:
         known = {digest: number for number, digest in self._digests.items()}.get(lacks)
+        could_not = known is not None and known == self._of_clients.get(partition, self._own_state())
         self._of_clients.pop(partition, None)
-        return self._to_client(partition, known, with_start=True)
+        return self._to_client(partition, None if could_not else known, with_start=True, whole=could_not)
 
     def settle(self, current: Mapping[str, Tensor], new: Adapter) -> tuple[Adapter, Adapter]:
         step_RC = self.layout.to_blocks(new)
@@ -216,16 +217,17 @@ class CodedBroadcaster:
         return 0 if self._start_is_known and self._first.side is None else None
 
     def _to_client(
-        self, partition: int, number: int | None, with_start: bool
+        self, partition: int, number: int | None, with_start: bool, whole: bool = False
     ) -> tuple[ArrayRecord, ConfigRecord, Downlink]:
-        """From a state to the one that is held; None: from nothing."""
+        """From a state to the one that is held; None: from nothing; ``whole``: without steps, which it could not take
+        in."""
         snapshot = b"" if number is not None else pack_snapshot(self._first, self.layout, with_start)
-        steps = self._steps_from(number or 0)
+        steps = None if whole else self._steps_from(number or 0)
         size = len(snapshot) + sum(map(len, steps or []))
         if steps is None or size > self.layout.num_parameters * SNAPSHOT_BITS // 8:
-            whole = self._snapshot_of(with_start)
-            if steps is None or len(whole) < size:
-                snapshot, steps = whole, []
+            all_of_it = self._snapshot_of(with_start)
+            if steps is None or len(all_of_it) < size:
+                snapshot, steps = all_of_it, []
         record = wrap_bundle(pack_bundle(snapshot, steps))
         beside = _size_of(record) - len(snapshot) - sum(map(len, steps))
         sent = Downlink(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from flwr.app import RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from safetensors.torch import save
 from torch import Tensor
 
 from client.holdings import LacksError, load_held, save_held, take_in
@@ -178,10 +180,6 @@ def test_bytes_of_anybody_are_refused(data: bytes) -> None:
 
 
 def test_a_bomb_is_not_inflated(layout: Layout) -> None:
-    import zlib
-
-    from safetensors.torch import save
-
     bomb = torch.frombuffer(bytearray(zlib.compress(bytes(1 << 26), 9)), dtype=torch.uint8)
     data = save({"moved": bomb, "grid": torch.tensor([0], dtype=torch.int16)})
     with pytest.raises(CodecError, match="cannot be read"):
@@ -309,6 +307,33 @@ def test_a_long_absence_costs_a_snapshot_at_most(layout: Layout, learned: Learne
     assert sum(tensor.numel() for key, tensor in server.state().tensors.items() if key.startswith("step/")) <= (
         4 * layout.num_parameters
     )
+
+
+def test_a_step_that_a_client_cannot_take_in_is_not_sent_again(layout: Layout, learned: LearnedCodec) -> None:
+    """It holds what the steps start from, and says so: what it is sent next has none."""
+    server = CodedBroadcaster(SameCodec(learned), layout, START, RUN, 240)
+    adapter: Mapping[str, Tensor] = START
+    for number in range(2):
+        step = heavy_tailed_update(number)
+        adapter, _ = server.settle(adapter, {name: tensor + step[name] for name, tensor in adapter.items()})
+    _, config, first = server.outgoing(0, adapter)
+    assert first.snapshot_bytes == 0
+    arrays, config, second = server.repair(0, str(config[HELD_BEFORE])) or pytest.fail("no repair")
+    bundle = unwrap_bundle(RecordDict({ARRAYS: arrays}))
+    assert bundle is not None
+    assert second.snapshot_bytes > 0
+    assert not unpack_bundle(bundle).steps
+    held = take_in(Broadcast(bundle, "", str(config[HELD])), start_of(layout), layout, lambda _: learned, b"")
+    assert held.digest == server.held.digest
+
+
+def test_a_snapshot_of_wild_numbers_is_refused(layout: Layout) -> None:
+    moved = torch.frombuffer(bytearray(zlib.compress(bytes(4 * layout.num_parameters))), dtype=torch.uint8)
+    wild = save({"moved": moved, "grid": torch.tensor([float("inf")])})
+    head = b'{"moved":{"dtype":"F32","shape":[0,4611686018427387904,4611686018427387904],"data_offsets":[0,0]}}'
+    for data in (wild, len(head).to_bytes(8, "little") + head):
+        with pytest.raises(CodecError, match="cannot be read"):
+            unpack_snapshot(data, layout, torch.zeros(layout.rank, layout.num_columns))
 
 
 def test_bundle_of_nothing() -> None:
