@@ -24,6 +24,7 @@ from rich.table import Table
 from bench.arms import run_arm
 from bench.programs import kept_fraction
 from conf.output import open_output, provenance, write_json
+from strategies.outcomes import DOWNLINK_BYTES
 
 BUDGETS = "0.5/0.5,0.25/0.25"
 
@@ -105,12 +106,11 @@ def judge(run: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
 
 def bytes_until(run: dict[str, Any], rounds: int) -> dict[str, int]:
     """The account of a run's first rounds, as if it had ended there."""
-    sizes = ("step_bytes", "catch_up_bytes", "snapshot_bytes", "side_bytes")
     up = sum(one["payload_bytes"] for one in run["uplinks"] if one["server_round"] <= rounds)
     sent = [one for one in run["downlinks"] if one["server_round"] <= rounds]
     parts = {
         "up": up,
-        "down": sum(one[size] for one in sent for size in sizes),
+        "down": sum(one[size] for one in sent for size in DOWNLINK_BYTES),
         "delivery": run["delivery_bytes"][rounds - 1],
         "artifact": run["bytes"]["artifact"],
     }

@@ -113,7 +113,7 @@ def _work_on(head: dict[str, Any], body: bytes, team: Team) -> tuple[dict[str, A
         try:
             work = _trainer(head).resolved(unpack_work(head, body))
         except LacksError as error:
-            return pack_trained(Trained(None, None, 0, 0.0, 0.0, 0.0, lacks=error.holds))
+            return pack_trained(Trained.nothing(error.holds))
         own, body = pack_work(work)
         head = {**head, **own}
     team.tell(json.dumps(head).encode())

@@ -137,7 +137,7 @@ class Trainer:
         try:
             work = self.resolved(work)
         except LacksError as error:
-            return Trained(None, None, 0, 0.0, 0.0, 0.0, lacks=error.holds)
+            return Trained.nothing(error.holds)
         assert work.adapter is not None
         start = time.perf_counter()
         update, loss = self.finetune(work, team or Team())

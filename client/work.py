@@ -50,3 +50,8 @@ class Trained:
     seconds_train: float
     seconds_encode: float
     lacks: str | None = None
+
+    @classmethod
+    def nothing(cls, lacks: str) -> Trained:
+        """Of a client that lacks what the broadcast starts from."""
+        return cls(None, None, 0, 0.0, 0.0, 0.0, lacks)

@@ -41,7 +41,7 @@ class Codec(Protocol):
 
     def side_information(self, global_update_RC: Tensor) -> Tensor | None:
         """What both ends may know of the next updates from the last global one, ``[R, C]``: computed once, on the
-        server, and sent to the clients, so that no float decides differently on two machines. None: nothing."""
+        server, and sent to the clients, or on both ends, which compare a sketch (``broadcast.py``). None: nothing."""
         ...
 
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:

@@ -1,8 +1,8 @@
 """A run's event log: one JSON object a line, as it happens; what ``python -m server status`` reads.
 
 Every event has ``time`` (Unix seconds) and ``event``: ``run_started``, ``waiting``, ``nodes``, ``round_started``,
-``uplink``, ``fault``, ``node_refused``, ``checkpoint_failed``, ``round_finished``, ``evaluated``, ``run_resumed``,
-``run_finished``, ``run_stopped`` or ``run_failed``. A reader takes what it knows and leaves the rest: a file may be of
+``downlink``, ``uplink``, ``fault``, ``node_refused``, ``checkpoint_failed``, ``round_finished``, ``evaluated``,
+``run_resumed``, ``run_finished``, ``run_stopped`` or ``run_failed``. A reader takes what it knows and leaves the rest: a file may be of
 another version, damaged or hostile.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from conf.console import printable
 from conf.output import OutputError
+from strategies.outcomes import DOWNLINK_BYTES
 
 NAME = "events.jsonl"
 LONGEST_LINE = 1 << 16
@@ -110,10 +111,6 @@ def _count(event: Event, key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LARGEST:
         raise TypeError(key)
     return value
-
-
-DOWNLINK_BYTES = ("step_bytes", "catch_up_bytes", "snapshot_bytes", "side_bytes")
-"""Of what one client was sent: ``strategies.outcomes.Downlink``."""
 
 
 @dataclass

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -97,6 +98,9 @@ class DenseBroadcaster:
         """There is none."""
 
 
+_Packed = tuple[ArrayRecord, ConfigRecord, Downlink]
+
+
 class CodedBroadcaster:
     """Steps as payloads; what of them a client has missed it is sent from a log, or a snapshot where that is smaller.
 
@@ -132,9 +136,8 @@ class CodedBroadcaster:
         self._steps: dict[int, bytes] = {}
         self._digests: dict[int, str] = {}  # of the states that steps lead on from, and of the last one
         self._of_clients: dict[int, int] = {}  # partition -> the state that it holds
-        self._snapshot: tuple[int, bool, bytes] | None = (
-            None  # the last that was made: its state, with the start or not
-        )
+        self._packed: dict[tuple[int | None, bool, bool], _Packed] = {}  # what was made of the state that is held
+        self._snapshots: dict[bool, bytes] = {}  # of it, with the start or not
         self._note_state()
 
     def outgoing(self, partition: int, current: Mapping[str, Tensor]) -> tuple[ArrayRecord, ConfigRecord, Downlink]:
@@ -220,7 +223,15 @@ class CodedBroadcaster:
         self, partition: int, number: int | None, with_start: bool, whole: bool = False
     ) -> tuple[ArrayRecord, ConfigRecord, Downlink]:
         """From a state to the one that is held; None: from nothing; ``whole``: without steps, which it could not take
-        in."""
+        in. Clients that are sent the same share it."""
+        asked = number, with_start, whole
+        if asked not in self._packed:
+            self._packed[asked] = self._pack(*asked)
+        record, config, sent = self._packed[asked]
+        return record, config, replace(sent, partition=partition)
+
+    def _pack(self, number: int | None, with_start: bool, whole: bool) -> _Packed:
+        """As ``_to_client``; the partition is 0."""
         snapshot = b"" if number is not None else pack_snapshot(self._first, self.layout, with_start)
         steps = None if whole else self._steps_from(number or 0)
         size = len(snapshot) + sum(map(len, steps or []))
@@ -232,7 +243,7 @@ class CodedBroadcaster:
         beside = _size_of(record) - len(snapshot) - sum(map(len, steps))
         sent = Downlink(
             0,
-            partition,
+            0,
             step_bytes=(len(steps[-1]) if steps else 0) + beside,
             catch_up_bytes=sum(map(len, steps[:-1])),
             snapshot_bytes=len(snapshot),
@@ -246,13 +257,14 @@ class CodedBroadcaster:
         return [self._steps[one] for one in numbers] if all(one in self._steps for one in numbers) else None
 
     def _snapshot_of(self, with_start: bool) -> bytes:
-        if self._snapshot is None or self._snapshot[:2] != (self._number, with_start):
-            self._snapshot = self._number, with_start, pack_snapshot(self.held, self.layout, with_start)
-        return self._snapshot[2]
+        if with_start not in self._snapshots:
+            self._snapshots[with_start] = pack_snapshot(self.held, self.layout, with_start)
+        return self._snapshots[with_start]
 
     def _note_state(self) -> None:
         self._digests[self._number] = self.held.digest
-        self._snapshot = None
+        self._packed.clear()
+        self._snapshots.clear()
 
     def _forget(self) -> None:
         """Steps that together take more than the adapter itself: nobody will be sent them."""

@@ -27,6 +27,10 @@ class Uplink:
     seconds_decode: float = 0.0  # on the server
 
 
+DOWNLINK_BYTES = ("step_bytes", "catch_up_bytes", "snapshot_bytes", "side_bytes")
+"""The parts of a ``Downlink``, by name, as they stand in results and event logs."""
+
+
 @dataclass(frozen=True)
 class Downlink:
     """What went to one client in one round, in bytes of arrays, by what it is for."""
@@ -40,7 +44,7 @@ class Downlink:
 
     @property
     def total_bytes(self) -> int:
-        return self.step_bytes + self.catch_up_bytes + self.snapshot_bytes + self.side_bytes
+        return sum(getattr(self, part) for part in DOWNLINK_BYTES)
 
 
 @dataclass(frozen=True)

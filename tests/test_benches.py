@@ -30,7 +30,7 @@ from gradcodec.layout import Layout
 from gradcodec.registry import codec_names, entry_of
 from gradcodec.settings import CodecSettings
 from gradcodec.training.recording import Recording, load_recording
-from server.events import DOWNLINK_BYTES
+from strategies.outcomes import DOWNLINK_BYTES
 
 
 @pytest.fixture(scope="module")

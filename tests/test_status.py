@@ -19,10 +19,11 @@ from rich.console import Console
 from conf.console import Display, is_live, printable, seconds_text
 from conf.output import OutputError, open_output, replace_file, write_json
 from server.alive import DEAD_SECONDS, HEARTBEAT, LOCK, BusyError, alive, check_free, is_alive, read_heartbeat
-from server.events import DOWNLINK_BYTES, LONGEST_LINE, EventLog, EventReader, RunStatus, read_status
+from server.events import LONGEST_LINE, EventLog, EventReader, RunStatus, read_status
 from server.places import CHECKPOINT, continuation, found, latest, remember
 from server.progress import RunView, bar_of
 from server.status import Watcher, show_status, table
+from strategies.outcomes import DOWNLINK_BYTES
 
 HOSTILE = "\x1b]0;owned\x07[/usr/lib/foo][bold]\x9b31m\r\n\u202eabc"
 
