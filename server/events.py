@@ -2,8 +2,8 @@
 
 Every event has ``time`` (Unix seconds) and ``event``: ``run_started``, ``waiting``, ``nodes``, ``round_started``,
 ``downlink``, ``uplink``, ``fault``, ``node_refused``, ``checkpoint_failed``, ``round_finished``, ``evaluated``,
-``run_resumed``, ``run_finished``, ``run_stopped`` or ``run_failed``. A reader takes what it knows and leaves the rest: a file may be of
-another version, damaged or hostile.
+``run_resumed``, ``run_finished``, ``run_stopped`` or ``run_failed``. A reader takes what it knows and
+leaves the rest: a file may be of another version, damaged or hostile.
 """
 
 from __future__ import annotations
