@@ -53,6 +53,10 @@ _INPUTS_FIRST = ("gpt2",)
 _PLACE = re.compile(r"(.*layers\.)(\d+)\.(?:self_attn|mlp)\.([a-z]+)_proj")
 
 
+class NoWeightsError(ValueError):
+    """A checkpoint does not hold its weights as they were before quantisation, in safetensors."""
+
+
 @dataclass(frozen=True)
 class Wanted:
     """A LoRA factor, or of a fused one the part that lies in these rows of its layer's output."""
@@ -83,7 +87,7 @@ def spaces_of(settings: ModelSettings, wanted: Sequence[Wanted]) -> dict[str, Sp
     """By name, without those that are too wide. Computed once a model and adapter, and kept in the user's cache.
 
     Raises:
-        ValueError: the checkpoint has no such weights as they were before quantisation.
+        NoWeightsError: the checkpoint has no such weights.
     """
     files = _checkpoint(settings)
     dates = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -106,7 +110,7 @@ def _checkpoint(settings: ModelSettings) -> list[Path]:
         folder = Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=[pattern]))
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise ValueError(f"model.path={settings.path!r}: no model*.safetensors, which codec.basis=model reads")
+        raise NoWeightsError(f"model.path={settings.path!r}: no model*.safetensors, which codec.basis=model reads")
     return files
 
 
@@ -149,7 +153,7 @@ class _Weights:
     def __getitem__(self, name: str) -> Tensor:
         key = self._key(name)
         if key is None:
-            raise ValueError(
+            raise NoWeightsError(
                 f"the checkpoint has no {name}.weight: codec.basis=model needs weights before quantisation"
             )
         with safe_open(self._files[key], "pt") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +18,24 @@ FIGURES = ("heldout_loss", "bits_per_parameter", "uplink_payload_bytes_per_clien
 """Of a run's results, what is averaged over seeds."""
 
 
-def run_arm(arm: str, place: Path, overrides: Sequence[str], *, anew: bool = False) -> dict[str, Any]:
+def folder_of(name: str) -> str:
+    """Where an arm's run lies in the folder of its seed."""
+    return re.sub(r"[^a-z0-9.]+", "-", name)
+
+
+def run_arm(name: str, output: Path, settings: Sequence[str], *, anew: bool = False) -> dict[str, Any]:
     """One federated run or what it is compared with; its results, unless ``anew`` from disk if it was made before.
+
+    Args:
+        name: what it is called.
+        output: folder of all runs of its seed.
+        settings: ``arm`` among them.
 
     Raises:
         ValueError: it failed.
     """
-    own = [f"arm={arm}", "--output", str(place), *overrides]
+    place = output / folder_of(name)
+    own = ["--output", str(place), *settings]
     results: dict[str, Any] = run_once("server.federate", own, place / "results.json", anew=anew)
     return results
 

@@ -2,11 +2,11 @@
 
     python -m bench.both_ways [--seeds 3] [--budgets 0.5/0.5,0.25/0.25] [--times 2] [--json OUT] [key=value ...]
 
-A budget is bits a parameter UP/DOWN, or UP/DOWN/CODEC (``derived`` where none is named). The coded runs go on for
+A budget is bits a parameter UP/DOWN, or UP/DOWN/CODEC (``learned`` where none is named). The coded runs go on for
 ``--times`` as many rounds as the dense one: what they kept at dense's rounds is read off on the way. Counted are
 payloads and arrays up and down, catching up and snapshots, the final adapter for every client, and a copy of the
-codec's artifact for each; for the dense run the adapter up and down, and the final adapter for every client. A bench
-that was stopped goes on with the runs that are missing.
+codec's artifact for each unless it is the one that ships with the project; for the dense run the adapter up and down,
+and the final adapter for every client. A bench that was stopped goes on with the runs that are missing.
 """
 
 from __future__ import annotations
@@ -63,17 +63,17 @@ def budget_of(text: str) -> list[str]:
     up, *rest = text.split("/")
     if not 1 <= len(rest) <= 2:
         raise ValueError(f"--budgets holds {text!r}: UP/DOWN or UP/DOWN/CODEC is expected")
-    return [f"codec={rest[1] if len(rest) == 2 else 'derived'}", f"codec.bits={up}", f"codec.down_bits={rest[0]}"]
+    return [f"codec={rest[1] if len(rest) == 2 else 'learned'}", f"codec.bits={up}", f"codec.down_bits={rest[0]}"]
 
 
 def run_seed(seed: int, budgets: dict[str, list[str]], output: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All runs of one seed. Raises ValueError: one failed."""
     own = [f"seed={seed}", *args.overrides]
-    dense = run_arm("dense", output / "dense", [*own, f"federation.rounds={args.rounds}"])
+    dense = run_arm("dense", output, ["arm=dense", *own, f"federation.rounds={args.rounds}"])
     longer = f"federation.rounds={round(args.times * args.rounds)}"
     judged = {}
     for text, settings in budgets.items():
-        run = run_arm("coded", output / text.replace("/", "-"), [*own, *settings, longer])
+        run = run_arm(text, output, ["arm=coded", *own, *settings, longer])
         judged[text] = judge(run, dense)
     return {
         "seed": seed,

@@ -3,11 +3,11 @@
     python -m bench.demo_real [--seeds 1] [--first-seed 0] [--beside RESULTS] [--output FOLDER] [key=value ...]
 
 Four clients hold the source code of a package each, four worked exam questions of a category each, all of it out of
-packages that are installed with the project (bench/real_text.py). Arms: base, dense, coded at the default budget and at
-a fifth of it, the codec from the artifact that ships with the project. Then the base model and every trained adapter
-answer questions that no client holds. Writes results.json and report.html into the output folder; started again with
-another number of seeds, it runs those that are missing. Seeds may be run on several machines: ``--beside`` puts an
-earlier results.json and the new seeds together.
+packages that are installed with the project (bench/real_text.py). Arms: base, dense, coded at the default budget, and
+coded both ways at a fifth of it, with the codec that ships with the project. Then the base model and every trained
+adapter answer questions that no client holds. Writes results.json and report.html into the output folder; started
+again with another number of seeds, it runs those that are missing. Seeds may be run on several machines: ``--beside``
+puts an earlier results.json and the new seeds together.
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.arms import print_tables, run_arm, summary
+from bench.arms import folder_of, print_tables, run_arm, summary
 from bench.real_text import Question, write_real_text
 from bench.report_html import write_report
 from conf.output import open_output, provenance, write_json
 
-LOW = "coded at 0.1 bit"
-ARMS = {"base": "base", "dense": "dense", "coded": "coded", LOW: "coded"}
-"""What it is called -> the arm that runs."""
-OWN: dict[str, list[str]] = {LOW: ["codec.bits=0.1"]}
+ARMS = {
+    "base": ["arm=base"],
+    "dense": ["arm=dense"],
+    "coded": ["arm=coded"],
+    "coded both ways, 0.1 bit": ["arm=coded", "codec.bits=0.1", "codec.down_bits=0.1"],
+}
+"""What it is called -> its settings."""
 MOST_TOKENS = 96
 STARTS = 15.0
 """Seconds that an arm takes before its run begins to count them, about."""
@@ -82,8 +85,8 @@ def run(
         run = runs[number // len(ARMS)]
         left = _left(seconds, names[number:])
         Console(stderr=True).rule(f"seed {run['seed']}: {name}, {number + 1} of {len(names)}{left}")
-        own = [*data, f"seed={run['seed']}", *OWN.get(name, []), *overrides]
-        run[name] = run_arm(ARMS[name], output / f"seed-{run['seed']}" / name.replace(" ", "-"), own)
+        own = [*data, f"seed={run['seed']}", *ARMS[name], *overrides]
+        run[name] = run_arm(name, output / f"seed-{run['seed']}", own)
         seconds[name] = run[name]["seconds"] + STARTS
     Console(stderr=True).rule("questions that no client holds, before and after")
     answers = ask(output / f"seed-{seeds[0]}", aside)
@@ -146,7 +149,7 @@ def ask(runs: Path, questions: Sequence[Question]) -> list[dict[str, str]]:
     ).to(model.device)
     for name in ARMS:
         if name != "base":
-            set_adapter(model, load_adapter(runs / name.replace(" ", "-") / "adapter")[1])
+            set_adapter(model, load_adapter(runs / folder_of(name) / "adapter")[1])
         with torch.no_grad():
             told = model.generate(**asked, max_new_tokens=MOST_TOKENS, do_sample=False)
         for row, tokens in zip(rows, told[:, asked["input_ids"].shape[1] :], strict=True):
@@ -180,7 +183,7 @@ def print_answers(rows: Sequence[dict[str, str]]) -> None:
     print(ANSWERS)
     for row in rows:
         for name, text in row.items():
-            lead = "" if name == "question" else f"  {name:<{len(LOW)}}  "
+            lead = "" if name == "question" else f"  {name:<{max(map(len, ARMS))}}  "
             print(textwrap.fill(text, 100, initial_indent=lead, subsequent_indent=" " * len(lead)))
         print()
 

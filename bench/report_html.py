@@ -20,7 +20,8 @@ COLOURS = {
     "centralised": "#1b7f5c",
     "dense": "#2457a6",
     "coded": "#d1495b",
-    "coded at 0.1 bit": "#e9a03b",
+    "coded both ways": "#e9a03b",
+    "coded both ways, 0.1 bit": "#e9a03b",
 }
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from adapters.settings import ModelSettings
-from adapters.spaces import Wanted, spaces_of
+from adapters.spaces import NoWeightsError, Wanted, spaces_of
 from conf.schema import Settings
 from gradcodec.build import build_codec
 from gradcodec.errors import ArtifactError
@@ -16,6 +17,8 @@ from gradcodec.layout import Layout
 from gradcodec.learned.basis import Prior
 from gradcodec.learned.codec import LearnedCodec
 from gradcodec.rounds import Codecs, DerivedCodecs, SameCodec
+
+_LOG = logging.getLogger(__name__)
 
 
 def codecs_of(
@@ -32,15 +35,25 @@ def codecs_of(
         ValueError: the artifact or the base model's weights are not as they are needed.
     """
     codec = build_codec(settings.codec, layout, device)
-    if settings.codec.basis == "artifact":
+    if not isinstance(codec, LearnedCodec) or not _derives(settings.codec.basis, codec):
         return SameCodec(codec)
-    assert isinstance(codec, LearnedCodec)
     if not codec.tables.serve_derived:
         raise ArtifactError(
             f"codec.artifact={settings.codec.artifact} was trained with directions of its own and has no levels for "
-            "derived ones: with codec.basis=model take assets/codec-general, or train one with `python -m tgap.general`"
+            "derived ones: with codec.basis=model take assets/codec, or train one with `python -m tgap.general`"
         )
-    return DerivedCodecs(codec, priors_of(settings.model, layout), None if settings.lora.start is not None else seeded)
+    try:
+        priors = priors_of(settings.model, layout)
+    except NoWeightsError as error:
+        if settings.codec.basis == "model":
+            raise
+        _LOG.warning("directions along the width come from the adapter's moves alone: %s", error)
+        priors = {}
+    return DerivedCodecs(codec, priors, None if settings.lora.start is not None else seeded)
+
+
+def _derives(basis: str, codec: LearnedCodec) -> bool:
+    return basis == "model" or (basis == "auto" and codec.tables.serve_derived and not codec.tables.leading)
 
 
 def priors_of(model: ModelSettings, layout: Layout) -> dict[str, Prior]:

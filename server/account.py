@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+from conf.schema import CHECKOUT
+from gradcodec.artifact import SETTINGS, WEIGHTS, size_of_artifact
 from strategies.outcomes import Downlink, Uplink
 
 LINKS = {
@@ -24,7 +27,7 @@ LINKS = {
 class Account:
     """``down`` counts all that went to clients in rounds, with what of it they had missed (``catch_up``,
     ``snapshots``); ``delivery`` what would bring every client to the final adapter; ``artifact`` a copy of the codec's
-    for each."""
+    for each, unless it ships with the project."""
 
     up: int = 0
     down: int = 0
@@ -40,6 +43,16 @@ class Account:
 
     def to_json(self) -> dict[str, int]:
         return {**asdict(self), "total": self.total}
+
+
+def bytes_to_hand_out(artifact: str | None) -> int:
+    """What a copy of the codec's artifact takes; 0 of one that every node has, as it ships with the project, of none,
+    and where none is yet."""
+    folder, shipped = Path(artifact or ""), CHECKOUT / "assets" / "codec"
+    if artifact is None or not all((folder / name).is_file() for name in (WEIGHTS, SETTINGS)):
+        return 0
+    ships = (folder / SETTINGS).read_bytes() == (shipped / SETTINGS).read_bytes()
+    return 0 if ships else size_of_artifact(folder)
 
 
 def account_of(

@@ -22,11 +22,10 @@ from adapters.settings import num_steps
 from conf.console import bytes_text, printable
 from conf.footprint import client_memory, server_memory
 from conf.schema import Settings, check_settings
-from gradcodec.artifact import WEIGHTS, size_of_artifact
 from gradcodec.build import payload_bytes
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
-from server.account import Account, transfer_seconds
+from server.account import Account, bytes_to_hand_out, transfer_seconds
 from strategies.sampling import Sampling
 from tasks.settings import check_window
 from tasks.shards import client_records
@@ -153,11 +152,8 @@ def _step_bytes(settings: Settings, layout: Layout) -> int | None:
 
 
 def _artifact_bytes(settings: Settings) -> int:
-    """0 where there is none, or none yet."""
-    if settings.arm != "coded" or not entry_of(settings.codec.name).needs_artifact:
-        return 0
-    folder = Path(settings.codec.artifact or "")
-    return size_of_artifact(folder) if (folder / WEIGHTS).is_file() else 0
+    needed = settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact
+    return bytes_to_hand_out(settings.codec.artifact) if needed else 0
 
 
 def _count_records(settings: Settings) -> tuple[int | None, bool]:

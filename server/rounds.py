@@ -26,11 +26,12 @@ from conf.basis import codecs_of
 from conf.output import OutputError, open_output, write_json
 from conf.remedies import TRAIN_ONE, codec_remedies
 from conf.schema import Settings, check_settings
-from gradcodec.artifact import load_artifact, size_of_artifact
+from gradcodec.artifact import load_artifact
 from gradcodec.build import broadcast_budget, byte_budget
 from gradcodec.errors import DivergedError
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
+from server.account import bytes_to_hand_out
 from server.alive import alive
 from server.checkpoint import Checkpoint, go_back, load_checkpoint, save_checkpoint
 from server.evaluate import Evaluator
@@ -101,7 +102,8 @@ def prepare(
         assert settings.codec.artifact is not None
         with codec_remedies(TRAIN_ONE):
             artifact = load_artifact(Path(settings.codec.artifact), settings.codec.name)
-            settings.codec.digest, artifact_bytes = artifact.digest, size_of_artifact(Path(settings.codec.artifact))
+            settings.codec.digest = artifact.digest
+        artifact_bytes = bytes_to_hand_out(settings.codec.artifact)
     evaluator = Evaluator(settings)
     layout = Layout.of(adapter_shapes(evaluator.model), adapter_parts(evaluator.model))
     results = before.results if before is not None else RunResults(settings, layout.num_parameters)

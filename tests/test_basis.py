@@ -12,8 +12,11 @@ from conftest import InProcessGrid, heavy_tailed_update
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapters.model import adapter_parts, adapter_shapes, empty_model
 from client.app import app as client_app
+from conf.basis import codecs_of
 from conf.schema import FederationSettings, Settings
+from gradcodec.artifact import Artifact, save_artifact
 from gradcodec.errors import ArtifactError, CodecError
 from gradcodec.exchange import decode_blocks, encode_update, max_payload_bytes
 from gradcodec.layout import Layout
@@ -145,8 +148,7 @@ def test_general_tables_come_back_from_an_artifact(general: LearnedTables) -> No
 
 def settings_for(folder: Path, **changes: object) -> Settings:
     settings = Settings(output=str(folder / "run"), run_id="derived")
-    settings.model.path, settings.codec.artifact = str(TINY), str(Path("assets/codec-general").absolute())
-    settings.codec.basis = "model"
+    settings.model.path, settings.codec.artifact = str(TINY), str(Path("assets/codec").absolute())
     settings.task.window, settings.task.heldout_windows, settings.task.max_windows = 32, 4, 200
     settings.train.update, settings.train.lr, settings.train.steps = "delta", 0.005, 2
     settings.train.batch_size = settings.train.micro_batch_size = 4
@@ -196,14 +198,49 @@ def test_a_node_with_another_base_model_is_noticed_in_its_first_round(tmp_path: 
 def test_only_the_learned_codec_derives_directions() -> None:
     with pytest.raises(CodecError, match="basis=model: the codec rotated has no directions"):
         check_codec(CodecSettings(name="rotated", basis="model"))
-    with pytest.raises(CodecError, match="basis='weights' is none of artifact, model"):
+    with pytest.raises(CodecError, match="basis='weights' is none of auto, artifact, model"):
         check_codec(CodecSettings(artifact="x", basis="weights"))
 
 
 @pytest.mark.usefixtures("caches")
-def test_an_artifact_with_directions_of_its_own_is_refused_for_derived_ones(tmp_path: Path) -> None:
+def test_an_artifact_with_directions_of_its_own_is_refused_for_derived_ones(
+    tmp_path: Path, general: LearnedTables
+) -> None:
     settings = settings_for(tmp_path)
-    settings.codec.artifact = str(Path("assets/codec").absolute())
-    grid = InProcessGrid(client_app, 3, {"memory": str(tmp_path / "memory")})
-    with pytest.raises(ArtifactError, match=r"codec\.basis=model take assets/codec-general"):
-        run_federation(grid, settings)
+    layout, seeded = layout_of(settings)
+    own = replace(general, any_columns=((0,), (0,)))
+    save_artifact(Artifact("learned", own.to_tensors(), {}), tmp_path / "own")
+    settings.codec.artifact, settings.codec.basis = str(tmp_path / "own"), "model"
+    with pytest.raises(ArtifactError, match=r"codec\.basis=model take assets/codec"):
+        codecs_of(settings, layout, seeded)
+    settings.codec.basis = "auto"
+    assert isinstance(codecs_of(settings, layout, seeded), SameCodec)
+
+
+@pytest.mark.usefixtures("caches")
+def test_directions_are_derived_unless_the_artifact_has_some_and_without_weights_from_the_moves_alone(
+    tmp_path: Path,
+) -> None:
+    settings = settings_for(tmp_path)
+    layout, seeded = layout_of(settings)
+    moved = {name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in seeded.items()}
+    for basis in ("model", "auto"):
+        settings.codec.basis = basis
+        codecs = codecs_of(settings, layout, seeded)
+        assert isinstance(codecs, DerivedCodecs)
+    known = codecs.at(seeded).id
+    shutil.copytree(TINY, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    settings.model.path = str(tmp_path / "pickled")  # a checkpoint as PyTorch wrote them once
+    codecs = codecs_of(settings, layout, seeded)
+    assert codecs.at(seeded).id != known
+    assert codecs.at(moved).id != codecs.at(seeded).id
+    settings.codec.basis = "model"
+    with pytest.raises(ValueError, match=r"no model\*\.safetensors"):
+        codecs_of(settings, layout, seeded)
+
+
+def layout_of(settings: Settings) -> tuple[Layout, dict[str, torch.Tensor]]:
+    """Of the settings' adapter, and the one that the seed gives."""
+    model = empty_model(settings.model, settings.lora)
+    layout = Layout.of(adapter_shapes(model), adapter_parts(model))
+    return layout, {name: torch.zeros(shape) for name, shape in layout.shapes.items()}

@@ -202,7 +202,7 @@ def test_a_whole_run_is_judged_at_equal_rounds_and_at_denses_loss() -> None:
 
 
 def test_a_budget_says_its_settings() -> None:
-    assert budget_of("0.5/0.25") == ["codec=derived", "codec.bits=0.5", "codec.down_bits=0.25"]
-    assert budget_of("1/1/learned")[0] == "codec=learned"
+    assert budget_of("0.5/0.25") == ["codec=learned", "codec.bits=0.5", "codec.down_bits=0.25"]
+    assert budget_of("1/1/nf4")[0] == "codec=nf4"
     with pytest.raises(ValueError, match="UP/DOWN"):
         budget_of("0.5")
