@@ -14,6 +14,7 @@ from functools import partial
 from logging import WARNING
 from pathlib import Path
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from flwr.supercore import log
@@ -27,10 +28,14 @@ from conf.output import OutputError, open_output, write_json
 from conf.remedies import TRAIN_ONE, codec_remedies
 from conf.schema import Settings, check_settings
 from gradcodec.artifact import load_artifact
+from gradcodec.broadcast import Held, encode_step
 from gradcodec.build import broadcast_budget, byte_budget
-from gradcodec.errors import DivergedError
+from gradcodec.codec import Codec
+from gradcodec.errors import BudgetError, DivergedError
+from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
+from gradcodec.settings import CodecSettings
 from server.account import bytes_to_hand_out
 from server.alive import alive
 from server.checkpoint import Checkpoint, go_back, load_checkpoint, save_checkpoint
@@ -143,6 +148,7 @@ def _ways(settings: Settings, layout: Layout, evaluator: Evaluator) -> Ways:
         return Ways(DenseBroadcaster(), DenseReceiver())
     with codec_remedies(TRAIN_ONE):
         codecs = codecs_of(settings, layout, evaluator.seeded, evaluator.model.device)
+    _check_budgets(settings.codec, codecs.at(evaluator.seeded))
     num_clients, budget = settings.federation.num_clients, byte_budget(settings.codec, layout)
     down = settings.codec.down_bits is not None
     receiver = CodedReceiver(
@@ -153,6 +159,22 @@ def _ways(settings: Settings, layout: Layout, evaluator: Evaluator) -> Ways:
     budget, known = broadcast_budget(settings.codec, layout), settings.lora.start is None
     down_way = CodedBroadcaster(codecs, layout, evaluator.initial, settings.run_id, budget, known)
     return Ways(down_way, receiver)
+
+
+def _check_budgets(settings: CodecSettings, codec: Codec) -> None:
+    """Raises BudgetError naming the key: no payload, or no broadcast, of so few bytes can be made."""
+    layout = codec.layout
+    trial_RC = layout.unflatten(torch.randn(layout.num_parameters, generator=torch.Generator().manual_seed(0)))
+    key, bits = "bits", settings.bits
+    try:
+        if (budget := byte_budget(settings, layout)) is not None:
+            encode_update(layout.to_update(trial_RC), None, codec=codec, max_bytes=budget)
+        key, bits = "down_bits", settings.down_bits
+        if (budget := broadcast_budget(settings, layout)) is not None:
+            held = Held.at_start(torch.zeros_like(trial_RC))
+            encode_step(trial_RC, None, held=held, codec=codec, max_bytes=budget)
+    except BudgetError as error:
+        raise BudgetError(f"codec.{key}={bits:g} of {layout.num_parameters:,} parameters: {error}") from None
 
 
 class Diverged(ValueError):

@@ -141,13 +141,14 @@ class CodedBroadcaster:
         self._note_state()
 
     def outgoing(self, partition: int, current: Mapping[str, Tensor]) -> tuple[ArrayRecord, ConfigRecord, Downlink]:
-        return self._to_client(partition, self._of_clients.get(partition, self._own_state()), not self._start_is_known)
+        return self._to_client(partition, *self._before(partition))
 
     def repair(self, partition: int, lacks: str) -> tuple[ArrayRecord, ConfigRecord, Downlink] | None:
         known = {digest: number for number, digest in self._digests.items()}.get(lacks)
         could_not = known is not None and known == self._of_clients.get(partition, self._own_state())
+        has_start = known is not None or lacks == Held.at_start(self.held.start_RC).digest
         self._of_clients.pop(partition, None)
-        return self._to_client(partition, None if could_not else known, with_start=True, whole=could_not)
+        return self._to_client(partition, None if could_not else known, not has_start, whole=could_not)
 
     def settle(self, current: Mapping[str, Tensor], new: Adapter) -> tuple[Adapter, Adapter]:
         step_RC = self.layout.to_blocks(new)
@@ -182,8 +183,7 @@ class CodedBroadcaster:
         return side
 
     def missing_bytes(self, partition: int) -> int:
-        number = self._of_clients.get(partition, self._own_state())
-        return self._to_client(partition, number, not self._start_is_known)[2].total_bytes
+        return self._to_client(partition, *self._before(partition))[2].total_bytes
 
     def state(self) -> State:
         tensors = {"moved": self.held.moved_RC}
@@ -218,6 +218,11 @@ class CodedBroadcaster:
     def _own_state(self) -> int | None:
         """What a client holds that was never heard of: the start, if it can make that itself."""
         return 0 if self._start_is_known and self._first.side is None else None
+
+    def _before(self, partition: int) -> tuple[int | None, bool]:
+        """The state that a client is taken to hold, None: nothing, and whether it needs the start adapter, too."""
+        number = self._of_clients.get(partition, self._own_state())
+        return number, number is None and not self._start_is_known
 
     def _to_client(
         self, partition: int, number: int | None, with_start: bool, whole: bool = False

@@ -125,6 +125,7 @@ def test_lost_and_damaged_disks_cost_snapshots_and_nothing_else(
     assert results.heldout_loss == smooth[0].heldout_loss
     assert results.account().down == grid.bytes_down()
     assert results.account().snapshots > smooth[0].account().snapshots
+    assert all(one.total_bytes < 4 * results.num_parameters for one in results.downlinks), "the seed gives the start"
 
 
 def test_a_resumed_run_finds_clients_ahead_of_it(
@@ -185,6 +186,13 @@ def test_identity_both_ways_is_nearly_the_dense_run(tmp_path: Path, artifact: st
 def test_a_budget_that_cannot_be_is_refused(tmp_path: Path, artifact: str) -> None:
     with pytest.raises(ValueError, match=r"codec.down_bits=0\.0 bits per parameter"):
         check_settings(settings_for(tmp_path, artifact, codec__down_bits=0.0))
+
+
+@pytest.mark.parametrize("key", ["bits", "down_bits"])
+def test_a_budget_that_no_payload_fits_into_is_refused_before_any_work(tmp_path: Path, artifact: str, key: str) -> None:
+    with pytest.raises(ValueError, match=rf"codec\.{key}=0\.001 of [0-9,]+ parameters: .* bytes"):
+        run(settings_for(tmp_path, artifact, **{f"codec__{key}": 0.001}), tmp_path)
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
 
 
 class Lying(Counting):
