@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 
 from client.link import ResidentTrainer, trainer_at
 from client.work import TRUST, Broadcast, Work
+from strategies.folding import fold, unfold
 from strategies.wire import (
     ACCEPTED,
     ARRAYS,
@@ -57,23 +58,24 @@ def answer_roll_call(message: Message, context: Context) -> Message:
     partition = int(context.node_config[PARTITION])
     refusal = ""
     try:
-        _trainer(message, context).check(partition)
+        _trainer(unfold(message.content), context).check(partition)
     except ValueError as error:
         refusal = str(error)
     answer = RecordDict({METRICS: MetricRecord({PARTITION: partition}), CONFIG: ConfigRecord({REFUSAL: refusal})})
-    return Message(answer, reply_to=message)
+    return Message(fold(answer), reply_to=message)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round: the global adapter in, this client's payload (or dense adapter) out."""
-    config = config_of(message.content)
+    content = unfold(message.content)
+    config = config_of(content)
     partition = int(context.node_config[PARTITION])
-    trainer = _trainer(message, context)
-    side = message.content.array_records.get(SIDE)
-    bundle = unwrap_bundle(message.content)
+    trainer = _trainer(content, context)
+    side = content.array_records.get(SIDE)
+    bundle = unwrap_bundle(content)
     work = Work(
-        adapter=unwrap_adapter(message.content) if bundle is None else None,
+        adapter=unwrap_adapter(content) if bundle is None else None,
         side=arrays_of(side)[SIDE] if side else None,
         partition=partition,
         server_round=int(str(config[SERVER_ROUND])),
@@ -83,7 +85,7 @@ def train(message: Message, context: Context) -> Message:
     )
     done = trainer.train(work)
     if done.lacks is not None:
-        return Message(RecordDict({CONFIG: ConfigRecord({LACKS: done.lacks})}), reply_to=message)
+        return Message(fold(RecordDict({CONFIG: ConfigRecord({LACKS: done.lacks})})), reply_to=message)
     if done.payload is not None:
         arrays = wrap_payload(done.payload)
     else:
@@ -99,14 +101,14 @@ def train(message: Message, context: Context) -> Message:
             SECONDS_ENCODE: done.seconds_encode,
         }
     )
-    return Message(RecordDict({ARRAYS: arrays, METRICS: metrics}), reply_to=message)
+    return Message(fold(RecordDict({ARRAYS: arrays, METRICS: metrics})), reply_to=message)
 
 
-def _trainer(message: Message, context: Context) -> Trainer | ResidentTrainer:
+def _trainer(content: RecordDict, context: Context) -> Trainer | ResidentTrainer:
     own = tuple((key, str(context.node_config[key])) for key in NODE_KEYS if key in context.node_config)
     socket = context.node_config.get(TRAINER_SOCKET)
     path = Path(str(socket)) if socket else None
-    return trainer_at(path, str(config_of(message.content)[SETTINGS]), own)
+    return trainer_at(path, str(config_of(content)[SETTINGS]), own)
 
 
 def _folder_name(run_id: object) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from strategies.broadcast import Broadcaster
 from strategies.errors import RoundError
+from strategies.folding import unfold
 from strategies.messages import in_order
 from strategies.norms import NormBound
 from strategies.optimizer import begin_round, optimizer_state, restore_optimizer
@@ -139,8 +140,9 @@ class FederatedStrategy(AdapterStrategy):
         self._repaired.add(partition)
         adapter, of_adapter, sent = repair
         (asked,) = (m for m in self._messages if m.metadata.message_id == reply.metadata.reply_to_message_id)
-        config = ConfigRecord({**asked.content.config_records[CONFIG], **of_adapter})
-        content = RecordDict({**asked.content, ARRAYS: adapter, CONFIG: config})
+        before = unfold(asked.content)
+        config = ConfigRecord({**before.config_records[CONFIG], **of_adapter})
+        content = RecordDict({**before, ARRAYS: adapter, CONFIG: config})
         message = Message(content, asked.metadata.dst_node_id, asked.metadata.message_type)
         self._messages.append(message)
         log(WARNING, "partition %s holds another adapter than the server: it is sent what it needs", partition)

@@ -18,6 +18,8 @@ from flwr.supercore import log
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from google.protobuf.message import DecodeError
 
+from strategies.folding import fold, unfold
+
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 3.0
 """Seconds between two looks for replies, each of which asks for every reply that is missing. A simulation answers at
 once; a SuperLink takes a good part of a second of a core, so that looks take a tenth of the time at most."""
@@ -45,6 +47,8 @@ class Mailbox:
 
     def send(self, messages: Iterable[Message]) -> None:
         sent = list(messages)
+        for message in sent:
+            message.content = fold(message.content)
         identities = _push(self.grid, sent)
         self.unanswered |= {identity: message for identity, message in zip(identities, sent, strict=True) if identity}
 
@@ -137,6 +141,10 @@ def _pulled(mailbox: Mailbox, sent: float, seconds: float, again: Again | None) 
 def _reply_to(grid: Grid, identity: str, message: Message) -> list[Message]:
     """The reply, if it is there; an error in its place if it is nothing that can be read."""
     try:
-        return [r for r in grid.pull_messages([identity]) if r.metadata.reply_to_message_id == identity]
+        replies = [r for r in grid.pull_messages([identity]) if r.metadata.reply_to_message_id == identity]
+        for reply in replies:
+            if reply.has_content():
+                reply.content = unfold(reply.content)
+        return replies
     except UNREADABLE as error:
         return [Message(Error(ErrorCode.UNKNOWN, f"its reply cannot be read: {error!r}"), reply_to=message)]

@@ -30,6 +30,7 @@ from gradcodec.layout import Layout
 from gradcodec.learned.codec import LearnedCodec
 from gradcodec.learned.fit import Sample, fit_learned
 from gradcodec.learned.tables import LearnedTables
+from strategies.folding import unfold
 
 TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # outside a Flower process Message() needs them
 
@@ -103,7 +104,7 @@ def run_program(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
 
 
 class InProcessGrid(server.inprocess.InProcessGrid):
-    """Answers at once, keeps what was sent, and may lose a reply."""
+    """Answers at once, keeps what was sent, and may lose a reply; here what is sent lies unfolded."""
 
     def __init__(self, app: ClientApp, num_nodes: int, node_config: dict[str, Any] | None = None) -> None:
         super().__init__(app, num_nodes, node_config)
@@ -114,11 +115,18 @@ class InProcessGrid(server.inprocess.InProcessGrid):
         ids = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = f"message-{len(self.sent)}"
+            message.content = unfold(message.content)
             self.sent.append(message)
             ids.append(message.metadata.message_id)
             if (reply := self.answer(message)) is not None:
                 self.waiting[message.metadata.message_id] = reply
         return ids
+
+    def answer(self, message: Message) -> Message | None:
+        reply = super().answer(message)
+        if reply is not None and reply.has_content():
+            reply.content = unfold(reply.content)
+        return reply
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """All that are ready; as on a network, their order is not that of the messages."""

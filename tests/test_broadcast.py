@@ -42,7 +42,7 @@ from gradcodec.settings import CodecSettings
 from strategies.broadcast import CodedBroadcaster
 from strategies.wire import ARRAYS, HELD, HELD_BEFORE, broadcast_context, unwrap_bundle
 
-CODECS = ("learned", "rotated", "topk", "eden", "sign", "nf4", "identity")
+CODECS = ("learned", "rotated", "topk", "eden", "projection", "sign", "nf4", "identity")
 BITS = 1.0
 
 
