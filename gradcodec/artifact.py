@@ -25,6 +25,8 @@ from gradcodec.files import replace_folder
 
 FORMAT = 1
 WEIGHTS, SETTINGS = "codec.safetensors", "codec.json"
+RECORDED = "recorded_bytes"
+"""Key of an artifact's provenance."""
 MAX_SETTINGS_BYTES = 1 << 20
 
 
@@ -75,6 +77,15 @@ def save_artifact(artifact: Artifact, folder: Path) -> None:
 def size_of_artifact(folder: Path) -> int:
     """Bytes of its files."""
     return sum((folder / name).stat().st_size for name in (WEIGHTS, SETTINGS))
+
+
+def recorded_bytes(folder: Path) -> int:
+    """What recording the updates that it was trained on took, both ways; 0: it does not say."""
+    try:
+        size = json.loads((folder / SETTINGS).read_text())["settings"]["trained"][RECORDED]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0
+    return size if isinstance(size, int) and size > 0 else 0
 
 
 def load_artifact(folder: Path, kind: str) -> Artifact:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -59,6 +59,17 @@ class Codec(Protocol):
 
     def decode(self, codes: Codes, side: Tensor | None) -> Tensor:
         """Codes -> blocks on the codec's own device; the inverse, as nearly as the bytes allow."""
+        ...
+
+
+@runtime_checkable
+class Reconstructs(Codec, Protocol):
+    """A codec that knows what its codes decode to without reading them again."""
+
+    def encode_with_decoded(
+        self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None
+    ) -> tuple[Codes, Tensor]:
+        """What ``encode`` gives, and what ``decode`` makes of it, to the bit."""
         ...
 
 

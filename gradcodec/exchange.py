@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradcodec.codec import Codec
+from gradcodec.codec import Codec, Reconstructs
 from gradcodec.errors import BudgetError, CodecError, DivergedError
 from gradcodec.fidelity import inner_product, squared_distance
 from gradcodec.frame import HEADER_BYTES, Frame, pack, unpack
@@ -85,12 +85,16 @@ def encode_update(
     if max_bytes is not None and max_bytes <= HEADER_BYTES:
         raise BudgetError(f"{max_bytes} bytes a payload: the frame's header alone takes {HEADER_BYTES}")
     most_bytes = None if max_bytes is None else max_bytes - HEADER_BYTES
-    if snr_db is None:
+    if snr_db is None and isinstance(codec, Reconstructs):
+        codes, decoded_RC = codec.encode_with_decoded(target_RC, most_bytes, side)
+    elif snr_db is None:
         codes = codec.encode(target_RC, most_bytes, side)
+        decoded_RC = codec.decode(codes, side)
     else:
         assert most_bytes is not None
         codes = codes_for_snr(codec, target_RC, snr_db, most_bytes, side)
-    decoded_RC = codec.decode(codes, side).to(target_RC.device)
+        decoded_RC = codec.decode(codes, side)
+    decoded_RC = decoded_RC.to(target_RC.device)
     gain = contractive_gain(target_RC, decoded_RC)
     payload = pack(Frame(codec.id, codec.layout.id, gain, codes), context)
     error_RC = target_RC - _scaled(decoded_RC, gain)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from conf.schema import CHECKOUT
-from gradcodec.artifact import SETTINGS, WEIGHTS, size_of_artifact
+from gradcodec.artifact import SETTINGS, WEIGHTS, recorded_bytes, size_of_artifact
 from strategies.outcomes import Downlink, Uplink
 
 LINKS = {
@@ -27,7 +27,7 @@ LINKS = {
 class Account:
     """``down`` counts all that went to clients in rounds, with what of it they had missed (``catch_up``,
     ``snapshots``); ``delivery`` what would bring every client to the final adapter; ``artifact`` a copy of the codec's
-    for each, unless it ships with the project."""
+    for each, and ``recording`` what TGAP recorded for it, unless it ships with the project."""
 
     up: int = 0
     down: int = 0
@@ -35,37 +35,55 @@ class Account:
     snapshots: int = 0
     delivery: int = 0
     artifact: int = 0
+    recording: int = 0
 
     @property
     def total(self) -> int:
-        """Of ``up``, ``down``, ``delivery`` and ``artifact``; the others are parts of ``down``."""
-        return self.up + self.down + self.delivery + self.artifact
+        """Of all but ``catch_up`` and ``snapshots``, which are parts of ``down``."""
+        return self.up + self.down + self.delivery + self.artifact + self.recording
 
     def to_json(self) -> dict[str, int]:
         return {**asdict(self), "total": self.total}
 
 
-def bytes_to_hand_out(artifact: str | None) -> int:
-    """What a copy of the codec's artifact takes; 0 of one that every node has, as it ships with the project, of none,
-    and where none is yet."""
-    folder, shipped = Path(artifact or ""), CHECKOUT / "assets" / "codec"
-    if artifact is None or not all((folder / name).is_file() for name in (WEIGHTS, SETTINGS)):
-        return 0
-    ships = (folder / SETTINGS).read_bytes() == (shipped / SETTINGS).read_bytes()
-    return 0 if ships else size_of_artifact(folder)
+@dataclass(frozen=True)
+class CodecCost:
+    """Bytes that a trained codec takes before a run begins."""
+
+    artifact: int = 0  # a copy of it; every client needs one
+    recording: int = 0  # TGAP's: every recorded update, and the adapter that it started from
+
+    @classmethod
+    def of(cls, artifact: str | None) -> CodecCost:
+        """Nothing for the artifact that ships with the project, which every node has, and where there is none (yet)."""
+        folder, shipped = Path(artifact or ""), CHECKOUT / "assets" / "codec"
+        if artifact is None or not all((folder / name).is_file() for name in (WEIGHTS, SETTINGS)):
+            return cls()
+        head = (folder / SETTINGS).read_bytes()
+        if head == (shipped / SETTINGS).read_bytes():
+            return cls()
+        return cls(size_of_artifact(folder), recorded_bytes(folder))
+
+
+NOTHING = CodecCost()
 
 
 def account_of(
-    uplinks: Sequence[Uplink], downlinks: Sequence[Downlink], delivery: int = 0, artifact: int = 0
+    uplinks: Sequence[Uplink],
+    downlinks: Sequence[Downlink],
+    delivery: int = 0,
+    codec: CodecCost = NOTHING,
+    num_clients: int = 0,
 ) -> Account:
-    """What these come to."""
+    """What these come to, with a copy of the codec's artifact for so many clients."""
     return Account(
         up=sum(one.payload_bytes for one in uplinks),
         down=sum(one.total_bytes for one in downlinks),
         catch_up=sum(one.catch_up_bytes for one in downlinks),
         snapshots=sum(one.snapshot_bytes for one in downlinks),
         delivery=delivery,
-        artifact=artifact,
+        artifact=num_clients * codec.artifact,
+        recording=codec.recording,
     )
 
 

@@ -25,7 +25,7 @@ from conf.schema import Settings, check_settings
 from gradcodec.build import payload_bytes
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
-from server.account import Account, bytes_to_hand_out, transfer_seconds
+from server.account import NOTHING, Account, CodecCost, transfer_seconds
 from strategies.sampling import Sampling
 from tasks.settings import check_window
 from tasks.shards import client_records
@@ -50,7 +50,7 @@ class Plan:
     steps: int | None
     payload_bytes: int | None  # at most; None: the codec takes what an update needs
     step_bytes: int | None  # of a coded broadcast, at most; None: the adapter goes down as it is
-    artifact_bytes: int
+    codec_cost: CodecCost
     dense_bytes: int
     client_memory: MemoryEstimate
     server_memory: MemoryEstimate
@@ -77,18 +77,18 @@ class Plan:
 
         for server_round in range(1, federation.rounds + 1):
             for partition in sampling.sample(server_round):
-                size, first = missed(partition, server_round - 1), 0 if partition in held else self._axes
+                size, first = missed(partition, server_round - 1), 0 if partition in held else self._first
                 down += size + first
                 catch_up, snapshots = catch_up + max(0, size - self.step_bytes), snapshots + first
                 held[partition] = server_round - 1
         everybody = range(federation.num_clients)
-        delivery = sum(missed(p, federation.rounds) + (0 if p in held else self._axes) for p in everybody)
-        artifact = self.artifact_bytes * federation.num_clients
-        return Account(self.uplinks * self.payload_bytes, down, catch_up, snapshots, delivery, artifact)
+        delivery = sum(missed(p, federation.rounds) + (0 if p in held else self._first) for p in everybody)
+        artifact, recording = self.codec_cost.artifact * federation.num_clients, self.codec_cost.recording
+        return Account(self.uplinks * self.payload_bytes, down, catch_up, snapshots, delivery, artifact, recording)
 
     def dense_account(self) -> Account:
         """Of the dense run with the same rounds and clients."""
-        return replace(self._uncoded_broadcast(self.dense_bytes, 0), artifact=0)
+        return replace(self._uncoded_broadcast(self.dense_bytes, 0), artifact=0, recording=0)
 
     def _uncoded_broadcast(self, payload_bytes: int, side_bytes: int) -> Account:
         clients = self.settings.federation.num_clients
@@ -96,8 +96,14 @@ class Plan:
             up=self.uplinks * payload_bytes,
             down=self.uplinks * (self.dense_bytes + side_bytes),
             delivery=clients * self.dense_bytes,
-            artifact=clients * self.artifact_bytes,
+            artifact=clients * self.codec_cost.artifact,
+            recording=self.codec_cost.recording,
         )
+
+    @property
+    def _first(self) -> int:
+        """What a client is sent once, beside steps: axes, and a start adapter that the seed does not give."""
+        return self._axes + (self.dense_bytes if self.settings.lora.start is not None else 0)
 
     @property
     def _axes(self) -> int:
@@ -137,7 +143,7 @@ def plan_of(settings: Settings) -> Plan:
         steps=_mean_steps(settings, num_records),
         payload_bytes=payload_bytes(settings.codec, layout) if settings.arm == "coded" else dense,
         step_bytes=_step_bytes(settings, layout),
-        artifact_bytes=_artifact_bytes(settings),
+        codec_cost=_codec_cost(settings),
         dense_bytes=dense,
         client_memory=client_memory(settings),
         server_memory=server_memory(settings),
@@ -151,9 +157,9 @@ def _step_bytes(settings: Settings, layout: Layout) -> int | None:
     return payload_bytes(replace(settings.codec, bits=settings.codec.down_bits), layout)
 
 
-def _artifact_bytes(settings: Settings) -> int:
+def _codec_cost(settings: Settings) -> CodecCost:
     needed = settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact
-    return bytes_to_hand_out(settings.codec.artifact) if needed else 0
+    return CodecCost.of(settings.codec.artifact) if needed else NOTHING
 
 
 def _count_records(settings: Settings) -> tuple[int | None, bool]:
@@ -247,6 +253,7 @@ def _exchange_lines(plan: Plan) -> dict[str, str]:
         parts.append(f"{bytes_text(account.catch_up + account.snapshots)} of it for what clients had missed")
     parts.append(f"{bytes_text(account.delivery)} for the last adapter to all")
     parts += [f"{bytes_text(account.artifact)} of codec artifacts"] if account.artifact else []
+    parts += [f"{bytes_text(account.recording)} of TGAP's recording"] if account.recording else []
     in_all = f"{bytes_text(account.total)} ({', '.join(parts)})"
     if plan.settings.arm == "coded":
         in_all += f", 1/{dense.total / account.total:.1f} of dense's {bytes_text(dense.total)}"

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from conf.output import provenance
 from conf.schema import Settings
-from server.account import Account, account_of, transfer_seconds
+from server.account import NOTHING, Account, CodecCost, account_of, transfer_seconds
 from strategies.outcomes import KINDS, Downlink, Fault, Uplink
 
 T = TypeVar("T")
@@ -45,13 +45,13 @@ class RunResults:
     downlinks: list[Downlink] = field(default_factory=list)
     refused_nodes: list[NodeRefusal] = field(default_factory=list)
     delivery_bytes: list[int] = field(default_factory=list)  # after each round: to bring every client to its adapter
-    artifact_bytes: int = 0  # of the codec's artifact, which every client needs
+    codec_cost: CodecCost = NOTHING
 
     def account(self) -> Account:
         """Of the whole run."""
         delivery = self.delivery_bytes[-1] if self.delivery_bytes else 0
-        artifact = self.artifact_bytes * self.settings.federation.num_clients
-        return account_of(self.uplinks, self.downlinks, delivery, artifact)
+        num_clients = self.settings.federation.num_clients
+        return account_of(self.uplinks, self.downlinks, delivery, self.codec_cost, num_clients)
 
     def accounts_of_clients(self) -> dict[int, Account]:
         """Partition -> what it sent and was sent in rounds."""
@@ -146,7 +146,7 @@ class RunResults:
             "downlinks": [dataclasses.asdict(downlink) for downlink in self.downlinks],
             "refused_nodes": [dataclasses.asdict(refusal) for refusal in self.refused_nodes],
             "delivery_bytes": self.delivery_bytes,
-            "artifact_bytes": self.artifact_bytes,
+            "codec_cost": dataclasses.asdict(self.codec_cost),
         }
 
     @classmethod
@@ -162,7 +162,7 @@ class RunResults:
             [_record(Downlink, downlink) for downlink in _typed(state["downlinks"], list)],
             [_record(NodeRefusal, refusal) for refusal in _typed(state.get("refused_nodes", []), list)],
             [_typed(size, int) for size in _typed(state["delivery_bytes"], list)],
-            _typed(state["artifact_bytes"], int),
+            _record(CodecCost, state["codec_cost"]),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -179,7 +179,9 @@ class RunResults:
             "uplink_payload_bytes": sum(uplink.payload_bytes for uplink in self.uplinks),
             "bytes": account.to_json(),
             "bytes_of_clients": {str(p): one.to_json() for p, one in self.accounts_of_clients().items()},
-            "transfer_seconds_of_a_client": transfer_seconds(account.up / num_clients, account.down / num_clients),
+            "transfer_seconds_of_a_client": transfer_seconds(
+                account.up / num_clients, (account.down + account.delivery) / num_clients
+            ),
             "settings": dataclasses.asdict(self.settings),
             "made_with": provenance(),
         }

@@ -36,7 +36,7 @@ from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
 from gradcodec.settings import CodecSettings
-from server.account import bytes_to_hand_out
+from server.account import NOTHING, CodecCost
 from server.alive import alive
 from server.checkpoint import Checkpoint, go_back, load_checkpoint, save_checkpoint
 from server.evaluate import Evaluator
@@ -102,17 +102,17 @@ def prepare(
     bound: Mapping[int, int] | None = None,
 ) -> Federation:
     """Loads model and data, and puts the parts of a run together; nobody has been asked anything yet."""
-    artifact_bytes = 0
+    codec_cost = NOTHING
     if settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact:
         assert settings.codec.artifact is not None
         with codec_remedies(TRAIN_ONE):
             artifact = load_artifact(Path(settings.codec.artifact), settings.codec.name)
             settings.codec.digest = artifact.digest
-        artifact_bytes = bytes_to_hand_out(settings.codec.artifact)
+        codec_cost = CodecCost.of(settings.codec.artifact)
     evaluator = Evaluator(settings)
     layout = Layout.of(adapter_shapes(evaluator.model), adapter_parts(evaluator.model))
     results = before.results if before is not None else RunResults(settings, layout.num_parameters)
-    results.settings, results.artifact_bytes = settings, artifact_bytes
+    results.settings, results.codec_cost = settings, codec_cost
     journal = Journal(results, events)
     inner = build_inner(settings.strategy)
     recording = RecordingStrategy(inner, layout) if settings.record is not None else None

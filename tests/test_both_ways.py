@@ -15,7 +15,7 @@ from adapters.model import adapter_parts, adapter_shapes, get_adapter, load_mode
 from client.app import app as client_app
 from client.holdings import load_held
 from conf.schema import FederationSettings, Settings, check_settings
-from gradcodec.artifact import Artifact, save_artifact
+from gradcodec.artifact import RECORDED, Artifact, save_artifact
 from gradcodec.layout import Layout
 from gradcodec.learned.tables import LearnedTables
 from server.checkpoint import load_checkpoint
@@ -24,12 +24,14 @@ from server.rounds import run_federation
 from strategies.wire import ARRAYS, CONFIG, LACKS
 
 TINY = Path("assets/tiny-llama").absolute()
+RECORDED_BYTES = 12_345
 
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory, learned_tables: LearnedTables) -> str:
     folder = tmp_path_factory.mktemp("artifact") / "codec"
-    save_artifact(Artifact("learned", learned_tables.to_tensors(), {"codec": {}, "trained": {}}), folder)
+    trained = {RECORDED: RECORDED_BYTES}
+    save_artifact(Artifact("learned", learned_tables.to_tensors(), {"codec": {}, "trained": trained}), folder)
     return str(folder)
 
 
@@ -86,7 +88,8 @@ def test_both_ways_fit_their_budgets_and_all_of_it_is_counted(smooth: tuple[RunR
     assert 0 < account.delivery < 4 * 4 * results.num_parameters
     sizes = [path.stat().st_size for path in Path(str(results.settings.codec.artifact)).iterdir()]
     assert account.artifact == 4 * sum(sizes)
-    assert account.total == account.up + account.down + account.delivery + account.artifact
+    assert account.recording == RECORDED_BYTES
+    assert account.total == account.up + account.down + account.delivery + account.artifact + RECORDED_BYTES
 
 
 def test_a_client_holds_what_the_server_held(smooth: tuple[RunResults, Counting, Path]) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradcodec.build import build_codec
+from gradcodec.codec import Reconstructs
 from gradcodec.entropy import SymbolReader, bits_of, encode_symbols
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_update, encode_update
@@ -88,6 +89,20 @@ def test_sizes_at_the_edge_of_float32_are_coded_or_silent(layout: Layout, learne
         payload, residual = encode_update(update, None, codec=learned, max_bytes=budget)
         decoded_RC = layout.to_blocks(decode_update(payload, codec=learned))
         assert torch.equal(residual.error_RC, residual.target_RC - decoded_RC)
+
+
+@given(st.integers(0, 1000), st.sampled_from([None, 4, 30, 240, 1500]), st.sampled_from([0.0, 1e-40, 1.0, 1e6]))
+@settings(max_examples=60, deadline=None)
+def test_an_encoder_knows_what_its_codes_decode_to(seed: int, budget: int | None, size: float) -> None:
+    """To the bit, without reading them."""
+    layout = Layout.of(SHAPES)
+    general = build_codec(CodecSettings(artifact="assets/codec"), layout)
+    assert isinstance(general, Reconstructs)
+    blocks_RC = layout.to_blocks(heavy_tailed_update(seed)) * size
+    side = general.side_information(layout.to_blocks(heavy_tailed_update(seed + 1))) if seed % 2 else None
+    codes, decoded_RC = general.encode_with_decoded(blocks_RC, budget, side)
+    assert codes == general.encode(blocks_RC, budget, side)
+    assert torch.equal(decoded_RC, general.decode(codes, side))
 
 
 @pytest.mark.parametrize("size", [1e19, 1e30])

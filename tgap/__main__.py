@@ -74,7 +74,7 @@ def run(settings: TgapRun) -> list[Row]:
 
 def train(settings: TgapRun, path: Path, output: Path) -> list[Row]:
     """Trains every codec on the recording and measures it. Raises ValueError: the recording does not serve."""
-    from gradcodec.artifact import save_artifact
+    from gradcodec.artifact import RECORDED, save_artifact
     from gradcodec.build import codec_of
     from gradcodec.training.fit import Fitting, train_codec
     from gradcodec.training.measure import measure, rows_to_json
@@ -93,6 +93,7 @@ def train(settings: TgapRun, path: Path, output: Path) -> list[Row]:
         "update": settings.train.update,
         "rank": settings.lora.rank,
         "updates": len(updates),
+        RECORDED: recording.exchanged_bytes,
         "seed": settings.seed,
         **provenance(),
     }

@@ -101,15 +101,23 @@ class LearnedCodec:
         return principal_axes(global_update_RC, self.layout)
 
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
+        return (self._encoder(blocks_RC, max_bytes, side).fill(max_bytes).codes,)
+
+    def encode_with_decoded(
+        self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None
+    ) -> tuple[Codes, Tensor]:
+        encoder = self._encoder(blocks_RC, max_bytes, side)
+        written = encoder.fill(max_bytes)
+        return (written.codes,), self._transform.synthesise(encoder.restored(written), side)
+
+    def _encoder(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> _Encoder:
         if max_bytes is not None and max_bytes < _HEADER.size:
             raise BudgetError(f"{max_bytes} bytes for the codes; the learned codec needs at least {_HEADER.size}")
         coefficients_RC = self._transform.analyse(blocks_RC, side)
         peak = float(torch.linalg.vector_norm(coefficients_RC, math.inf))
         if not peak <= _LARGEST:
             raise DivergedError(f"the update holds values of {peak:.3g}, more than {_LARGEST:.0e}: training diverged")
-        if peak < _width_of(_FINEST):
-            return (_silence(),)
-        return (_Encoder(self._spectrum, self._quantizer, coefficients_RC, peak).fill(max_bytes),)
+        return _Encoder(self._spectrum, self._quantizer, coefficients_RC, peak)
 
     def decode(self, codes: Codes, side: Tensor | None) -> Tensor:
         data = codes[0]
@@ -137,24 +145,51 @@ _Classified = tuple[int, Tensor]
 """A class, and coefficients that have it."""
 
 
+@dataclass(frozen=True)
+class _Written:
+    """Codes, and what they were made of: integers in the order of the codes, on the coefficients' device."""
+
+    codes: bytes
+    plan: _Plan
+    integers_N: Tensor
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Where a row's coefficients of one class lie, once they are sorted."""
+
+    symbol_class: int
+    row: int
+    columns: slice
+
+
 class _Encoder:
-    """One update on its way into codes: the step is sought, everything else follows from it."""
+    """One update on its way into codes: the step is sought, everything else follows from it.
+
+    The coefficients are used up: once their classes are fixed they are sorted by them, row by row.
+    """
 
     def __init__(self, spectrum: Spectrum, quantizer: Quantizer, coefficients_RC: Tensor, peak: float) -> None:
         self._spectrum = spectrum
         self._quantizer = quantizer
         self._coefficients_RC = coefficients_RC
         self._energies_NS = spectrum.energies(coefficients_RC)
-        self._coarsest = min(_step_of(peak) + _STEPS_PER_OCTAVE, _COARSEST)
+        self._silent = peak < _width_of(_FINEST)
+        self._coarsest = _COARSEST if self._silent else min(_step_of(peak) + _STEPS_PER_OCTAVE, _COARSEST)
         self._stride = max(1, coefficients_RC.numel() // _PILOT_VALUES)
         self._pilot_N = coefficients_RC[:, :: self._stride].flatten()
+        self._runs: list[_Run] = []
 
-    def fill(self, max_bytes: int | None) -> bytes:
+    def fill(self, max_bytes: int | None) -> _Written:
         """The codes of the finest step that fits."""
+        if self._silent:
+            return self._silence()
         if max_bytes is None:
             norm = float(torch.linalg.vector_norm(self._coefficients_RC, dtype=torch.float64))
             mean_deviation = norm / math.sqrt(self._coefficients_RC.numel())
-            return self._write(self._plan(max(_step_of(mean_deviation / _OWN_STEPS_PER_DEVIATION), _FINEST)))
+            plan = self._plan(max(_step_of(mean_deviation / _OWN_STEPS_PER_DEVIATION), _FINEST))
+            self._sort(plan)
+            return self._write(plan)
         # corrections and shift move with the step, and the bytes jump: sought once with them, then with those found
         share = len(self._pilot_N) / self._coefficients_RC.numel()
         coarse = self._finest(
@@ -165,20 +200,34 @@ class _Encoder:
         step = self._finest(
             max_bytes, lambda step: self._num_bytes(dataclasses.replace(frozen, step=step), pilot, share), coarse
         )
+        self._sort(frozen)
         if self._stride > 1:
             step = self._on_all(frozen, step, max_bytes)
-        best = b""
-        while not best and step <= self._coarsest:
-            codes = self._write(dataclasses.replace(frozen, step=step))
-            best, step = (codes if len(codes) <= max_bytes else b""), step + 1
-        if not best:
-            return _silence()
+        best: _Written | None = None
+        while best is None and step <= self._coarsest:
+            written = self._write(dataclasses.replace(frozen, step=step))
+            best, step = (written if len(written.codes) <= max_bytes else None), step + 1
+        if best is None:
+            return self._silence()
         for finer in range(step - 2, step - 5, -1):
-            if len(best) >= _GOOD_FILL * max_bytes:
+            if len(best.codes) >= _GOOD_FILL * max_bytes:
                 break
-            codes = self._write(dataclasses.replace(frozen, step=finer))
-            best = codes if len(best) < len(codes) <= max_bytes else best
+            written = self._write(dataclasses.replace(frozen, step=finer))
+            best = written if len(best.codes) < len(written.codes) <= max_bytes else best
         return best
+
+    def restored(self, written: _Written) -> Tensor:
+        """The coefficients that a decoder finds in the codes, to the bit, in their places."""
+        coefficients_RC, stop = self._coefficients_RC.zero_(), 0
+        if not len(written.integers_N):
+            return coefficients_RC
+        for row, levels_C in enumerate(self._spectrum.levels(written.plan.corrections)):
+            for symbol_class, positions_N in _positions(levels_C, written.plan.shift):
+                start, stop = stop, stop + len(positions_N)
+                coefficients_RC[row, positions_N] = self._quantizer.restore(
+                    written.integers_N[start:stop], symbol_class
+                )
+        return coefficients_RC.mul_(_width_of(written.plan.step))
 
     def _finest(self, max_bytes: int, num_bytes: Callable[[int], float], near: int | None = None) -> int:
         """The finest step that fits, sought outwards from one that is near it; finer steps take more, nearly always."""
@@ -197,7 +246,7 @@ class _Encoder:
         """From a step found on a part of a large update to one that nearly fills the budget."""
         found: dict[int, float] = {}
         for _ in range(3):
-            found[step] = self._num_bytes(dataclasses.replace(frozen, step=step), self._all(frozen))
+            found[step] = self._num_bytes(dataclasses.replace(frozen, step=step), self._all())
             move = math.log2(found[step] / max_bytes) * _STEPS_PER_OCTAVE / _SLOPE
             if _GOOD_FILL * max_bytes <= found[step] <= max_bytes or step + math.ceil(move) in found:
                 break
@@ -216,11 +265,20 @@ class _Encoder:
         for symbol_class, positions_N in _positions(levels_N, plan.shift):
             yield symbol_class, self._pilot_N[positions_N]
 
-    def _all(self, plan: _Plan) -> Iterator[_Classified]:
-        """Every coefficient, in the order of the codes. A row at a time, so that memory stays that of a row."""
+    def _sort(self, plan: _Plan) -> None:
+        """Every row by class, in place and without what is silent. A row at a time, so that memory stays that of a
+        row; from here on plans may differ by their steps alone."""
         for row, levels_C in enumerate(self._spectrum.levels(plan.corrections)):
-            for symbol_class, positions_N in _positions(levels_C, plan.shift):
-                yield symbol_class, self._coefficients_RC[row, positions_N]
+            row_C, stop = self._coefficients_RC[row], 0
+            for symbol_class, values_N in [(c, row_C[places_N]) for c, places_N in _positions(levels_C, plan.shift)]:
+                start, stop = stop, stop + len(values_N)
+                row_C[start:stop] = values_N
+                self._runs.append(_Run(symbol_class, row, slice(start, stop)))
+
+    def _all(self) -> Iterator[_Classified]:
+        """Every coefficient, in the order of the codes."""
+        for run in self._runs:
+            yield run.symbol_class, self._coefficients_RC[run.row, run.columns]
 
     def _num_bytes(self, plan: _Plan, judged: Iterable[_Classified], share: float = 1.0) -> float:
         """What the codes take, judged by a share of all coefficients."""
@@ -232,22 +290,28 @@ class _Encoder:
             bits += self._quantizer.num_bits(integers_N, symbol_class)
         return _HEADER.size + (head + bits / share) / 8
 
-    def _write(self, plan: _Plan) -> bytes:
-        return _HEADER.pack(plan.step, plan.shift) + encode_symbols(self._parts(plan))
-
-    def _parts(self, plan: _Plan) -> Iterator[tuple[Symbols, Table]]:
-        yield from self._spectrum.pack(plan.corrections)
-        scale = 1 / _width_of(plan.step)
-        integers = torch.empty(self._coefficients_RC.numel(), dtype=torch.int32, device=self._coefficients_RC.device)
-        runs: list[tuple[int, int, int]] = []
-        stop = 0
-        for symbol_class, coefficients_N in self._all(plan):
+    def _write(self, plan: _Plan) -> _Written:
+        scale, stop = 1 / _width_of(plan.step), 0
+        num = sum(run.columns.stop - run.columns.start for run in self._runs)
+        integers_N = torch.empty(num, dtype=torch.int32, device=self._coefficients_RC.device)
+        for symbol_class, coefficients_N in self._all():
             start, stop = stop, stop + len(coefficients_N)
-            integers[start:stop] = self._quantizer.quantize(coefficients_N * scale, symbol_class)
-            runs.append((symbol_class, start, stop))
-        on_host: Symbols = integers[:stop].cpu().numpy()  # the only values of a payload that leave the device
-        for symbol_class, start, stop in runs:
-            yield from self._quantizer.pack(on_host[start:stop], symbol_class)
+            integers_N[start:stop] = self._quantizer.quantize(coefficients_N * scale, symbol_class)
+        on_host: Symbols = integers_N.cpu().numpy()  # the only values of a payload that leave the device
+        codes = _HEADER.pack(plan.step, plan.shift) + encode_symbols(self._parts(plan, on_host))
+        return _Written(codes, plan, integers_N)
+
+    def _parts(self, plan: _Plan, integers_N: Symbols) -> Iterator[tuple[Symbols, Table]]:
+        yield from self._spectrum.pack(plan.corrections)
+        stop = 0
+        for run in self._runs:
+            start, stop = stop, stop + run.columns.stop - run.columns.start
+            yield from self._quantizer.pack(integers_N[start:stop], run.symbol_class)
+
+    def _silence(self) -> _Written:
+        """The codes of all-zero blocks."""
+        plan = _Plan(0, _SILENT_SHIFT, self._spectrum.nothing())
+        return _Written(_HEADER.pack(0, _SILENT_SHIFT), plan, torch.empty(0, dtype=torch.int32))
 
 
 def _positions(levels_N: Tensor, shift: int) -> Iterator[tuple[int, Tensor]]:
@@ -258,11 +322,6 @@ def _positions(levels_N: Tensor, shift: int) -> Iterator[tuple[int, Tensor]]:
     for symbol_class, count in enumerate(torch.bincount(classes_N).tolist()[1:], MIN_CLASS):
         if count:
             yield symbol_class, (classes_N == symbol_class - lowest).nonzero().squeeze(1)
-
-
-def _silence() -> bytes:
-    """The codes of all-zero blocks."""
-    return _HEADER.pack(0, _SILENT_SHIFT)
 
 
 def _width_of(step: int) -> float:

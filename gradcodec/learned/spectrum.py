@@ -128,19 +128,19 @@ class Spectrum:
             for segment in range(NUM_SEGMENTS if mine.any() else 0):
                 here, widths = energies_NS[mine, segment, None], widths_NS[mine, segment, None]
                 ratio = _mean_ratio(here, widths, expected_N[mine, None]) / loudness
-                level = _levels_of(ratio)
+                level = int(_levels_of(np.array(ratio)))
                 num_live = float((widths[:, 0] * _liveness(expected_N[mine] * loudness * max(ratio, 1.0), step)).sum())
-                if num_live * _bits_lost(level) > _TILT_BITS:
+                if num_live * _BITS_LOST[level] > _TILT_BITS:
                     tilt[kind, segment] = level
         energies_NS = energies_NS / np.exp2(tilt[self._kind_B[self._block_N]] / LEVELS_PER_OCTAVE)
         row_means_N = (energies_NS * widths_NS).sum(1) / widths_NS.sum(1)
-        own_N = np.array([_levels_of(ratio) for ratio in row_means_N / (expected_N * loudness)])
+        own_N = _levels_of(row_means_N / (expected_N * loudness))
         widths_N = widths_NS.sum(1) * _liveness(np.maximum(row_means_N, expected_N * loudness), step)
         rows = np.zeros(self.num_rows, np.int16)
         before = 0
         for i, (own, width) in enumerate(zip(own_N.tolist(), widths_N.tolist(), strict=True)):
-            saved = width * _bits_lost(own - before)
-            before = own if saved > _ROW_BITS else before
+            if width * _BITS_LOST[own - before] > _ROW_BITS:
+                before = own
             rows[i] = before
         corrected_N = expected_N * np.exp2(rows / LEVELS_PER_OCTAVE)
         return Corrections(tilt, rows), _mean_ratio(energies_NS, widths_NS, corrected_N[:, None])
@@ -197,9 +197,9 @@ def _liveness(energies: Doubles, step: float) -> Doubles:
     return counts
 
 
-def _levels_of(ratio: float) -> int:
-    level = round(LEVELS_PER_OCTAVE * math.log2(min(max(ratio, 2.0**-60), 2.0**60)))
-    return max(-MAX_CORRECTION, min(MAX_CORRECTION, level))
+def _levels_of(ratios: Doubles) -> NDArray[np.int64]:
+    levels = np.rint(LEVELS_PER_OCTAVE * np.log2(np.clip(ratios, 2.0**-60, 2.0**60)))
+    return np.asarray(np.clip(levels, -MAX_CORRECTION, MAX_CORRECTION), np.int64)
 
 
 def _bits_lost(level: int) -> float:
@@ -217,6 +217,7 @@ def _falling_table(limit: int, moved: Fraction, halving: int) -> Table:
     return np.array([*counts[::-1], TOTAL - 2 * sum(counts), *counts], np.uint16)
 
 
+_BITS_LOST = {level: _bits_lost(level) for level in range(-2 * MAX_CORRECTION, 2 * MAX_CORRECTION + 1)}
 _TILT_BITS, _ROW_BITS = 5.0, 5.0
 _KIND_TABLE = integer_table(np.ones(2 * (1 + len(_SHAPES))))
 _TILT_TABLE = _falling_table(MAX_CORRECTION, Fraction(2, 3), 2)

@@ -45,6 +45,11 @@ class Recording:
     layout: Layout
     updates: tuple[Update, ...]
 
+    @property
+    def exchanged_bytes(self) -> int:
+        """What making it took: every update up in float32, and down the adapter that it started from."""
+        return 2 * 4 * self.layout.num_parameters * len(self.updates)
+
     def mean_of_round(self, number: int) -> Tensor | None:
         """The global update of a round, ``[R, C]``; None if it was not recorded."""
         blocks = [update.blocks_RC for update in self.updates if update.round == number]
