@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import Qwen3_5Config, Qwen3MoeConfig
 from adapters.model import adapter_parts, adapter_shapes, empty_model
 from adapters.settings import LoraSettings, ModelSettings
 from conf.schema import Settings, check_settings
+from gradcodec.artifact import RECORDED, load_artifact, save_artifact
 from gradcodec.build import build_codec
 from gradcodec.codec import Codec
 from gradcodec.exchange import encode_update
@@ -21,6 +23,7 @@ from gradcodec.layout import Layout
 from gradcodec.paper.networks import ARCHITECTURES
 from gradcodec.paper.resnet import ResnetCodec
 from gradcodec.settings import CodecSettings
+from server.account import SHIPPED_DIGEST, CodecCost
 from server.plan import plan_of, print_plan
 
 SHAPES = {"llama7b_dolly": "llama-7b", "llama7b_ceval": "llama-7b", "qwen7b_mmlu": "qwen2.5-7b"}
@@ -102,6 +105,27 @@ def test_a_codec_of_one_rate_takes_what_is_planned(name: str) -> None:
     payload, _ = encode_update({key: torch.randn(shape) for key, shape in layout.shapes.items()}, None, codec=codec)
     plan = plan_of(composed("task=alpaca", f"codec.name={name}", "codec.artifact=somewhere"))
     assert plan.payload_bytes == len(payload)
+
+
+def test_what_ships_with_the_project_costs_nothing_and_ones_own_its_copies_and_its_recording(tmp_path: Path) -> None:
+    shipped = load_artifact(Path("assets/codec"), "learned")
+    assert shipped.digest == SHIPPED_DIGEST, "assets/codec is another one now"
+    assert CodecCost.of("assets/codec") == CodecCost.of(None) == CodecCost.of(str(tmp_path)) == CodecCost()
+    own = replace(shipped, tensors={**shipped.tensors, "any_rows": shipped.tensors["any_rows"] + 1})
+    for trained, recorded in (({RECORDED: 1000}, 1000), ({}, 0), ({RECORDED: "many"}, 0)):
+        save_artifact(replace(own, settings={"codec": {}, "trained": trained}), tmp_path / "own")
+        size = sum(path.stat().st_size for path in (tmp_path / "own").iterdir())
+        assert CodecCost.of(str(tmp_path / "own")) == CodecCost(size, recorded)
+    plan = plan_of(composed("codec.down_bits=0.5", f"codec.artifact={tmp_path / 'own'}"))
+    account, clients = plan.account(), plan.settings.federation.num_clients
+    assert account is not None
+    assert account.artifact == clients * size
+    start = tmp_path / "start"
+    start.mkdir()
+    further = replace(plan, settings=replace(plan.settings, lora=replace(plan.settings.lora, start=str(start))))
+    again = further.account()
+    assert again is not None
+    assert again.total == account.total + clients * plan.dense_bytes, "every client is sent the start adapter once"
 
 
 def test_what_an_update_decides_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
