@@ -2,7 +2,8 @@
 
     python -m bench.catch_up [--geometry tiny|7b|70b] [--missed 1,5,20,100] [--bits 0.5] [--codec learned] [--json OUT]
 
-Steps are low-rank and heavy-tailed, as updates are, and independent of each other. The server sends whichever is
+Steps are low-rank and heavy-tailed, as updates are, and independent of each other; directions along the width are
+derived for each of them, as in a run, from random ones in the base model's place. The server sends whichever is
 smaller, the steps that were missed or the snapshot; the table has both, and the adapter in float32.
 """
 
@@ -14,14 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.speed import GEOMETRIES, layout_of, update_of
+from bench.speed import GEOMETRIES, codecs_for, layout_of, update_of
 from conf.output import provenance, write_json
 from gradcodec.broadcast import Bundle, Held, catch_up, encode_step, pack_snapshot
-from gradcodec.build import build_codec
+from gradcodec.codec import Codec
 from gradcodec.exchange import max_payload_bytes
 from gradcodec.settings import CodecSettings
 
@@ -59,15 +61,19 @@ def main() -> None:
 def measure(geometry: str, missed: list[int], bits: float, settings: CodecSettings) -> list[dict[str, Any]]:
     """One row for each number of missed rounds. Raises ValueError: the codec cannot be built."""
     layout = layout_of(geometry, 8)
-    codec = build_codec(settings, layout)
-    start = held = Held.at_start(layout.to_blocks(update_of(layout, seed=1)))
+    codecs = codecs_for(settings, layout)
+    start = held = Held.at_start(torch.zeros(layout.rank, layout.num_columns))
+
+    def codec_at(held: Held) -> Codec:
+        return codecs.at(layout.to_update(held.adapter_RC))
+
     carried_RC, steps, rows = None, [], []
     for number in track(range(1, missed[-1] + 1), "steps", console=Console(stderr=True), transient=True):
         data, held, residual = encode_step(
             layout.to_blocks(update_of(layout, seed=1 + number)),
             carried_RC,
             held=held,
-            codec=codec,
+            codec=codec_at(held),
             max_bytes=max_payload_bytes(bits, layout.num_parameters),
         )
         carried_RC = residual.error_RC
@@ -78,7 +84,7 @@ def measure(geometry: str, missed: list[int], bits: float, settings: CodecSettin
         seconds = []
         for bundle in (Bundle(b"", tuple(steps)), Bundle(snapshot, ())):
             began = time.perf_counter()
-            reached = catch_up(start, bundle, layout=layout, codec_at=lambda _: codec)
+            reached = catch_up(start, bundle, layout=layout, codec_at=codec_at)
             seconds.append(time.perf_counter() - began)
             assert reached.digest == held.digest
         rows.append(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from adapters.footprint import MemoryEstimate, estimate_evaluation, estimate_memory, num_adapter_values
+from adapters.spaces import NUM_DIRECTIONS
 from conf.schema import Settings
+from gradcodec.learned.basis import MOST_DIRECTIONS
 from gradcodec.registry import entry_of
 
 
@@ -27,5 +29,8 @@ def _with_codec(estimate: MemoryEstimate, settings: Settings, encoding: bool) ->
         return estimate
     entry = entry_of(settings.codec.name)
     num_updates = entry.encoding_updates if encoding else entry.decoding_updates
-    update_bytes = 4 * num_adapter_values(settings.model, settings.lora)
-    return dataclasses.replace(estimate, codec=num_updates * update_bytes)
+    num_values = num_adapter_values(settings.model, settings.lora)
+    needed = 4 * num_updates * num_values
+    if entry.derives_directions and settings.codec.basis != "artifact":
+        needed += 4 * (NUM_DIRECTIONS + MOST_DIRECTIONS) * num_values // settings.lora.rank
+    return dataclasses.replace(estimate, codec=needed)

@@ -34,9 +34,12 @@ class Reflection:
     """
 
     def __init__(self, leading_WK: Tensor, device: torch.device | str = "cpu") -> None:
+        """``leading_WK``: orthonormal, in float64 or rounded to float16; result on ``device``."""
         width, count = leading_WK.shape
-        orthonormal_WK, upper_KK = torch.linalg.qr(leading_WK.double())  # undoes the rounding to float16
-        orthonormal_WK = orthonormal_WK * torch.sign(upper_KK.diagonal())
+        orthonormal_WK = leading_WK.double()
+        if leading_WK.dtype == torch.float16:
+            orthonormal_WK, upper_KK = torch.linalg.qr(orthonormal_WK)  # undoes the rounding
+            orthonormal_WK = orthonormal_WK * torch.sign(upper_KK.diagonal())
         # the sign of a direction is free: a negative diagonal keeps S far from singular, nearly always
         orthonormal_WK = orthonormal_WK * -torch.where(orthonormal_WK.diagonal() < 0, -1.0, 1.0)
         unit_WK = torch.eye(width, count, dtype=torch.float64)

@@ -94,7 +94,9 @@ class LearnedCodec:
         not used. Raises CodecError: a prior is not this layout's."""
         leading = derive(self.layout, priors, moved_RC)
         tables = self.tables.for_directions(leading, {block.name: block.transposed for block in self.layout.blocks})
-        return LearnedCodec(self.layout, tables, self._weights_digest + sketch(leading), self._transform.device)
+        codec = LearnedCodec(self.layout, tables, self._weights_digest + sketch(leading), self._transform.device)
+        codec.tables = self.tables  # its transform holds the directions, in half the memory
+        return codec
 
     def side_information(self, global_update_RC: Tensor) -> Tensor | None:
         """Principal axes of the last global update, ``[B, R, R]`` float32."""
