@@ -110,6 +110,7 @@ register(
         derives_directions=True,
         trainer="gradcodec.learned.fit:train",
         trained_as=("learned",),
+        encoding_updates=5,
     )
 )
 for _name in ("resnet", "cnn1d", "uformer"):

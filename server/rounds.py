@@ -148,7 +148,7 @@ def _ways(settings: Settings, layout: Layout, evaluator: Evaluator) -> Ways:
         return Ways(DenseBroadcaster(), DenseReceiver())
     with codec_remedies(TRAIN_ONE):
         codecs = codecs_of(settings, layout, evaluator.seeded, evaluator.model.device)
-    _check_budgets(settings.codec, codecs.at(evaluator.seeded))
+    _check_budgets(settings.codec, codecs.at(evaluator.seeded), evaluator.model.device)
     num_clients, budget = settings.federation.num_clients, byte_budget(settings.codec, layout)
     down = settings.codec.down_bits is not None
     receiver = CodedReceiver(
@@ -161,17 +161,18 @@ def _ways(settings: Settings, layout: Layout, evaluator: Evaluator) -> Ways:
     return Ways(down_way, receiver)
 
 
-def _check_budgets(settings: CodecSettings, codec: Codec) -> None:
+def _check_budgets(settings: CodecSettings, codec: Codec, device: torch.device) -> None:
     """Raises BudgetError naming the key: no payload, or no broadcast, of so few bytes can be made."""
     layout = codec.layout
-    trial_RC = layout.unflatten(torch.randn(layout.num_parameters, generator=torch.Generator().manual_seed(0)))
+    trial_N = torch.randn(layout.num_parameters, generator=torch.Generator().manual_seed(0))
+    trial_RC = layout.unflatten(trial_N).to(device)
     key, bits = "bits", settings.bits
     try:
         if (budget := byte_budget(settings, layout)) is not None:
             encode_update(layout.to_update(trial_RC), None, codec=codec, max_bytes=budget)
         key, bits = "down_bits", settings.down_bits
         if (budget := broadcast_budget(settings, layout)) is not None:
-            held = Held.at_start(torch.zeros_like(trial_RC))
+            held = Held.at_start(torch.zeros(layout.rank, layout.num_columns))
             encode_step(trial_RC, None, held=held, codec=codec, max_bytes=budget)
     except BudgetError as error:
         raise BudgetError(f"codec.{key}={bits:g} of {layout.num_parameters:,} parameters: {error}") from None

@@ -177,7 +177,7 @@ def test_a_whole_run_is_judged_at_equal_rounds_and_at_denses_loss() -> None:
         "uplinks": [{"server_round": number, "payload_bytes": 10} for number in (1, 2, 3, 4)],
         "downlinks": [sent(1, snapshot_bytes=5), sent(2, step_bytes=10), sent(3, step_bytes=10, catch_up_bytes=10)],
         "delivery_bytes": [1, 2, 3, 4],
-        "bytes": {"artifact": 7, "total": 86},
+        "bytes": {"artifact": 7, "recording": 1, "total": 86},
         "seconds": 1.0,
     }
     dense = {"heldout_loss": [4.0, 3.5, 3.0], "bytes": {"total": 860}}
@@ -188,11 +188,12 @@ def test_a_whole_run_is_judged_at_equal_rounds_and_at_denses_loss() -> None:
         "down": 15,
         "delivery": 2,
         "artifact": 7,
+        "recording": 1,
         "catch_up": 0,
         "snapshots": 5,
-        "total": 44,
+        "total": 45,
     }
-    assert (found["rounds_to_dense"], found["bytes_to_dense"]["total"]) == (3, 30 + 35 + 3 + 7)
+    assert (found["rounds_to_dense"], found["bytes_to_dense"]["total"]) == (3, 30 + 35 + 3 + 7 + 1)
     assert found["of_dense_at_the_end"] == 10
     never = judge(run | {"heldout_loss": [4.0, 3.9, 3.8, 3.7, 3.6]}, dense)
     assert never["rounds_to_dense"] is None

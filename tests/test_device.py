@@ -59,7 +59,7 @@ def code_on_the_device() -> None:
             assert residual.error_RC.device.type == "cpu"
             assert far_residual.error_RC.device == far_residual.target_RC.device == gpu.device
             codes, *others = sorted(copies, reverse=True)
-            assert update_bytes // 4 < codes <= update_bytes
+            assert update_bytes // 5 < codes <= update_bytes
             assert others[0] < update_bytes // 50  # energies of segments, numbers of coefficients by class
             decoded_RC, copies = gpu.copies_of(partial(decode_blocks, payload, codec=there, side=side))
             assert decoded_RC.device == gpu.device
@@ -112,8 +112,8 @@ def federate_on_the_device(folder: Path) -> None:
             assert losses == pytest.approx(expected, abs=1e-3)
             assert len(set(losses)) == len(losses) > 1
             # the first adapter; in each round, dense: an update; coded: at most four tries, the residual's two, and the
-            # decoded update twice, for its norm and for the mean
-            assert 0 < sum(copies) < (18 if arm == "coded" else 4) * 4 * 49_152
+            # decoded update twice, for its norm and for the mean; and once the server's trial, at most four tries
+            assert 0 < sum(copies) < (22 if arm == "coded" else 4) * 4 * 49_152
 
 
 def federate(folder: Path, arm: str, device: str) -> list[float]:
