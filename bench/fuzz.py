@@ -14,6 +14,7 @@ streams, extreme headers. Any other error than CodecError, a value that is not f
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 import resource
@@ -117,32 +118,41 @@ class Broadcasts:
         shape = codec.layout.rank, codec.layout.num_columns
         self._codec = codec
         self._held = Held.at_start(torch.randn(shape, generator=generator))
-        step_RC = torch.randn(shape, generator=generator) * 1e-3
-        self._step, after, _ = encode_step(step_RC, None, held=self._held, codec=codec, max_bytes=700)
-        self._snapshot = pack_snapshot(after, codec.layout, with_start=True)
-        self._honest = pack_bundle(self._snapshot, [self._step])
+        self._snapshot, self._steps, states = b"", list[bytes](), [self._held]
+        for _ in range(2):  # the second step has side information and follows the snapshot
+            step_RC = torch.randn(shape, generator=generator) * 1e-3
+            step, after, _ = encode_step(step_RC, None, held=states[-1], codec=codec, max_bytes=700)
+            self._snapshot = self._snapshot or pack_snapshot(after, codec.layout, with_start=True)
+            self._steps.append(step)
+            states.append(after)
+        self._contexts = [b"/step/" + state.digest.encode() for state in states]
+        self._honest = [pack_bundle(b"", self._steps), pack_bundle(self._snapshot, self._steps[1:])]
 
     def hostile(self, chance: random.Random) -> bytes:
         """Damaged as a whole, or in one of its parts; of a step's payload also behind a right checksum."""
-        kind = chance.randrange(4)
+        kind = chance.randrange(5)
         if kind == 0:
-            return _damaged(chance, self._honest)
+            return _damaged(chance, chance.choice(self._honest))
         change = chance.choice((_damaged, _noise, _extreme_head))
         if kind == 1:
             return pack_bundle(change(chance, self._snapshot), [])
         if kind == 2:
-            return pack_bundle(b"", [change(chance, self._step)])
-        count, offset = unpack_length(self._step, 2)
+            return pack_bundle(_other_tensors(chance, self._snapshot), self._steps[1:])
+        number = chance.randrange(2)
+        before = [b"", self._snapshot][number]
+        step, context = self._steps[number], self._contexts[number]
+        if kind == 3:
+            return pack_bundle(before, [change(chance, step)])
+        count, offset = unpack_length(step, 2)
         for _ in range(count):
-            _, offset = unpack_length(self._step, offset)
-        head, payload = self._step[:offset], self._step[offset:]
-        context = b"/step/" + self._held.digest.encode()
+            _, offset = unpack_length(step, offset)
+        head, payload = step[:offset], step[offset:]
         codes = list(unpack(payload, self._codec.num_streams, context).codes)
         which = chance.randrange(len(codes))
         codes[which] = change(chance, codes[which])
         forged = pack(Frame(self._codec.id, self._codec.layout.id, 1.0, tuple(codes)), context)
         head = chance.choice((head, _extreme_head(chance, head)))
-        return pack_bundle(chance.choice((b"", self._snapshot)), [head + forged])
+        return pack_bundle(before, [head + forged])
 
     def decode(self, data: bytes) -> Iterable[Tensor]:
         held = catch_up(self._held, unpack_bundle(data), layout=self._codec.layout, codec_at=lambda _: self._codec)
@@ -210,6 +220,24 @@ def _damaged(chance: random.Random, data: bytes) -> bytes:
     for _ in range(chance.randrange(1, 9) if data else 0):
         changed[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
     return bytes(changed)
+
+
+def _other_tensors(chance: random.Random, snapshot: bytes) -> bytes:
+    """A safetensors file whose head is whole JSON and tells of other tensors."""
+    size = int.from_bytes(snapshot[:8], "little")
+    head: dict[str, dict[str, Any]] = json.loads(snapshot[8 : 8 + size])
+    name = chance.choice(sorted(head))
+    match chance.randrange(4):
+        case 0:
+            head[name]["dtype"] = chance.choice(("F64", "F32", "F16", "I8", "U8", "I64", "BOOL", "C64", "nonsense"))
+        case 1:
+            head[name]["shape"] = [chance.choice((0, 1, -1, 7, 1 << 31, 1 << 62)) for _ in range(chance.randrange(4))]
+        case 2:
+            head[name]["data_offsets"] = sorted(chance.randrange(len(snapshot)) for _ in range(2))
+        case _:
+            head[chance.choice(("moved", "start", "side", "grid", "other"))] = head.pop(name)
+    text = json.dumps(head).encode()
+    return len(text).to_bytes(8, "little") + text + snapshot[8 + size :]
 
 
 def _noise(chance: random.Random, data: bytes) -> bytes:
