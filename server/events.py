@@ -129,6 +129,7 @@ class RunStatus:
     heldout_loss: list[float] = field(default_factory=list)
     payload_bytes: int = 0
     bytes_down: int = 0
+    bytes_missed: int = 0  # of those: what clients had missed
     uplinks: int = 0
     faults: int = 0
     last_fault: str = ""
@@ -174,6 +175,7 @@ class RunStatus:
 
     def _take_downlink(self, event: Event) -> None:
         self.bytes_down += sum(_count(event, key) for key in DOWNLINK_BYTES)
+        self.bytes_missed += _count(event, "catch_up_bytes") + _count(event, "snapshot_bytes")
 
     def _take_uplink(self, event: Event) -> None:
         self.payload_bytes += _count(event, "payload_bytes")

@@ -88,6 +88,7 @@ def table(folder: Path, status: RunStatus) -> RenderableType:
     """All figures of a run."""
     left = status.seconds_left if status.state == "running" else None
     per_uplink = bytes_text(status.payload_bytes / status.uplinks) if status.uplinks else "-"
+    missed = f", {bytes_text(status.bytes_missed)} of it for what clients had missed" if status.bytes_missed else ""
     rows = {
         "state": status.state,
         "run": status.label,
@@ -95,7 +96,7 @@ def table(folder: Path, status: RunStatus) -> RenderableType:
         "round": f"{status.server_round} of {status.rounds}, {status.answers} answers to the last one",
         "held-out loss": " -> ".join(f"{loss:.4f}" for loss in _ends(status.heldout_loss)) or "-",
         "payloads up": f"{bytes_text(status.payload_bytes)}, {per_uplink} a client and round",
-        "arrays down": bytes_text(status.bytes_down),
+        "arrays down": f"{bytes_text(status.bytes_down)}{missed}",
         "faults": f"{status.faults}{f', last: {status.last_fault}' if status.faults else ''}",
         "time": seconds_text(status.updated - status.started),
         "time left": "-" if left is None else seconds_text(left),

@@ -19,6 +19,7 @@ from gradcodec.artifact import RECORDED, Artifact, save_artifact
 from gradcodec.layout import Layout
 from gradcodec.learned.tables import LearnedTables
 from server.checkpoint import load_checkpoint
+from server.events import read_status
 from server.results import RunResults
 from server.rounds import run_federation
 from strategies.wire import ARRAYS, CONFIG, LACKS
@@ -74,13 +75,15 @@ def layout_and_start(settings: Settings) -> tuple[Layout, torch.Tensor]:
 
 
 def test_both_ways_fit_their_budgets_and_all_of_it_is_counted(smooth: tuple[RunResults, Counting, Path]) -> None:
-    results, grid, _ = smooth
+    results, grid, folder = smooth
     assert not results.faults
     assert results.heldout_loss[-1] < results.heldout_loss[0] - 0.02
     most = results.num_parameters / 16
     assert all(uplink.payload_bytes <= most for uplink in results.uplinks)
     account = results.account()
     assert account.down == grid.bytes_down()
+    status = read_status(folder / "run")
+    assert (status.bytes_down, status.bytes_missed) == (account.down, account.catch_up + account.snapshots)
     steps = [one for one in results.downlinks if one.step_bytes > 16]
     assert all(one.step_bytes <= most + 8 for one in steps)
     assert {one.server_round for one in steps} <= {2, 3, 4}
