@@ -53,7 +53,9 @@ def pushed(folder: Path, lost: int) -> tuple[ForgetfulSuperLink, list[Message]]:
     grid = HttpGrid(token="token")
     grid._run = cast(Any, SimpleNamespace(run_id=run_id))
     grid._client = cast(Any, superlink)
-    content = RecordDict({"arrays": ArrayRecord({str(i): Array(np.full(9, i, np.float32)) for i in range(5)})})
+    content = RecordDict(
+        {"arrays": ArrayRecord({str(i): Array(np.full(9999, i, np.float32)) for i in range(5)})}
+    )  # too large to be folded
     message = Message(content, node, MessageType.TRAIN)
     message.metadata.__dict__.update(_run_id=run_id, _src_node_id=1)
     replies_to(grid, [message], seconds=0)
