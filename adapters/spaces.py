@@ -97,10 +97,15 @@ def spaces_of(settings: ModelSettings, wanted: Sequence[Wanted]) -> dict[str, Sp
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_suffix(".lock")):
         if not place.is_file():
-            device = resolve_device(settings)
-            with torch.inference_mode():
-                _save(_computed(load_config(settings).get_text_config(), _Weights(files, device), wanted), place)
+            _save(computed_spaces(settings, wanted), place)
         return _load(place)
+
+
+def computed_spaces(settings: ModelSettings, wanted: Sequence[Wanted]) -> dict[str, Space]:
+    """The same, computed now. Raises NoWeightsError: as ``spaces_of``."""
+    weights = _Weights(_checkpoint(settings), resolve_device(settings))
+    with torch.inference_mode():
+        return _computed(load_config(settings).get_text_config(), weights, wanted)
 
 
 def _checkpoint(settings: ModelSettings) -> list[Path]:
