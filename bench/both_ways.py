@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/both-ways"))
     parser.add_argument("--json", type=Path, metavar="OUT", help="save the figures")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # settings may stand anywhere
     if args.seeds < 1 or args.first_seed < 0 or args.rounds < 1 or args.times < 1:
         parser.error("at least one seed from 0 on, one round, and as many rounds as dense")
     try:

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, starting at 0 (default 1)")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for every arm")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # settings may stand anywhere
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: at least one seed")
     try:

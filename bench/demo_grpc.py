@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo-grpc"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for both runs")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # settings may stand anywhere
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         output = open_output(args.output.absolute())

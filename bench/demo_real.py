@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--beside", type=Path, metavar="RESULTS", help="results.json of other seeds, to put with these")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo-real"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for every arm")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # settings may stand anywhere
     if args.seeds < 1 or args.first_seed < 0:
         parser.error(f"--seeds {args.seeds} --first-seed {args.first_seed}: at least one seed, from 0 on")
     seeds = range(args.first_seed, args.first_seed + args.seeds)

@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of what is killed, and when")
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # settings may stand anywhere
     started = time.monotonic()
     deadline = started + 60 * args.minutes
     share = -(-args.kills // args.deployments)

@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/loss-over-bytes"))
     parser.add_argument("--json", type=Path, metavar="OUT", help="save the table (default: OUTPUT/results.json)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # settings may stand anywhere
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: at least one seed")
     try:

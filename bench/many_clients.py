@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # settings may stand anywhere
     try:
         counts = [int(count) for count in args.clients.split(",")]
         rows = [measure(count, args.rounds, args.overrides) for count in counts]

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--quantization", default="nf4", help="of the random model: nf4 as in QLoRA, int8 or none")
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # settings may stand anywhere
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         with tempfile.TemporaryDirectory(prefix="bench-rounds-") as name:

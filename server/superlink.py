@@ -240,10 +240,10 @@ def _log_tail(connection: str, run_id: str, lines: int = 4) -> str:
 
 def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
     """In a session of its own, so that Ctrl-C here does not end it; without colours."""
-    flwr = Path(sys.executable).with_name("flwr")
-    environment = {**os.environ, "NO_COLOR": "1", "TERM": "dumb"}
+    paths = os.pathsep.join([str(APP_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "PYTHONPATH": paths}
     return subprocess.run(
-        [str(flwr), *arguments],
+        [sys.executable, "-m", "server.submit", *arguments],
         capture_output=True,
         text=True,
         timeout=120,

@@ -39,6 +39,7 @@ from server.control import SecretPlugin
 from server.keys import make_keys
 from server.launch import ServerConfig, refuses_strangers, start_server
 from server.nodes import _node_id_in_database, list_nodes, register_nodes, revoke_node
+from server.submit import write_deflated
 
 runtime: Any = importlib.import_module("flwr.supernode.runtime.run_clientapp")
 
@@ -348,3 +349,13 @@ def test_tasks_of_a_client_app_alone_are_taken(monkeypatch: pytest.MonkeyPatch, 
     assert command[command.index("--token-file") + 1] == str(file)
     assert take_token(file) == "a token"
     assert not file.exists()
+
+
+def test_the_app_is_sent_deflated_and_is_the_same_app(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = importlib.import_module("flwr.cli.build")
+    stored = build.build_fab_from_disk(client.own_app.CHECKOUT)
+    monkeypatch.setattr(build, "write_to_zip", write_deflated)
+    deflated = build.build_fab_from_disk(client.own_app.CHECKOUT)
+    assert len(deflated) < len(stored) / 2
+    assert app_digests(deflated) == app_digests(stored)
+    assert build.build_fab_from_disk(client.own_app.CHECKOUT) == deflated, "equal apps are equal bytes"
