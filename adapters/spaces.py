@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,9 +41,12 @@ from adapters.base import load_config, resolve_device
 from adapters.gguf import cache_folder, model_folder
 from adapters.settings import ModelSettings
 
+_LOG = logging.getLogger(__name__)
+
 NUM_DIRECTIONS = 128
 MAX_WIDTH = 8192
 """Wider tensors get no directions: their Gram matrices would take more than half a gigabyte each."""
+_BEFORE_QUANTISATION = "codec.basis=model needs weights as they were before quantisation"
 _VERSION = 1
 _EXACT_WIDTH = 1024
 _ITERATIONS, _SPARE = 12, 32
@@ -94,11 +98,15 @@ def spaces_of(settings: ModelSettings, wanted: Sequence[Wanted]) -> dict[str, Sp
     asked = [(one.name, one.tensor, str(one.rows)) for one in wanted]
     key = hashlib.sha256(json.dumps([_VERSION, NUM_DIRECTIONS, dates, asked]).encode()).hexdigest()[:32]
     place = cache_folder() / "spaces" / f"{key}.safetensors"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.with_suffix(".lock")):
-        if not place.is_file():
-            _save(computed_spaces(settings, wanted), place)
-        return _load(place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.with_suffix(".lock")):
+            if not place.is_file():
+                _save(computed_spaces(settings, wanted), place)
+            return _load(place)
+    except OSError as error:
+        _LOG.warning("what the base model says of directions is not kept for the next run: %s", error)
+        return computed_spaces(settings, wanted)
 
 
 def computed_spaces(settings: ModelSettings, wanted: Sequence[Wanted]) -> dict[str, Space]:
@@ -158,11 +166,11 @@ class _Weights:
     def __getitem__(self, name: str) -> Tensor:
         key = self._key(name)
         if key is None:
-            raise NoWeightsError(
-                f"the checkpoint has no {name}.weight: codec.basis=model needs weights before quantisation"
-            )
+            raise NoWeightsError(f"the checkpoint has no {name}.weight: {_BEFORE_QUANTISATION}")
         with safe_open(self._files[key], "pt") as file:
             tensor: Tensor = file.get_tensor(key)
+        if tensor.element_size() < 2 or not tensor.is_floating_point():
+            raise NoWeightsError(f"the checkpoint's {key} is {tensor.dtype}: {_BEFORE_QUANTISATION}")
         return tensor.to(self._device, torch.float64)
 
     def _key(self, name: str) -> str | None:

@@ -25,9 +25,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
 from rich.table import Table
 
-from bench.speed import GEOMETRIES, layout_of, peak_bytes, update_of
+from bench.speed import GEOMETRIES, codec_for, layout_of, peak_bytes, update_of
 from conf.output import provenance, write_json
-from gradcodec.build import build_codec
 from gradcodec.codec import Codec
 from gradcodec.exchange import encode_update, max_payload_bytes
 from gradcodec.frame import pack, unpack
@@ -79,7 +78,7 @@ def main() -> None:
 
 
 def payload_of(layout: Layout, bits: float) -> bytes:
-    codec = build_codec(CodecSettings(artifact="assets/codec"), layout)
+    codec = codec_for(CodecSettings(artifact="assets/codec"), layout)
     return encode_update(
         update_of(layout), None, codec=codec, max_bytes=max_payload_bytes(bits, layout.num_parameters)
     )[0]
@@ -144,7 +143,7 @@ class Unobserved:
 
 
 def _strategy(layout: Layout, num_clients: int) -> tuple[FederatedStrategy, Codec]:
-    codec = build_codec(CodecSettings(artifact="assets/codec"), layout)
+    codec = codec_for(CodecSettings(artifact="assets/codec"), layout)
     strategy = FederatedStrategy(
         build_inner(StrategySettings()),
         Ways(DenseBroadcaster(), CodedReceiver(codec, "", num_clients)),

@@ -113,7 +113,7 @@ def bytes_until(run: dict[str, Any], rounds: int) -> dict[str, int]:
         "down": sum(one[size] for one in sent for size in DOWNLINK_BYTES),
         "delivery": run["delivery_bytes"][rounds - 1],
         "artifact": run["bytes"]["artifact"],
-        "recording": run["bytes"]["recording"],
+        "recording": run["bytes"].get("recording", 0),  # runs of before did not count it
     }
     beside = {"catch_up": "catch_up_bytes", "snapshots": "snapshot_bytes"}
     return {

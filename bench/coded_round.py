@@ -31,9 +31,8 @@ from adapters.footprint import estimate_memory
 from adapters.model import adapter_parts, adapter_shapes, get_adapter, load_model
 from adapters.settings import QUANTIZATIONS, LoraSettings, ModelSettings, TrainSettings
 from adapters.windows import Windows
-from bench.speed import device_name, peak_bytes, wait_for
+from bench.speed import codec_for, device_name, peak_bytes, wait_for
 from conf.output import provenance, write_json
-from gradcodec.build import build_codec
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
@@ -115,7 +114,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     model = load_model(settings, lora, seed=0)
     load = clock.lap()
     layout = Layout.of(adapter_shapes(model), adapter_parts(model))
-    codec = build_codec(CodecSettings(artifact=args.artifact), layout, device)
+    codec = codec_for(CodecSettings(artifact=args.artifact), layout, device)
     adapter = get_adapter(model)
     vocabulary = int(model.get_base_model().config.vocab_size)
     drawn = torch.randint(vocabulary, (64, args.window), generator=torch.Generator().manual_seed(0))

@@ -31,9 +31,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from bench.speed import codec_for
 from conf.output import provenance, write_json
 from gradcodec.broadcast import Held, catch_up, encode_step, pack_bundle, pack_snapshot, unpack_bundle
-from gradcodec.build import build_codec
 from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
@@ -64,7 +64,7 @@ def main() -> None:
     layout = Layout.of(SHAPES)
     names = args.codecs.split(",")
     try:
-        codecs = {name: build_codec(CodecSettings(name, artifact=args.artifact), layout) for name in names}
+        codecs = {name: codec_for(CodecSettings(name, artifact=args.artifact), layout) for name in names}
     except ValueError as error:
         sys.exit(f"error: {error}")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -31,6 +31,7 @@ from torch import Tensor
 from adapters.spaces import NUM_DIRECTIONS
 from conf.output import provenance, write_json
 from gradcodec.build import build_codec
+from gradcodec.codec import Codec
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
 from gradcodec.layout import Layout
 from gradcodec.learned.basis import Prior
@@ -133,6 +134,11 @@ def codecs_for(settings: CodecSettings, layout: Layout, device: torch.device | s
     }
     start = {name: torch.zeros(shape) for name, shape in layout.shapes.items()}
     return DerivedCodecs(codec, {block.name: priors[block.width] for block in layout.blocks}, start)
+
+
+def codec_for(settings: CodecSettings, layout: Layout, device: torch.device | str = "cpu") -> Codec:
+    """The codec of a round that some update led to."""
+    return codecs_for(settings, layout, device).at(update_of(layout, seed=1))
 
 
 def measure(

@@ -1,11 +1,11 @@
 """Zeroth-order federated fine-tuning beside a dense run: seeds and scalars travel, and nothing else.
 
-    python -m bench.zeroth --beside outputs/both-ways/seed-0/dense [--rounds 400] [--lr 0.5,2] [--json OUT]
+    python -m bench.zeroth --beside outputs/both-ways/seed-0/dense [--rounds 400] [--lr 0.003,0.03] [--json OUT]
 
 DeComFL (Li et al. 2024) and FedKSeed (Qin et al. 2023) on the LoRA parameters: in every round each client says how its
 loss changes along random directions that all draw from a seed, one number a direction; the server sends the means back,
-and all take the same step. Clients, data, batches and the held-out loss are the dense run's, whose settings are read
-from its results.json. Counted are four bytes a direction up for each client of a round, and four down for every client,
+and all take the same step. Clients, data and the held-out loss are the dense run's, whose settings are read from its
+results.json. Counted are four bytes a direction up for each client of a round, and four down for every client,
 which must follow every step sooner or later.
 """
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--beside", type=Path, required=True, metavar="RUN", help="output folder of a dense run")
     parser.add_argument("--rounds", type=int, default=400)
-    parser.add_argument("--lr", default="1e-4", help="learning rates, one run each")
+    parser.add_argument("--lr", default="0.003", help="learning rates, one run each")
     parser.add_argument("--directions", type=int, default=1, help="a round (default 1)")
     parser.add_argument("--reach", type=float, default=1e-3)
     parser.add_argument("--json", type=Path, metavar="OUT")
@@ -91,10 +91,9 @@ def run(dense: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     with torch.no_grad(), Progress(console=Console(stderr=True), transient=True) as progress:
         for number in progress.track(range(1, recipe.rounds + 1), description=f"lr {recipe.lr:g}"):
             started = time.perf_counter()
-            batches = [
-                _batch(shards[client].train, settings.train.batch_size, [settings.seed, number, client])
-                for client in sampling.sample(number)
-            ]
+            asked, size = sampling.sample(number), settings.train.batch_size
+            drawn = (_batch(shards[client].train, size, [settings.seed, number, client]) for client in asked)
+            batches = [batch.to(model.device) for batch in drawn]
             steps = []
             for direction in range(recipe.directions):
                 which = number * recipe.directions + direction
@@ -102,7 +101,7 @@ def run(dense: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
             for which, slope in steps:
                 _move(parameters, which, -recipe.lr * slope / recipe.directions)
             working += time.perf_counter() - started
-            if number % looks == 0:
+            if number % looks == 0 or number == recipe.rounds:
                 losses[number] = heldout_loss(model, heldout)
     up = SCALAR_BYTES * recipe.directions * recipe.rounds * federation.clients_per_round
     down = SCALAR_BYTES * recipe.directions * recipe.rounds * num_clients
@@ -140,7 +139,7 @@ def _move(parameters: Sequence[Tensor], which: int, distance: float) -> None:
     """Along one random direction, the same on every end."""
     generator = torch.Generator().manual_seed(which)
     for parameter in parameters:
-        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=distance)
+        parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.device), alpha=distance)
 
 
 def print_rows(rows: list[dict[str, Any]], dense: dict[str, Any]) -> None:

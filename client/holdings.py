@@ -26,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class LacksError(Exception):
-    """A client does not hold what a broadcast starts from; ``holds`` is the digest of what it does."""
+    """A client does not hold what a broadcast starts from; ``holds`` is its claim of what it does (``Held.claim``)."""
 
     def __init__(self, holds: str) -> None:
         super().__init__(f"it holds {holds}")
@@ -48,15 +48,15 @@ def take_in(
     if held.digest == broadcast.held:
         return held
     if broadcast.held_before not in ("", held.digest):
-        raise LacksError(held.digest)
+        raise LacksError(held.claim)
     try:
         bundle = unpack_bundle(broadcast.bundle)
         after = catch_up(held, bundle, layout=layout, codec_at=codec_at, context=context)
     except CodecError as error:
         _LOG.warning("the server's broadcast does not fit what is held here: %s", error)
-        raise LacksError(held.digest) from None
+        raise LacksError(held.claim) from None
     if after.digest != broadcast.held:
-        raise LacksError(held.digest)
+        raise LacksError(held.claim)
     return after
 
 

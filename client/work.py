@@ -41,7 +41,7 @@ class Work:
 @dataclass(frozen=True)
 class Trained:
     """The dense adapter or the payload, whichever the arm sends; neither, if nothing was trained since the client
-    ``lacks`` what the broadcast starts from: the digest of what it holds."""
+    ``lacks`` what the broadcast starts from: its claim of what it holds (``gradcodec.broadcast.Held``)."""
 
     adapter: Arrays | None
     payload: bytes | None

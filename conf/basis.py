@@ -26,7 +26,8 @@ def codecs_of(
 ) -> Codecs:
     """
     Args:
-        settings: of the run; paths are this machine's.
+        settings: of the run; paths are this machine's. ``codec.basis=auto`` becomes what it comes to here, so that
+            nodes are told, and one that cannot do the same says so at the roll call.
         layout: of the adapter.
         seeded: the adapter that the seed gives, from which a run starts if ``lora.start`` names no other.
         device: where the codec works.
@@ -35,25 +36,30 @@ def codecs_of(
         ValueError: the artifact or the base model's weights are not as they are needed.
     """
     codec = build_codec(settings.codec, layout, device)
-    if not isinstance(codec, LearnedCodec) or not _derives(settings.codec.basis, codec):
+    if not isinstance(codec, LearnedCodec):
+        return SameCodec(codec)
+    basis = settings.codec.basis
+    if basis == "auto" and (codec.tables.leading or not codec.tables.serve_derived):
+        basis = "artifact"
+    settings.codec.basis = basis
+    if basis == "artifact":
         return SameCodec(codec)
     if not codec.tables.serve_derived:
         raise ArtifactError(
             f"codec.artifact={settings.codec.artifact} was trained with directions of its own and has no levels for "
-            "derived ones: with codec.basis=model take assets/codec, or train one with `python -m tgap.general`"
+            f"derived ones: with codec.basis={basis} take assets/codec, or train one with `python -m tgap.general`"
         )
-    try:
-        priors = priors_of(settings.model, layout)
-    except NoWeightsError as error:
-        if settings.codec.basis == "model":
-            raise
-        _LOG.warning("directions along the width come from the adapter's moves alone: %s", error)
-        priors = {}
+    priors: dict[str, Prior] = {}
+    if basis != "moves":
+        try:
+            priors = priors_of(settings.model, layout)
+        except NoWeightsError as error:
+            if basis == "model":
+                raise
+            _LOG.warning("directions along the width come from the adapter's moves alone: %s", error)
+    if basis == "auto":
+        settings.codec.basis = "model" if priors else "moves"
     return DerivedCodecs(codec, priors, None if settings.lora.start is not None else seeded)
-
-
-def _derives(basis: str, codec: LearnedCodec) -> bool:
-    return basis == "model" or (basis == "auto" and codec.tables.serve_derived and not codec.tables.leading)
 
 
 def priors_of(model: ModelSettings, layout: Layout) -> dict[str, Prior]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from adapters.base import resolve_device
 from adapters.footprint import MemoryEstimate, estimate_evaluation, estimate_memory, num_adapter_values
 from adapters.spaces import NUM_DIRECTIONS
 from conf.schema import Settings
@@ -21,7 +22,7 @@ def server_memory(settings: Settings) -> MemoryEstimate:
     """Of the process that evaluates, and in the arm ``centralised`` trains. Raises ValueError: as ``client_memory``."""
     estimate = estimate_memory if settings.arm == "centralised" else estimate_evaluation
     needed = estimate(settings.model, settings.lora, settings.train, settings.task.window)
-    return _with_codec(needed, settings, encoding=settings.codec.down_bits is not None)
+    return _with_codec(needed, settings, encoding=True)
 
 
 def _with_codec(estimate: MemoryEstimate, settings: Settings, encoding: bool) -> MemoryEstimate:
@@ -32,5 +33,7 @@ def _with_codec(estimate: MemoryEstimate, settings: Settings, encoding: bool) ->
     num_values = num_adapter_values(settings.model, settings.lora)
     needed = 4 * num_updates * num_values
     if entry.derives_directions and settings.codec.basis != "artifact":
-        needed += 4 * (NUM_DIRECTIONS + MOST_DIRECTIONS) * num_values // settings.lora.rank
+        on_host = resolve_device(settings.model).type == "cpu"  # there they are derived, in float64
+        of_a_column = 4 * NUM_DIRECTIONS + 14 * MOST_DIRECTIONS if on_host else 4 * MOST_DIRECTIONS
+        needed += of_a_column * num_values // settings.lora.rank
     return dataclasses.replace(estimate, codec=needed)

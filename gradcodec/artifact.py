@@ -81,11 +81,24 @@ def size_of_artifact(folder: Path) -> int:
 
 def recorded_bytes(folder: Path) -> int:
     """What recording the updates that it was trained on took, both ways; 0: it does not say."""
-    try:
-        size = json.loads((folder / SETTINGS).read_text())["settings"]["trained"][RECORDED]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return 0
+    size = _said(folder, "settings", "trained", RECORDED)
     return size if isinstance(size, int) and size > 0 else 0
+
+
+def said_digest(folder: Path) -> str | None:
+    """The digest that its head names, unchecked; None: it names none."""
+    digest = _said(folder, "digest")
+    return digest if isinstance(digest, str) else None
+
+
+def _said(folder: Path, *keys: str) -> Any:
+    try:
+        found = json.loads((folder / SETTINGS).read_text())
+        for key in keys:
+            found = found[key]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found
 
 
 def load_artifact(folder: Path, kind: str) -> Artifact:

@@ -93,6 +93,11 @@ class Held:
         whole.update(_sketch(self.side))
         return whole.hexdigest()[:16]
 
+    @property
+    def claim(self) -> str:
+        """How a client says what it holds: the digest, and that of its start adapter."""
+        return f"{self.digest}/{start_digest(self.start_RC)}"
+
 
 def start_digest(start_RC: Tensor) -> str:
     """16 hexadecimal digits of the blocks that a run starts from."""

@@ -51,6 +51,7 @@ class DerivedCodecs:
         moved_RC = None if self._start_RC is None else self._codec.layout.to_blocks(adapter).cpu() - self._start_RC
         if self._last is not None and _equal(self._last[0], moved_RC):  # a round's payloads have one
             return self._last[1]
+        self._last = None  # its directions' memory is needed
         self._last = moved_RC, self._codec.starting_from(self._priors, moved_RC)
         return self._last[1]
 

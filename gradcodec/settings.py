@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from gradcodec.errors import ArtifactError, CodecError
 from gradcodec.registry import CodecEntry, codec_names, entry_of, names_with_a_rate
 
-BASES = ("auto", "artifact", "model")
+BASES = ("auto", "artifact", "model", "moves")
 
 
 @dataclass
@@ -24,8 +24,8 @@ class CodecSettings:
     down_bits: float | None = None
     snr_db: float | None = None  # the cheapest payload of this signal-to-noise ratio, still of at most `bits`
     artifact: str | None = None  # folder of a trained codec, for those that are trained
-    # directions along the width: artifact: its own; model: derived on both ends from the base model and the adapter;
-    # auto: the artifact's own if it has some, else derived
+    # directions along the width: artifact: its own; model: derived on both ends from the base model and how the adapter
+    # moved; moves: from the moves alone; auto: the artifact's own if it has some, else model, else moves
     basis: str = "auto"
     digest: str | None = None  # set by the server: the artifact that both ends must have
     feedback: float = 0.5  # share of the residual that goes into the next target; 0: no error feedback, 1: no leak
@@ -71,5 +71,5 @@ def check_codec(settings: CodecSettings) -> None:
 def _check_basis(basis: str, entry: CodecEntry) -> None:
     if basis not in BASES:
         raise CodecError(f"basis={basis!r} is none of {', '.join(BASES)}")
-    if basis == "model" and not entry.derives_directions:
-        raise CodecError(f"basis=model: the codec {entry.name} has no directions along the width to derive")
+    if basis in ("model", "moves") and not entry.derives_directions:
+        raise CodecError(f"basis={basis}: the codec {entry.name} has no directions along the width to derive")

@@ -34,10 +34,10 @@ class Reflection:
     """
 
     def __init__(self, leading_WK: Tensor, device: torch.device | str = "cpu") -> None:
-        """``leading_WK``: orthonormal, in float64 or rounded to float16; result on ``device``."""
+        """``leading_WK``: orthonormal, in float64 or rounded to less; the result lies on ``device``."""
         width, count = leading_WK.shape
         orthonormal_WK = leading_WK.double()
-        if leading_WK.dtype == torch.float16:
+        if leading_WK.dtype != torch.float64:
             orthonormal_WK, upper_KK = torch.linalg.qr(orthonormal_WK)  # undoes the rounding
             orthonormal_WK = orthonormal_WK * torch.sign(upper_KK.diagonal())
         # the sign of a direction is free: a negative diagonal keeps S far from singular, nearly always

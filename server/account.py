@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gradcodec.artifact import SETTINGS, WEIGHTS, recorded_bytes, size_of_artifact
+from gradcodec.artifact import SETTINGS, WEIGHTS, recorded_bytes, said_digest, size_of_artifact
 from strategies.outcomes import Downlink, Uplink
 
 SHIPPED_DIGEST = "711df18c262db15ca7feea2f9b1db57a2916a3dbe5b5372533045a77321bec12"
@@ -60,7 +60,7 @@ class CodecCost:
         folder = Path(artifact or "")
         if artifact is None or not all((folder / name).is_file() for name in (WEIGHTS, SETTINGS)):
             return cls()
-        if SHIPPED_DIGEST in (folder / SETTINGS).read_text(errors="replace"):
+        if said_digest(folder) == SHIPPED_DIGEST:
             return cls()
         return cls(size_of_artifact(folder), recorded_bytes(folder))
 

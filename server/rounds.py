@@ -117,10 +117,11 @@ def prepare(
     inner = build_inner(settings.strategy)
     recording = RecordingStrategy(inner, layout) if settings.record is not None else None
     federation = settings.federation
+    ways = _ways(settings, layout, evaluator)  # settles the codec's basis, too
     config = ConfigRecord({SETTINGS: settings.to_json()})
     strategy = FederatedStrategy(
         recording or inner,
-        _ways(settings, layout, evaluator),
+        ways,
         Roll(grid, federation.num_clients, config, journal, federation.wait_seconds, bound),
         Sampling(
             federation.num_clients,

@@ -13,7 +13,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from torch import Tensor
 
-from gradcodec.broadcast import Held, coarse_side, encode_step, pack_bundle, pack_snapshot
+from gradcodec.broadcast import Held, coarse_side, encode_step, pack_bundle, pack_snapshot, start_digest
 from gradcodec.layout import Layout
 from gradcodec.rounds import Codecs
 from strategies.outcomes import Downlink
@@ -33,7 +33,7 @@ class Broadcaster(Protocol):
         ...
 
     def repair(self, partition: int, lacks: str) -> tuple[ArrayRecord, ConfigRecord, Downlink] | None:
-        """The same for a client that says that it holds something else; None: that cannot be."""
+        """The same for a client that says that it holds something else (``Held.claim``); None: that cannot be."""
         ...
 
     def settle(self, current: Mapping[str, Tensor], new: Adapter) -> tuple[Adapter, Adapter]:
@@ -144,9 +144,10 @@ class CodedBroadcaster:
         return self._to_client(partition, *self._before(partition))
 
     def repair(self, partition: int, lacks: str) -> tuple[ArrayRecord, ConfigRecord, Downlink] | None:
-        known = {digest: number for number, digest in self._digests.items()}.get(lacks)
+        digest, _, start = lacks.partition("/")
+        known = {digest: number for number, digest in self._digests.items()}.get(digest)
         could_not = known is not None and known == self._of_clients.get(partition, self._own_state())
-        has_start = known is not None or lacks == Held.at_start(self.held.start_RC).digest
+        has_start = known is not None or start == start_digest(self.held.start_RC)
         self._of_clients.pop(partition, None)
         return self._to_client(partition, None if could_not else known, not has_start, whole=could_not)
 

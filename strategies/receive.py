@@ -101,7 +101,7 @@ class Receiver(Protocol):
 
 
 def lacks_of(reply: Message) -> str | None:
-    """The digest of what a client holds that cannot take in what it was sent; None: the reply says nothing of it."""
+    """What a client claims to hold that cannot take in what it was sent; None: the reply says nothing of it."""
     if reply.has_error() or not reply.has_content():
         return None
     config = reply.content.config_records.get(CONFIG)

@@ -45,7 +45,7 @@ MEMORY_VARIABLE = "CG_FEDLLM_MEMORY"  # environment: where the clients of a simu
 TRUST_VARIABLE = "CG_FEDLLM_TRUST_REMOTE_CODE"  # environment: the clients of a simulation run a model's own code
 ACCEPTED = "accepted"  # digest of the client's last payload that the server took
 HELD_BEFORE, HELD = "held-before", "held"  # digests of what a client holds before it takes in a bundle, and after
-LACKS = "lacks"  # a reply: digest of what the client holds, as it cannot take in the bundle that it was sent
+LACKS = "lacks"  # a reply: the client's claim of what it holds, as it cannot take in the bundle that it was sent
 REFUSAL = "refusal"  # why a node cannot take part, at the roll call
 
 

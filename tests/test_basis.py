@@ -11,6 +11,7 @@ import torch
 from conftest import InProcessGrid, heavy_tailed_update
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from adapters.model import adapter_parts, adapter_shapes, empty_model
 from client.app import app as client_app
@@ -198,7 +199,7 @@ def test_a_node_with_another_base_model_is_noticed_in_its_first_round(tmp_path: 
 def test_only_the_learned_codec_derives_directions() -> None:
     with pytest.raises(CodecError, match="basis=model: the codec rotated has no directions"):
         check_codec(CodecSettings(name="rotated", basis="model"))
-    with pytest.raises(CodecError, match="basis='weights' is none of auto, artifact, model"):
+    with pytest.raises(CodecError, match="basis='weights' is none of auto, artifact, model, moves"):
         check_codec(CodecSettings(artifact="x", basis="weights"))
 
 
@@ -215,6 +216,7 @@ def test_an_artifact_with_directions_of_its_own_is_refused_for_derived_ones(
         codecs_of(settings, layout, seeded)
     settings.codec.basis = "auto"
     assert isinstance(codecs_of(settings, layout, seeded), SameCodec)
+    assert settings.codec.basis == "artifact"
 
 
 @pytest.mark.usefixtures("caches")
@@ -228,15 +230,42 @@ def test_directions_are_derived_unless_the_artifact_has_some_and_without_weights
         settings.codec.basis = basis
         codecs = codecs_of(settings, layout, seeded)
         assert isinstance(codecs, DerivedCodecs)
+        assert settings.codec.basis == "model", "nodes are told"
     known = codecs.at(seeded).id
     shutil.copytree(TINY, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     settings.model.path = str(tmp_path / "pickled")  # a checkpoint as PyTorch wrote them once
+    settings.codec.basis = "auto"
     codecs = codecs_of(settings, layout, seeded)
     assert codecs.at(seeded).id != known
     assert codecs.at(moved).id != codecs.at(seeded).id
+    assert settings.codec.basis == "moves", "nodes are told"
+    alone = codecs.at(moved).id
+    settings.model.path = str(TINY)
+    assert codecs_of(settings, layout, seeded).at(moved).id == alone, "whatever a node could read"
+    quantised = AutoModelForCausalLM.from_pretrained(
+        TINY, quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map="cpu"
+    )
+    quantised.save_pretrained(tmp_path / "quantised")
+    settings.model.path, settings.codec.basis = str(tmp_path / "quantised"), "auto"
+    assert codecs_of(settings, layout, seeded).at(moved).id == alone
     settings.codec.basis = "model"
+    with pytest.raises(ValueError, match="before quantisation"):
+        codecs_of(settings, layout, seeded)
+    settings.model.path = str(tmp_path / "pickled")
     with pytest.raises(ValueError, match=r"no model\*\.safetensors"):
         codecs_of(settings, layout, seeded)
+
+
+def test_a_cache_that_cannot_be_written_costs_time_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(tmp_path)
+    layout, seeded = layout_of(settings)
+    monkeypatch.setenv("CG_FEDLLM_CACHE", str(tmp_path / "cache"))
+    known = codecs_of(settings, layout, seeded).at(seeded).id
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CG_FEDLLM_CACHE", str(tmp_path / "file"))
+    assert codecs_of(settings, layout, seeded).at(seeded).id == known
 
 
 def layout_of(settings: Settings) -> tuple[Layout, dict[str, torch.Tensor]]:

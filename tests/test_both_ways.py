@@ -143,6 +143,7 @@ def test_a_resumed_run_finds_clients_ahead_of_it(
         settings = settings_for(tmp_path / "copy", artifact, resume=str(tmp_path / "copy" / "run"), from_round=3)
         again, _ = run(settings, memory)
         assert not again.faults
+        assert all(one.total_bytes < 4 * again.num_parameters for one in again.downlinks), "the seed gives the start"
         if memory.name == "copy":
             assert again.heldout_loss == results.heldout_loss
 

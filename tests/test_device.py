@@ -15,11 +15,11 @@ from conftest import SHAPES, InProcessGrid, heavy_tailed_update
 from pretended_gpu import pretended_gpu
 
 from adapters.settings import DEVICES
-from bench.speed import layout_of, update_of
+from bench.speed import codec_for, layout_of, update_of
 from client.app import app as client_app
 from client.residuals import load_residual, save_residual
 from conf.schema import Settings
-from gradcodec.build import build_codec, byte_budget
+from gradcodec.build import byte_budget
 from gradcodec.exchange import decode_blocks, encode_update, max_payload_bytes
 from gradcodec.layout import Layout
 from gradcodec.paper.networks import ARCHITECTURES
@@ -38,17 +38,17 @@ def apart() -> Iterator[Callable[..., None]]:
         yield lambda work, *args: pool.submit(work, *args).result()
 
 
-def test_a_payload_takes_one_copy_to_the_host_and_all_else_stays(apart: Callable[..., None]) -> None:
+def test_a_payload_takes_a_copy_to_the_host_for_each_try_and_all_else_stays(apart: Callable[..., None]) -> None:
     apart(code_on_the_device)
 
 
 def code_on_the_device() -> None:
     layout, settings = layout_of("tiny", rank=8), CodecSettings(artifact=ARTIFACT)
     update_bytes = 4 * layout.num_parameters
-    here, update = build_codec(settings, layout), update_of(layout)
+    here, update = codec_for(settings, layout), update_of(layout)
     side = here.side_information(layout.to_blocks(update_of(layout, seed=1)))
     with pretended_gpu() as gpu:
-        there, far_update = build_codec(settings, layout, gpu.device), gpu.moved(update)
+        there, far_update = codec_for(settings, layout, gpu.device), gpu.moved(update)
         for bits in (0.1, 8.0):
             how: dict[str, Any] = {"max_bytes": max_payload_bytes(bits, layout.num_parameters), "side": side}
             expected, residual = encode_update(update, None, codec=here, **how)
@@ -58,9 +58,10 @@ def code_on_the_device() -> None:
             assert payload == expected
             assert residual.error_RC.device.type == "cpu"
             assert far_residual.error_RC.device == far_residual.target_RC.device == gpu.device
-            codes, *others = sorted(copies, reverse=True)
-            assert update_bytes // 5 < codes <= update_bytes
-            assert others[0] < update_bytes // 50  # energies of segments, numbers of coefficients by class
+            codes = [size for size in copies if size >= update_bytes // 50]
+            # what is smaller: energies of segments, numbers of coefficients by class
+            assert 1 <= len(codes) <= 4, "a copy each try"
+            assert update_bytes // 5 < min(codes) == max(codes) <= update_bytes
             decoded_RC, copies = gpu.copies_of(partial(decode_blocks, payload, codec=there, side=side))
             assert decoded_RC.device == gpu.device
             assert sum(copies) < update_bytes // 100
@@ -84,7 +85,7 @@ def serve_a_device(folder: Path) -> None:
             for snr_db in (None, 3.0) if name == "powersgd" else (None,):
                 settings = CodecSettings(name, bits=4.0, snr_db=snr_db, artifact=ARTIFACT)
                 how: dict[str, Any] = {"max_bytes": byte_budget(settings, layout), "snr_db": snr_db}
-                here, there = build_codec(settings, layout), build_codec(settings, layout, gpu.device)
+                here, there = codec_for(settings, layout), codec_for(settings, layout, gpu.device)
                 _, carried = encode_update(other, None, codec=here, **how)
                 expected, residual = encode_update(update, carried.error_RC, codec=here, **how)
                 payload, far_residual = encode_update(gpu.moved(update), carried.error_RC, codec=there, **how)

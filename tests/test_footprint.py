@@ -17,8 +17,7 @@ from adapters.footprint import check_fits, estimate_evaluation, estimate_memory,
 from adapters.model import adapter_shapes, empty_model, get_adapter, load_model
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings
 from adapters.windows import Windows
-from bench.speed import layout_of, update_of
-from gradcodec.build import build_codec
+from bench.speed import codec_for, layout_of, update_of
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
 from gradcodec.registry import entry_of
 from gradcodec.settings import CodecSettings
@@ -92,7 +91,7 @@ def test_what_evaluating_takes_is_near_the_peak_that_is_measured(change: dict[st
 
 def test_what_the_codec_takes_is_near_the_peak_that_is_measured() -> None:
     layout = layout_of("7b", rank=8)
-    codec = build_codec(CodecSettings(artifact="assets/codec"), layout)
+    codec = codec_for(CodecSettings(artifact="assets/codec"), layout)
     update, carried_RC = update_of(layout), layout.to_blocks(update_of(layout, seed=1))
     update_bytes, budget = 4 * layout.num_parameters, max_payload_bytes(0.5, layout.num_parameters)
     encoding = update_bytes + peak_of(lambda: encode_update(update, carried_RC, codec=codec, max_bytes=budget))

@@ -39,14 +39,20 @@ def train(recordings: list[str], folder: Path, passes: int, most: int) -> None:
         raise ValueError(f"{wrong[0]!r}: RECORDING=MODEL is expected, and RECORDING must be a file")
     if passes < 1 or most < 1:
         raise ValueError(f"--passes {passes} and --updates {most} must be at least 1")
-    from gradcodec.artifact import Artifact, save_artifact
+    from gradcodec.artifact import RECORDED, Artifact, save_artifact
     from gradcodec.learned.fit import fit_general
+    from gradcodec.training.recording import load_recording
     from tgap.report import training_shown
 
     samples = [sample for path, model in pairs for sample in samples_of(Path(path), model, most)]
     with training_shown("learned") as progress:
         tables = fit_general(samples, passes=passes, progress=progress)
-    made_of = {"recordings": [Path(path).name for path, _ in pairs], "updates": len(samples), **provenance()}
+    made_of = {
+        "recordings": [Path(path).name for path, _ in pairs],
+        "updates": len(samples),
+        RECORDED: sum(load_recording(Path(path)).exchanged_bytes for path, _ in pairs),
+        **provenance(),
+    }
     artifact = Artifact("learned", tables.to_tensors(), {"codec": {}, "trained": made_of})
     save_artifact(artifact, folder)
     size = sum(file.stat().st_size for file in folder.iterdir())
