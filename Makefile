@@ -13,7 +13,7 @@ REAL_STAMP := $(VENV)/.installed-real
 .PHONY: help install demo demo-real demo-grpc test check coverage hooks bench clean
 
 help:
-	@echo "make demo [SEEDS=3]  train the codec, run base, centralised, dense and coded, print a table"
+	@echo "make demo [SEEDS=3]  train the codec, run base, centralised, dense, coded (one and both ways), print a table"
 	@echo "make demo-real       the same on a real language model, SmolLM2-135M (half an hour; fetches 93 MB)"
 	@echo "make demo-grpc       the coded federation as a real deployment on loopback: gRPC, TLS, node keys"
 	@echo "make test            the test suite"
