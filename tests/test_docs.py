@@ -60,13 +60,14 @@ def test_a_documented_command_is_understood(page: str, command: str, monkeypatch
     if module in COMPOSED:
         understood_by_hydra(module, arguments)
         return
-    parse = argparse.ArgumentParser.parse_args
+    for way in ("parse_args", "parse_intermixed_args"):
+        parse = getattr(argparse.ArgumentParser, way)
 
-    def parse_and_end(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
-        parse(parser, *args, **kwargs)
-        raise Parsed
+        def parse_and_end(parser: argparse.ArgumentParser, parse: Any = parse) -> NoReturn:
+            parse(parser)
+            raise Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
+        monkeypatch.setattr(argparse.ArgumentParser, way, parse_and_end)
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     name = module if (ROOT / f"{module.replace('.', '/')}.py").is_file() else f"{module}.__main__"
     with pytest.raises(Parsed):
