@@ -295,7 +295,8 @@ def test_a_node_without_its_files_is_named_before_training(tmp_path: Path, artif
 def test_a_model_that_does_not_fit_is_named_before_training(
     tmp_path: Path, artifact: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = settings_for(tmp_path, "large", codec__artifact=artifact, seed=41)  # a model that no test left loaded
+    changes = {"codec__artifact": artifact, "codec__basis": "artifact", "seed": 41}  # a model that no test left loaded
+    settings = settings_for(tmp_path, "large", **changes)
     needed = server_memory(settings).total
     assert needed < client_memory(settings).total
     monkeypatch.setattr("adapters.footprint.free_bytes", lambda device: needed)
