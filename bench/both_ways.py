@@ -55,7 +55,8 @@ def main() -> None:
     means = means_of(runs)
     print_means(means, args.rounds)
     if args.json is not None:
-        write_json({"runs": runs, "means": means, "command": sys.argv[1:], "made_with": provenance()}, args.json)
+        about = {"rounds": args.rounds, "times": args.times, "settings": args.overrides}
+        write_json({"runs": runs, "means": means, **about, "made_with": provenance()}, args.json)
 
 
 def budget_of(text: str) -> list[str]:

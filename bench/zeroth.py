@@ -73,7 +73,7 @@ def main() -> None:
         sys.exit("stopped")
     print_rows(rows, dense)
     if args.json is not None:
-        write_json({"rows": rows, "seed": dense["seed"], "command": sys.argv[1:], "made_with": provenance()}, args.json)
+        write_json({"rows": rows, "seed": dense["seed"], "made_with": provenance()}, args.json)
 
 
 def run(dense: dict[str, Any], recipe: Recipe) -> dict[str, Any]:

@@ -15,23 +15,22 @@ from gradcodec.registry import entry_of
 def client_memory(settings: Settings) -> MemoryEstimate:
     """From config.json alone. Raises ValueError: the model cannot be served."""
     estimate = estimate_memory(settings.model, settings.lora, settings.train, settings.task.window)
-    return _with_codec(estimate, settings, encoding=True)
+    return _with_codec(estimate, settings)
 
 
 def server_memory(settings: Settings) -> MemoryEstimate:
     """Of the process that evaluates, and in the arm ``centralised`` trains. Raises ValueError: as ``client_memory``."""
     estimate = estimate_memory if settings.arm == "centralised" else estimate_evaluation
     needed = estimate(settings.model, settings.lora, settings.train, settings.task.window)
-    return _with_codec(needed, settings, encoding=True)
+    return _with_codec(needed, settings)  # which encodes a trial, to check budgets, and broadcasts
 
 
-def _with_codec(estimate: MemoryEstimate, settings: Settings, encoding: bool) -> MemoryEstimate:
+def _with_codec(estimate: MemoryEstimate, settings: Settings) -> MemoryEstimate:
     if settings.arm != "coded":
         return estimate
     entry = entry_of(settings.codec.name)
-    num_updates = entry.encoding_updates if encoding else entry.decoding_updates
     num_values = num_adapter_values(settings.model, settings.lora)
-    needed = 4 * num_updates * num_values
+    needed = 4 * entry.encoding_updates * num_values
     if entry.derives_directions and settings.codec.basis != "artifact":
         on_host = resolve_device(settings.model).type == "cpu"  # there they are derived, in float64
         of_a_column = 4 * NUM_DIRECTIONS + 14 * MOST_DIRECTIONS if on_host else 4 * MOST_DIRECTIONS

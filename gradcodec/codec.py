@@ -104,6 +104,18 @@ def floats_of(data: bytes, count: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32))
 
 
+def bfloats_to_bytes(values: Tensor) -> bytes:
+    """Values of any shape, on the host -> 2 little-endian bytes each: bfloat16, and none of them infinite."""
+    largest = torch.finfo(torch.bfloat16).max  # rounding must not reach infinity
+    return values.clamp(-largest, largest).bfloat16().view(torch.int16).numpy().astype("<i2").tobytes()
+
+
+def bfloats_of(data: bytes) -> Tensor:
+    """Inverse of ``bfloats_to_bytes`` of an even number of bytes, float32 ``[len(data) / 2]``, NaN and infinity
+    included."""
+    return torch.from_numpy(np.frombuffer(data, "<i2").astype(np.int16)).view(torch.bfloat16).float()
+
+
 class WithoutSideInformation:
     """For codecs that make nothing of the last global update."""
 

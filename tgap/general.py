@@ -17,6 +17,7 @@ from conf.output import provenance
 
 if TYPE_CHECKING:  # slow to import, and not needed to refuse an argument
     from gradcodec.learned.fit import DerivedSample
+    from gradcodec.training.recording import Recording
 
 
 def main() -> None:
@@ -44,13 +45,18 @@ def train(recordings: list[str], folder: Path, passes: int, most: int) -> None:
     from gradcodec.training.recording import load_recording
     from tgap.report import training_shown
 
-    samples = [sample for path, model in pairs for sample in samples_of(Path(path), model, most)]
+    samples: list[DerivedSample] = []
+    recorded = 0
+    for path, model in pairs:
+        recording = load_recording(Path(path))
+        samples += samples_of(recording, model, most)
+        recorded += recording.exchanged_bytes
     with training_shown("learned") as progress:
         tables = fit_general(samples, passes=passes, progress=progress)
     made_of = {
         "recordings": [Path(path).name for path, _ in pairs],
         "updates": len(samples),
-        RECORDED: sum(load_recording(Path(path)).exchanged_bytes for path, _ in pairs),
+        RECORDED: recorded,
         **provenance(),
     }
     artifact = Artifact("learned", tables.to_tensors(), {"codec": {}, "trained": made_of})
@@ -59,16 +65,15 @@ def train(recordings: list[str], folder: Path, passes: int, most: int) -> None:
     print(f"artifact of {size:,} bytes in {folder}, digest {artifact.digest[:16]}")
 
 
-def samples_of(path: Path, model: str, most: int) -> list[DerivedSample]:
+def samples_of(recording: Recording, model: str, most: int) -> list[DerivedSample]:
     """Updates of a recording with what both ends would know of their rounds."""
     from adapters.settings import ModelSettings
     from conf.basis import priors_of
     from gradcodec.gauge import principal_axes
     from gradcodec.learned.basis import derive
     from gradcodec.learned.fit import DerivedSample, Sample
-    from gradcodec.training.recording import load_recording, side_information_of
+    from gradcodec.training.recording import side_information_of
 
-    recording = load_recording(path)
     priors = priors_of(ModelSettings(path=model), recording.layout)
     known = side_information_of(recording)
     chosen = recording.updates[:: max(1, -(-len(recording.updates) // most))]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradcodec.codec import WithoutSideInformation, codec_id, floats_of
+from gradcodec.codec import WithoutSideInformation, bfloats_of, bfloats_to_bytes, codec_id, floats_of
 from gradcodec.errors import CodecError
 from gradcodec.frame import Codes
 from gradcodec.layout import Layout
@@ -58,15 +58,12 @@ class Bf16Codec(_FixedRate):
         return (2 * layout.num_parameters,)
 
     def encode(self, blocks_RC: Tensor, max_bytes: int | None, side: Tensor | None) -> Codes:
-        largest = torch.finfo(torch.bfloat16).max  # rounding must not reach infinity
-        values = self.layout.flatten(blocks_RC).cpu().clamp(-largest, largest)
-        return (values.bfloat16().view(torch.int16).numpy().astype("<i2").tobytes(),)
+        return (bfloats_to_bytes(self.layout.flatten(blocks_RC).cpu()),)
 
     def decode(self, codes: Codes, side: Tensor | None) -> Tensor:
         if len(codes[0]) != 2 * self.layout.num_parameters:
             raise CodecError(f"{len(codes[0])} bytes of bfloat16 for {self.layout.num_parameters} parameters")
-        values = torch.from_numpy(np.frombuffer(codes[0], "<i2").astype(np.int16)).view(torch.bfloat16)
-        return self._blocks(values.float().numpy())
+        return self._blocks(bfloats_of(codes[0]).numpy())
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,10 @@ import struct
 import zlib
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gradcodec.codec import WithoutSideInformation, codec_id
+from gradcodec.codec import WithoutSideInformation, bfloats_of, bfloats_to_bytes, codec_id
 from gradcodec.errors import BudgetError, CodecError
 from gradcodec.frame import Codes
 from gradcodec.layout import Layout
@@ -46,11 +45,9 @@ class ProjectionCodec(WithoutSideInformation):
         room = budget_of(max_bytes, self.layout.num_parameters) - _SEED.size
         if room < 2:
             raise BudgetError(f"{room + _SEED.size} bytes for the codes; projection needs at least {_SEED.size + 2}")
-        largest = torch.finfo(torch.bfloat16).max  # rounding must not reach infinity
         values = self.layout.flatten(blocks_RC).cpu().contiguous()
         seed = zlib.crc32(values.numpy().tobytes())
-        coordinates = rotate_randomly(values, seed)[: room // 2].clamp(-largest, largest)
-        return (_SEED.pack(seed) + coordinates.bfloat16().view(torch.int16).numpy().astype("<i2").tobytes(),)
+        return (_SEED.pack(seed) + bfloats_to_bytes(rotate_randomly(values, seed)[: room // 2]),)
 
     def decode(self, codes: Codes, side: Tensor | None) -> Tensor:
         data, num = codes[0], self.layout.num_parameters
@@ -58,9 +55,8 @@ class ProjectionCodec(WithoutSideInformation):
         if odd or not 0 < count <= num:
             raise CodecError(f"{len(data)} bytes of codes for {num} parameters")
         (seed,) = _SEED.unpack_from(data)
-        sent = np.frombuffer(data, "<i2", offset=_SEED.size).astype(np.int16)
         coordinates = torch.zeros(num)
-        coordinates[:count] = torch.from_numpy(sent).view(torch.bfloat16).float()
+        coordinates[:count] = bfloats_of(data[_SEED.size :])
         finite(coordinates.numpy())
         values = unrotate_randomly(coordinates, seed)
         finite(values.numpy())
