@@ -47,11 +47,12 @@ def take_in(
     """
     if held.digest == broadcast.held:
         return held
-    if broadcast.held_before not in ("", held.digest):
+    first = held if broadcast.held_before in ("", held.digest) else Held.at_start(held.start_RC)  # a key's
+    if broadcast.held_before not in ("", first.digest):
         raise LacksError(held.claim)
     try:
         bundle = unpack_bundle(broadcast.bundle)
-        after = catch_up(held, bundle, layout=layout, codec_at=codec_at, context=context)
+        after = catch_up(first, bundle, layout=layout, codec_at=codec_at, context=context)
     except CodecError as error:
         _LOG.warning("the server's broadcast does not fit what is held here: %s", error)
         raise LacksError(held.claim) from None

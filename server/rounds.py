@@ -158,7 +158,9 @@ def _ways(settings: Settings, layout: Layout, evaluator: Evaluator) -> Ways:
     if not down:
         return Ways(DenseBroadcaster(), receiver)
     budget, known = broadcast_budget(settings.codec, layout), settings.lora.start is None
-    down_way = CodedBroadcaster(codecs, layout, evaluator.initial, settings.run_id, budget, known)
+    down_way = CodedBroadcaster(
+        codecs, layout, evaluator.initial, settings.run_id, budget, num_clients, start_is_known=known
+    )
     return Ways(down_way, receiver)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
@@ -13,7 +14,16 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from torch import Tensor
 
-from gradcodec.broadcast import Held, coarse_side, encode_step, pack_bundle, pack_snapshot, start_digest
+from gradcodec.broadcast import (
+    Held,
+    coarse_side,
+    encode_step,
+    key_bytes,
+    pack_bundle,
+    pack_snapshot,
+    start_digest,
+)
+from gradcodec.exchange import Residual
 from gradcodec.layout import Layout
 from gradcodec.rounds import Codecs
 from strategies.outcomes import Downlink
@@ -37,8 +47,8 @@ class Broadcaster(Protocol):
         ...
 
     def settle(self, current: Mapping[str, Tensor], new: Adapter) -> tuple[Adapter, Adapter]:
-        """The adapter that all hold after a round which came to ``new``, and by how much it differs from ``current``.
-        Called once a round, when it is done."""
+        """The adapter that all hold after a round which came to ``new``, and the step which led to it, as clients know
+        it. Called once a round, when it is done."""
         ...
 
     def answered(self, partition: int) -> None:
@@ -104,8 +114,10 @@ _Packed = tuple[ArrayRecord, ConfigRecord, Downlink]
 class CodedBroadcaster:
     """Steps as payloads; what of them a client has missed it is sent from a log, or a snapshot where that is smaller.
 
-    States are counted from 0, the start; step ``n`` leads from state ``n`` to the next one. What a client holds is
-    known from its last reply; a client that holds something else says so, and is sent what it needs in the same round.
+    States are counted from 0, the start; step ``n`` leads from state ``n`` to the next one, or from a key that stands
+    for it and all before: one is made when clients together have missed more than a key for each would take. What a
+    client holds is known from its last reply; a client that holds something else says so, and is sent what it needs in
+    the same round.
     """
 
     def __init__(
@@ -115,6 +127,8 @@ class CodedBroadcaster:
         start: Mapping[str, Tensor],
         run_id: str,
         max_bytes: int | None,
+        num_clients: int,
+        *,
         start_is_known: bool = True,
     ) -> None:
         """
@@ -123,17 +137,20 @@ class CodedBroadcaster:
             layout: of the adapter.
             start: the adapter that the run starts from.
             max_bytes: what a step may take; None: the codec's own rate.
+            num_clients: of the federation.
             start_is_known: clients make the start adapter themselves, from the seed.
         """
         self.codecs = codecs
         self.layout = layout
         self.held = self._first = Held.at_start(layout.to_blocks(start))
         self.max_bytes = max_bytes
+        self.num_clients = num_clients
         self._context = broadcast_context(run_id)
         self._start_is_known = start_is_known
         self._residual_RC: Tensor | None = None
         self._number = 0  # of the state that is held
         self._steps: dict[int, bytes] = {}
+        self._key: tuple[int, bytes] | None = None  # the state that the last key stands for
         self._digests: dict[int, str] = {}  # of the states that steps lead on from, and of the last one
         self._of_clients: dict[int, int] = {}  # partition -> the state that it holds
         self._packed: dict[tuple[int | None, bool, bool], _Packed] = {}  # what was made of the state that is held
@@ -152,19 +169,14 @@ class CodedBroadcaster:
         return self._to_client(partition, None if could_not else known, not has_start, whole=could_not)
 
     def settle(self, current: Mapping[str, Tensor], new: Adapter) -> tuple[Adapter, Adapter]:
+        key, before = self._keyed() if self._key_pays() else (None, self.held)
         step_RC = self.layout.to_blocks(new)
-        step_RC -= self.layout.to_blocks(current)
-        before = self.held
-        codec = self.codecs.at(current)
-        step, self.held, residual = encode_step(
-            step_RC,
-            self._residual_RC,
-            held=before,
-            codec=codec,
-            max_bytes=self.max_bytes,
-            context=self._context,
-        )
+        step_RC -= before.adapter_RC
+        step, self.held, residual = self._encoded(step_RC, self._residual_RC, before, self.max_bytes)
         self._residual_RC = residual.error_RC
+        if key is not None:
+            self._key = self._number, key
+            self._steps.clear()
         self._steps[self._number] = step
         self._number += 1
         self._note_state()
@@ -196,6 +208,8 @@ class CodedBroadcaster:
             tensors["first-side"] = self._first.side
         for number, step in self._steps.items():
             tensors[f"step/{number}"] = torch.frombuffer(bytearray(step), dtype=torch.uint8)
+        if self._key is not None:
+            tensors[f"key/{self._key[0]}"] = torch.frombuffer(bytearray(self._key[1]), dtype=torch.uint8)
         values = {"number": self._number, "digests": pairs(self._digests), "clients": pairs(self._of_clients)}
         return State(values, tensors)
 
@@ -209,12 +223,51 @@ class CodedBroadcaster:
         self._number = int(state.values["number"])
         self._digests = table_of(state.values["digests"], str)
         self._of_clients = table_of(state.values["clients"], int)
-        steps = {key.removeprefix("step/"): tensor for key, tensor in tensors.items() if key.startswith("step/")}
-        if any((tensor.dtype == torch.uint8) != key.startswith("step/") for key, tensor in tensors.items()):
+        if any((tensor.dtype == torch.uint8) != key.startswith(("step/", "key/")) for key, tensor in tensors.items()):
             raise ValueError("a step is not bytes, or something else is")
-        self._steps = {int(key): tensor.numpy().tobytes() for key, tensor in steps.items()}
+        self._steps = _numbered(tensors, "step/")
+        self._key = next(iter(_numbered(tensors, "key/").items()), None)
         if self._digests.get(self._number) != self.held.digest:
             raise ValueError("the state that all hold is not the one that it was")
+
+    def _encoded(
+        self, step_RC: Tensor, carried_RC: Tensor | None, held: Held, max_bytes: int | None
+    ) -> tuple[bytes, Held, Residual]:
+        codec = self.codecs.at(self.layout.to_update(held.adapter_RC))
+        return encode_step(step_RC, carried_RC, held=held, codec=codec, max_bytes=max_bytes, context=self._context)
+
+    def _keyed(self) -> tuple[bytes, Held]:
+        """A key of the state that is held, what steps left out of it put in, and what it leads to."""
+        max_bytes = None if self.max_bytes is None else self._bytes_of_a_key()
+        key, held, _ = self._encoded(self._wanted_RC(), None, self._origin, max_bytes)
+        return key, held
+
+    def _key_pays(self) -> bool:
+        """Whether a key for every client is less than what they have missed."""
+        missed = Counter(self._of_clients.get(partition, -1) for partition in range(self.num_clients))
+        total = sum(count * self._bytes_since(number) for number, count in missed.items())
+        return total > self.num_clients * self._bytes_of_a_key()
+
+    def _bytes_since(self, number: int) -> int:
+        """What leads on from a state, -1: the start, to the one that is held."""
+        key = self._key[1] if self._key is not None and number <= self._key[0] else b""
+        return len(key) + sum(len(step) for one, step in self._steps.items() if one >= number)
+
+    def _bytes_of_a_key(self) -> int:
+        if self._residual_RC is None:
+            return self.layout.num_parameters * 4
+        if self.max_bytes is None:
+            return max(map(len, self._steps.values()), default=0)  # a codec of one rate
+        return max(self.max_bytes, key_bytes(self._wanted_RC(), self._residual_RC, self.layout))
+
+    def _wanted_RC(self) -> Tensor:
+        """How far the adapter would have moved if nothing were left out."""
+        return self.held.moved_RC if self._residual_RC is None else self.held.moved_RC + self._residual_RC
+
+    @property
+    def _origin(self) -> Held:
+        """What every client makes itself, once it has the start adapter: a key's beginning."""
+        return Held.at_start(self.held.start_RC)
 
     def _own_state(self) -> int | None:
         """What a client holds that was never heard of: the start, if it can make that itself."""
@@ -238,23 +291,30 @@ class CodedBroadcaster:
 
     def _pack(self, number: int | None, with_start: bool, whole: bool) -> _Packed:
         """As ``_to_client``; the partition is 0."""
-        snapshot = b"" if number is not None else pack_snapshot(self._first, self.layout, with_start)
+        keyed = self._key is not None and (number is None or number <= self._key[0])
+        if keyed and self._key is not None:
+            first, before, keys, number = self._origin, self._origin.digest, [self._key[1]], self._key[0]
+            snapshot = pack_snapshot(first, self.layout, True) if with_start else b""
+        else:
+            before, keys = self._digests.get(number or 0, ""), []
+            snapshot = b"" if number is not None else pack_snapshot(self._first, self.layout, with_start)
         steps = None if whole else self._steps_from(number or 0)
-        size = len(snapshot) + sum(map(len, steps or []))
+        size = len(snapshot) + sum(map(len, [*keys, *(steps or [])]))
         if steps is None or size > self.layout.num_parameters * SNAPSHOT_BITS // 8:
             all_of_it = self._snapshot_of(with_start)
             if steps is None or len(all_of_it) < size:
-                snapshot, steps = all_of_it, []
-        record = wrap_bundle(pack_bundle(snapshot, steps))
-        beside = _size_of(record) - len(snapshot) - sum(map(len, steps))
+                snapshot, keys, steps = all_of_it, [], []
+        record = wrap_bundle(pack_bundle(snapshot, [*keys, *steps]))
+        from_the_start = len(snapshot) + sum(map(len, keys))
+        beside = _size_of(record) - from_the_start - sum(map(len, steps))
         sent = Downlink(
             0,
             0,
             step_bytes=(len(steps[-1]) if steps else 0) + beside,
             catch_up_bytes=sum(map(len, steps[:-1])),
-            snapshot_bytes=len(snapshot),
+            snapshot_bytes=from_the_start,
         )
-        before = "" if snapshot else self._digests[number or 0]
+        before = "" if snapshot else before
         return record, ConfigRecord({HELD_BEFORE: before, HELD: self.held.digest}), sent
 
     def _steps_from(self, number: int) -> list[bytes] | None:
@@ -280,6 +340,10 @@ class CodedBroadcaster:
             if kept > 4 * self.layout.num_parameters:
                 del self._steps[number]
         self._digests = {n: d for n, d in self._digests.items() if n in self._steps or n in (0, self._number)}
+
+
+def _numbered(tensors: Mapping[str, Tensor], head: str) -> dict[int, bytes]:
+    return {int(k.removeprefix(head)): t.numpy().tobytes() for k, t in tensors.items() if k.startswith(head)}
 
 
 def _size_of(record: ArrayRecord) -> int:
