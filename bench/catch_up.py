@@ -1,10 +1,11 @@
-"""What it costs a client to catch up after so many missed rounds, beside a snapshot: bytes, and seconds at the client.
+"""What it costs a client to catch up after so many missed rounds: bytes, and seconds at the client.
 
     python -m bench.catch_up [--geometry tiny|7b|70b] [--missed 1,5,20,100] [--bits 0.5] [--codec learned] [--json OUT]
 
 Steps are low-rank and heavy-tailed, as updates are, and independent of each other; directions along the width are
-derived for each of them, as in a run, from random ones in the base model's place. The server sends whichever is
-smaller, the steps that were missed or the snapshot; the table has both, and the adapter in float32.
+derived for each of them, as in a run, from random ones in the base model's place. The server sends the steps that were
+missed, or a snapshot where that is smaller, or makes a key, all of the movement in one payload, where that is less for
+all clients together; the table has each, and the adapter in float32.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from rich.table import Table
 
 from bench.speed import GEOMETRIES, codecs_for, layout_of, update_of
 from conf.output import provenance, write_json
-from gradcodec.broadcast import Bundle, Held, catch_up, encode_step, pack_snapshot
+from gradcodec.broadcast import Bundle, Held, catch_up, encode_step, key_bytes, pack_snapshot
 from gradcodec.codec import Codec
 from gradcodec.exchange import max_payload_bytes
+from gradcodec.fidelity import inner_product, squared_distance
 from gradcodec.settings import CodecSettings
 
 
@@ -81,23 +83,21 @@ def measure(geometry: str, missed: list[int], bits: float, settings: CodecSettin
         if number not in missed:
             continue
         snapshot = pack_snapshot(held, layout, with_start=False)
-        seconds = []
-        for bundle in (Bundle(b"", tuple(steps)), Bundle(snapshot, ())):
+        wanted_RC = held.moved_RC + carried_RC
+        room = key_bytes(wanted_RC, carried_RC, layout)
+        key, keyed, _ = encode_step(wanted_RC, None, held=start, codec=codec_at(start), max_bytes=room)
+        sent = {"steps": Bundle(b"", tuple(steps)), "snapshot": Bundle(snapshot, ()), "key": Bundle(b"", (key,))}
+        row: dict[str, Any] = {"missed": number}
+        for name, bundle in sent.items():
             began = time.perf_counter()
             reached = catch_up(start, bundle, layout=layout, codec_at=codec_at)
-            seconds.append(time.perf_counter() - began)
-            assert reached.digest == held.digest
-        rows.append(
-            {
-                "missed": number,
-                "steps_bytes": sum(map(len, steps)),
-                "steps_seconds": seconds[0],
-                "snapshot_bytes": len(snapshot),
-                "snapshot_seconds": seconds[1],
-                "snapshot_bits_a_parameter": 8 * len(snapshot) / layout.num_parameters,
-                "float32_bytes": 4 * layout.num_parameters,
-            }
-        )
+            seconds = time.perf_counter() - began
+            assert reached.digest == (keyed if name == "key" else held).digest
+            num_bytes = len(bundle.snapshot) + sum(map(len, bundle.steps))
+            row |= {f"{name}_bytes": num_bytes, f"{name}_seconds": seconds}
+        left_out = squared_distance(wanted_RC, keyed.moved_RC, 1.0) / inner_product(carried_RC, carried_RC)
+        row |= {"key_leaves_out": left_out, "float32_bytes": 4 * layout.num_parameters}
+        rows.append(row)
     return rows
 
 

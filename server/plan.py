@@ -32,6 +32,8 @@ from tasks.shards import client_records
 
 ROUND_SECONDS = 5.0
 """What Flower takes of a round over gRPC besides training: `python -m bench.rounds`, column `rest`."""
+_KEY_BITS = 2.0
+"""A parameter, of a key (``gradcodec.broadcast``): about what they took in runs at half a bit; the run decides."""
 SUSTAINED = 0.35
 SHOWN_LINKS = ("10 Mbit/s", "100 Mbit/s", "10 Mbit/s down, 1 up")
 DEVICES = {"RTX 4090": 165e12, "A100": 312e12, "H100": 989e12}
@@ -68,21 +70,26 @@ class Plan:
             return self._uncoded_broadcast(self.payload_bytes, 4 * self._axes)
         federation, held = self.settings.federation, dict[int, int]()
         sampling = Sampling(federation.num_clients, federation.clients_per_round, self.settings.seed)
-        down = catch_up = snapshots = 0
+        everybody = range(federation.num_clients)
+        key_bytes = max(self.step_bytes, ceil(_KEY_BITS * self.layout.num_parameters / 8))
+        down = catch_up = snapshots = keyed = 0  # keyed: after how many rounds the last key was made
 
-        def missed(partition: int, steps: int) -> int:
-            """Bytes of steps, the server's log being no longer than the adapter itself."""
+        def missed(partition: int, steps: int) -> tuple[int, int]:
+            """Bytes of steps, the server's log being no longer than the adapter itself, and of a key before them."""
             assert self.step_bytes is not None
-            return min((steps - held.get(partition, 0)) * self.step_bytes, self.dense_bytes)
+            key = key_bytes if held.get(partition, 0) <= keyed and keyed > 0 else 0
+            return min((steps - max(held.get(partition, 0), keyed)) * self.step_bytes, self.dense_bytes), key
 
         for server_round in range(1, federation.rounds + 1):
             for partition in sampling.sample(server_round):
-                size, first = missed(partition, server_round - 1), 0 if partition in held else self._first
+                size, first = missed(partition, server_round - 1)
+                first += 0 if partition in held else self._first
                 down += size + first
                 catch_up, snapshots = catch_up + max(0, size - self.step_bytes), snapshots + first
                 held[partition] = server_round - 1
-        everybody = range(federation.num_clients)
-        delivery = sum(missed(p, federation.rounds) + (0 if p in held else self._first) for p in everybody)
+            if sum(sum(missed(p, server_round - 1)) for p in everybody) > federation.num_clients * key_bytes:
+                keyed = server_round - 1
+        delivery = sum(sum(missed(p, federation.rounds)) + (0 if p in held else self._first) for p in everybody)
         artifact, recording = self.codec_cost.artifact * federation.num_clients, self.codec_cost.recording
         return Account(self.uplinks * self.payload_bytes, down, catch_up, snapshots, delivery, artifact, recording)
 

@@ -313,6 +313,66 @@ def test_a_long_absence_costs_a_snapshot_at_most(layout: Layout, learned: Learne
     )
 
 
+def client_of(
+    server: CodedBroadcaster, partition: int, held: Held, adapter: Mapping[str, Tensor], codec: Codec
+) -> tuple[Held, int]:
+    """What a client holds after one message, and the bytes of it; the server hears of it."""
+    arrays, config, sent = server.outgoing(partition, adapter)
+    bundle = unwrap_bundle(RecordDict({ARRAYS: arrays}))
+    assert bundle is not None
+    broadcast = Broadcast(bundle, str(config[HELD_BEFORE]), str(config[HELD]))
+    after = take_in(broadcast, held, server.layout, lambda _: codec, broadcast_context(RUN))
+    server.answered(partition)
+    return after, sent.total_bytes
+
+
+def test_where_clients_rarely_come_a_key_stands_for_all_that_they_missed(layout: Layout, learned: LearnedCodec) -> None:
+    """Of twenty clients one comes a round, and one of them has been away since the start."""
+    num_clients = 20
+    server = CodedBroadcaster(SameCodec(learned), layout, START, RUN, 240, num_clients)
+    adapter: Mapping[str, Tensor] = START
+    first = Held.at_start(layout.to_blocks(START))
+    clients = dict.fromkeys(range(num_clients), first)
+    wanted_RC, sizes = torch.zeros_like(first.moved_RC), []
+    direction = heavy_tailed_update(5)
+    for number in range(40):
+        partition = number % (num_clients - 1)
+        clients[partition], size = client_of(server, partition, clients[partition], adapter, learned)
+        sizes.append(size)
+        assert torch.equal(clients[partition].moved_RC, server.held.moved_RC)
+        if number == 30:  # it goes on from a checkpoint as if nothing had been
+            again = CodedBroadcaster(SameCodec(learned), layout, START, RUN, 240, num_clients)
+            again.load_state(server.state())
+            assert again.missing_bytes(num_clients - 1) == server.missing_bytes(num_clients - 1)
+            server = again
+        noise = heavy_tailed_update(100 + number)
+        new = {name: tensor + direction[name] + 0.3 * noise[name] for name, tensor in adapter.items()}
+        wanted_RC += layout.to_blocks(new) - layout.to_blocks(adapter)
+        adapter, _ = server.settle(adapter, new)
+    away, size = client_of(server, num_clients - 1, first, adapter, learned)
+    assert away.digest == server.held.digest
+    snapshot, steps = len(pack_snapshot(server.held, layout, False)), 40 * 240
+    assert size < snapshot / 2
+    assert size < steps / 4
+    assert max(sizes) < snapshot / 2
+    error = float((server.held.moved_RC - wanted_RC).square().sum() / wanted_RC.square().sum())
+    assert error < 0.05, "a key leaves out no more than steps do, and the next step makes up for it"
+
+
+def test_where_clients_come_all_the_time_there_is_no_key(layout: Layout, learned: LearnedCodec) -> None:
+    server = CodedBroadcaster(SameCodec(learned), layout, START, RUN, 240, 2)
+    adapter: Mapping[str, Tensor] = START
+    held = Held.at_start(layout.to_blocks(START))
+    sizes = []
+    for number in range(12):
+        for partition in range(2):
+            after, size = client_of(server, partition, held, adapter, learned)
+            sizes.append(size)
+        held, step = after, heavy_tailed_update(number)
+        adapter, _ = server.settle(adapter, {name: tensor + step[name] for name, tensor in adapter.items()})
+    assert max(sizes) < 256
+
+
 def test_a_step_that_a_client_cannot_take_in_is_not_sent_again(layout: Layout, learned: LearnedCodec) -> None:
     """It holds what the steps start from, and says so: what it is sent next has none."""
     server = CodedBroadcaster(SameCodec(learned), layout, START, RUN, 240, 1)
