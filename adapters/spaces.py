@@ -25,6 +25,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -55,6 +56,9 @@ _WRITERS_AND_READERS = ("llama", "mistral", "qwen2", "qwen3")
 _INPUTS_FIRST = ("gpt2",)
 """Model types whose layers keep their weights as ``[inputs, outputs]``."""
 _PLACE = re.compile(r"(.*layers\.)(\d+)\.(?:self_attn|mlp)\.([a-z]+)_proj")
+
+
+_NOT_KEPT = "what the base model says of directions is not kept for the next run: %s"
 
 
 class NoWeightsError(ValueError):
@@ -98,20 +102,33 @@ def spaces_of(settings: ModelSettings, wanted: Sequence[Wanted]) -> dict[str, Sp
     asked = [(one.name, one.tensor, str(one.rows)) for one in wanted]
     key = hashlib.sha256(json.dumps([_VERSION, NUM_DIRECTIONS, dates, asked]).encode()).hexdigest()[:32]
     place = cache_folder() / "spaces" / f"{key}.safetensors"
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(place.with_suffix(".lock")):
-            if not place.is_file():
-                _save(computed_spaces(settings, wanted), place)
-            return _load(place)
-    except OSError as error:
-        _LOG.warning("what the base model says of directions is not kept for the next run: %s", error)
-        return computed_spaces(settings, wanted)
+    with ExitStack() as stack:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(place.with_suffix(".lock")))
+        except OSError as error:
+            _LOG.warning(_NOT_KEPT, error)
+            return _computed_from(files, settings, wanted)
+        if place.is_file():
+            try:
+                return _load(place)
+            except (OSError, SafetensorError) as error:
+                _LOG.warning("%s is damaged and is made anew: %s", place, error)
+        spaces = _computed_from(files, settings, wanted)
+        try:
+            _save(spaces, place)
+        except (OSError, SafetensorError) as error:
+            _LOG.warning(_NOT_KEPT, error)
+        return spaces
 
 
 def computed_spaces(settings: ModelSettings, wanted: Sequence[Wanted]) -> dict[str, Space]:
     """The same, computed now. Raises NoWeightsError: as ``spaces_of``."""
-    weights = _Weights(_checkpoint(settings), resolve_device(settings))
+    return _computed_from(_checkpoint(settings), settings, wanted)
+
+
+def _computed_from(files: Sequence[Path], settings: ModelSettings, wanted: Sequence[Wanted]) -> dict[str, Space]:
+    weights = _Weights(files, resolve_device(settings))
     with torch.inference_mode():
         return _computed(load_config(settings).get_text_config(), weights, wanted)
 

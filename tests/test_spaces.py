@@ -108,6 +108,24 @@ def test_they_are_computed_once_and_anew_for_another_checkpoint(
     assert len([*(cache / "spaces").glob("*.safetensors")]) == 2
 
 
+def test_a_damaged_cache_and_one_that_takes_nothing_cost_time_alone(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ModelSettings(path=str(TINY))
+    layout = layout_of(settings)
+    first = priors_of(settings, layout)
+    (kept,) = (cache / "spaces").glob("*.safetensors")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[: len(whole) // 2])
+    again = priors_of(settings, layout)
+    assert all(torch.equal(first[name].directions_WK, again[name].directions_WK) for name in first)
+    assert kept.read_bytes() == whole
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CG_FEDLLM_CACHE", str(tmp_path / "file"))
+    again = priors_of(settings, layout)
+    assert all(torch.equal(first[name].directions_WK, again[name].directions_WK) for name in first)
+
+
 def test_query_heads_are_folded_onto_the_heads_that_they_share(tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=64,
