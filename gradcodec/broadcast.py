@@ -65,7 +65,7 @@ _EXACT_BITS = 22
 """Multiples of the grid that the sum of all steps may hold, well within float32's 24."""
 _FINEST, _COARSEST = -126, 100
 _MOST_STEPS = 1 << 16
-_SAVED_BITS = 1.0
+_SAVED_BITS = 0.5
 """What a codec saves on a key beside Gaussians of one strength: 0.3 to 0.5 bit, measured on moved adapters."""
 _SKETCH_STEP = 2.0**-6
 
