@@ -71,8 +71,9 @@ def measure(geometry: str, missed: list[int], bits: float, settings: CodecSettin
 
     carried_RC, steps, rows = None, [], []
     for number in track(range(1, missed[-1] + 1), "steps", console=Console(stderr=True), transient=True):
+        step_RC = layout.to_blocks(update_of(layout, seed=1 + number))
         data, held, residual = encode_step(
-            layout.to_blocks(update_of(layout, seed=1 + number)),
+            step_RC,
             carried_RC,
             held=held,
             codec=codec_at(held),
@@ -84,7 +85,7 @@ def measure(geometry: str, missed: list[int], bits: float, settings: CodecSettin
             continue
         snapshot = pack_snapshot(held, layout, with_start=False)
         wanted_RC = held.moved_RC + carried_RC
-        room = key_bytes(wanted_RC, carried_RC, layout)
+        room = key_bytes(wanted_RC, step_RC, layout)
         key, keyed, _ = encode_step(wanted_RC, None, held=start, codec=codec_at(start), max_bytes=room)
         sent = {"steps": Bundle(b"", tuple(steps)), "snapshot": Bundle(snapshot, ()), "key": Bundle(b"", (key,))}
         row: dict[str, Any] = {"missed": number}

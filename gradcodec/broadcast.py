@@ -66,7 +66,7 @@ _EXACT_BITS = 22
 _FINEST, _COARSEST = -126, 100
 _MOST_STEPS = 1 << 16
 _SAVED_BITS = 0.5
-"""What a codec saves on a key beside Gaussians of one strength: 0.3 to 0.5 bit, measured on moved adapters."""
+"""What a codec saves on a key beside Gaussians of one strength, measured on moved adapters."""
 _SKETCH_STEP = 2.0**-6
 
 
@@ -237,15 +237,15 @@ def _context(context: bytes, held: Held) -> bytes:
     return context + b"/step/" + held.digest.encode()
 
 
-def key_bytes(moved_RC: Tensor, left_out_RC: Tensor, layout: Layout) -> int:
-    """What a key takes that leaves out no more than steps do anyway, by the rate-distortion function of Gaussians.
+def key_bytes(moved_RC: Tensor, step_RC: Tensor, layout: Layout) -> int:
+    """What a key takes that leaves out no more than one step's energy, by the rate-distortion function of Gaussians.
 
     Args:
         moved_RC: all of the movement since the start, as blocks ``[R, C]``.
-        left_out_RC: what the last step left out of it, likewise.
+        step_RC: a round's step, likewise.
     """
-    whole, left_out = inner_product(moved_RC, moved_RC), inner_product(left_out_RC, left_out_RC)
-    bits = 0.5 * math.log2(max(whole, 1e-300) / max(left_out, 1e-300)) - _SAVED_BITS
+    whole, step = inner_product(moved_RC, moved_RC), inner_product(step_RC, step_RC)
+    bits = 0.5 * math.log2(max(whole, 1e-300) / max(step, 1e-300)) - _SAVED_BITS
     return math.ceil(min(max(bits, 0.0), 16.0) * layout.num_parameters / 8)
 
 

@@ -169,9 +169,11 @@ class CodedBroadcaster:
         return self._to_client(partition, None if could_not else known, not has_start, whole=could_not)
 
     def settle(self, current: Mapping[str, Tensor], new: Adapter) -> tuple[Adapter, Adapter]:
-        key, before = self._keyed() if self._key_pays() else (None, self.held)
         step_RC = self.layout.to_blocks(new)
-        step_RC -= before.adapter_RC
+        step_RC -= self.held.adapter_RC
+        room = self._bytes_of_a_key(step_RC)
+        key, before = self._keyed(room) if self._key_pays(room) else (None, self.held)
+        step_RC -= before.moved_RC - self.held.moved_RC
         step, self.held, residual = self._encoded(step_RC, self._residual_RC, before, self.max_bytes)
         self._residual_RC = residual.error_RC
         if key is not None:
@@ -236,29 +238,27 @@ class CodedBroadcaster:
         codec = self.codecs.at(self.layout.to_update(held.adapter_RC))
         return encode_step(step_RC, carried_RC, held=held, codec=codec, max_bytes=max_bytes, context=self._context)
 
-    def _keyed(self) -> tuple[bytes, Held]:
+    def _keyed(self, max_bytes: int) -> tuple[bytes, Held]:
         """A key of the state that is held, what steps left out of it put in, and what it leads to."""
-        max_bytes = None if self.max_bytes is None else self._bytes_of_a_key()
-        key, held, _ = self._encoded(self._wanted_RC(), None, self._origin, max_bytes)
+        most = None if self.max_bytes is None else max_bytes
+        key, held, _ = self._encoded(self._wanted_RC(), None, self._origin, most)
         return key, held
 
-    def _key_pays(self) -> bool:
-        """Whether a key for every client is less than what they have missed."""
+    def _key_pays(self, num_bytes: int) -> bool:
+        """Whether a key of so many bytes for every client is less than what they have missed."""
         missed = Counter(self._of_clients.get(partition, -1) for partition in range(self.num_clients))
         total = sum(count * self._bytes_since(number) for number, count in missed.items())
-        return total > self.num_clients * self._bytes_of_a_key()
+        return total > self.num_clients * num_bytes
 
     def _bytes_since(self, number: int) -> int:
         """What leads on from a state, -1: the start, to the one that is held."""
         key = self._key[1] if self._key is not None and number <= self._key[0] else b""
         return len(key) + sum(len(step) for one, step in self._steps.items() if one >= number)
 
-    def _bytes_of_a_key(self) -> int:
-        if self._residual_RC is None:
-            return self.layout.num_parameters * 4
+    def _bytes_of_a_key(self, step_RC: Tensor) -> int:
         if self.max_bytes is None:
             return max(map(len, self._steps.values()), default=0)  # a codec of one rate
-        return max(self.max_bytes, key_bytes(self._wanted_RC(), self._residual_RC, self.layout))
+        return max(self.max_bytes, key_bytes(self._wanted_RC(), step_RC, self.layout))
 
     def _wanted_RC(self) -> Tensor:
         """How far the adapter would have moved if nothing were left out."""
