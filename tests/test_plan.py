@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from gradcodec.paper.networks import ARCHITECTURES
 from gradcodec.paper.resnet import ResnetCodec
 from gradcodec.settings import CodecSettings
 from server.account import SHIPPED_DIGEST, CodecCost
-from server.plan import plan_of, print_plan
+from server.plan import Plan, plan_of, print_plan
 
 SHAPES = {"llama7b_dolly": "llama-7b", "llama7b_ceval": "llama-7b", "qwen7b_mmlu": "qwen2.5-7b"}
 
@@ -126,6 +127,28 @@ def test_what_ships_with_the_project_costs_nothing_and_ones_own_its_copies_and_i
     again = further.account()
     assert again is not None
     assert again.total == account.total + clients * plan.dense_bytes, "every client is sent the start adapter once"
+
+
+def test_clients_who_rarely_come_are_planned_a_key() -> None:
+    """With a hundred clients what each has missed would otherwise be most of all bytes."""
+    often = plan_of(composed("codec.down_bits=0.5", "task.heldout_windows=2", "federation.rounds=20"))
+    rarely = replace(
+        often,
+        settings=replace(often.settings, federation=replace(often.settings.federation, num_clients=100)),
+    )
+    assert often.step_bytes is not None
+    few, many = often.account(), rarely.account()
+    assert few is not None
+    assert many is not None
+    assert few.snapshots == 10 * bytes_of_axes(often)
+    key_and_step = math.ceil(2.0 * often.layout.num_parameters / 8) + often.step_bytes
+    assert many.delivery <= 100 * (key_and_step + bytes_of_axes(often))
+    assert many.delivery >= 95 * key_and_step
+    assert many.snapshots > 50 * key_and_step
+
+
+def bytes_of_axes(plan: Plan) -> int:
+    return len(plan.layout.blocks) * plan.layout.rank**2
 
 
 def test_what_an_update_decides_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
