@@ -48,7 +48,7 @@ NUM_DIRECTIONS = 128
 MAX_WIDTH = 8192
 """Wider tensors get no directions: their Gram matrices would take more than half a gigabyte each."""
 _BEFORE_QUANTISATION = "codec.basis=model needs weights as they were before quantisation"
-_VERSION = 1
+_VERSION = 2
 _EXACT_WIDTH = 1024
 _ITERATIONS, _SPARE = 12, 32
 _WRITERS_AND_READERS = ("llama", "mistral", "qwen2", "qwen3")
@@ -112,8 +112,8 @@ def spaces_of(settings: ModelSettings, wanted: Sequence[Wanted]) -> dict[str, Sp
         if place.is_file():
             try:
                 return _load(place)
-            except (OSError, SafetensorError) as error:
-                _LOG.warning("%s is damaged and is made anew: %s", place, error)
+            except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+                _LOG.warning("%s is damaged and is made anew: %r", place, error)
         spaces = _computed_from(files, settings, wanted)
         try:
             _save(spaces, place)
@@ -154,17 +154,27 @@ def _save(spaces: Mapping[str, Space], place: Path) -> None:
             tensors |= {f"directions.{number}": space.directions_WK, f"shares.{number}": space.shares_K}
     names = {name: groups[id(space)] for name, space in spaces.items()}
     part = place.with_suffix(".part")
-    save_file(tensors, part, {"names": json.dumps(names)})
+    save_file(tensors, part, {"names": json.dumps(names), "digest": _digest(tensors)})
     part.replace(place)
 
 
 def _load(place: Path) -> dict[str, Space]:
-    """Inverse of ``_save``."""
+    """Inverse of ``_save``. Raises ValueError, or what reading raises: the file is damaged."""
     tensors = load_file(place)
     with safe_open(place, "pt") as file:
-        names: dict[str, int] = json.loads(file.metadata()["names"])
+        metadata = file.metadata() or {}
+    names: dict[str, int] = json.loads(metadata["names"])
+    if metadata["digest"] != _digest(tensors):
+        raise ValueError("its digest is another one")
     spaces = {i: Space(tensors[f"directions.{i}"], tensors[f"shares.{i}"]) for i in {*names.values()}}
     return {name: spaces[number] for name, number in names.items()}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        whole.update(tensors[name].contiguous().cpu().numpy().data)
+    return whole.hexdigest()
 
 
 class _Weights:

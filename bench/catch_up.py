@@ -85,7 +85,7 @@ def measure(geometry: str, missed: list[int], bits: float, settings: CodecSettin
             continue
         snapshot = pack_snapshot(held, layout, with_start=False)
         wanted_RC = held.moved_RC + carried_RC
-        room = key_bytes(wanted_RC, step_RC, layout)
+        room = key_bytes(wanted_RC, step_RC, layout, max_payload_bytes(bits, layout.num_parameters))
         key, keyed, _ = encode_step(wanted_RC, None, held=start, codec=codec_at(start), max_bytes=room)
         sent = {"steps": Bundle(b"", tuple(steps)), "snapshot": Bundle(snapshot, ()), "key": Bundle(b"", (key,))}
         row: dict[str, Any] = {"missed": number}
@@ -96,7 +96,7 @@ def measure(geometry: str, missed: list[int], bits: float, settings: CodecSettin
             assert reached.digest == (keyed if name == "key" else held).digest
             num_bytes = len(bundle.snapshot) + sum(map(len, bundle.steps))
             row |= {f"{name}_bytes": num_bytes, f"{name}_seconds": seconds}
-        left_out = squared_distance(wanted_RC, keyed.moved_RC, 1.0) / inner_product(carried_RC, carried_RC)
+        left_out = squared_distance(wanted_RC, keyed.moved_RC, 1.0) / inner_product(step_RC, step_RC)
         row |= {"key_leaves_out": left_out, "float32_bytes": 4 * layout.num_parameters}
         rows.append(row)
     return rows

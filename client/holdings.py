@@ -43,11 +43,12 @@ def take_in(
         context: names the run.
 
     Raises:
-        LacksError: the broadcast does not fit what is held, or does not lead to what it should.
+        LacksError: the broadcast starts neither from what is held nor from the run's start, or does not lead to what it
+            should.
     """
     if held.digest == broadcast.held:
         return held
-    first = held if broadcast.held_before in ("", held.digest) else Held.at_start(held.start_RC)  # a key's
+    first = held if broadcast.held_before in ("", held.digest) else Held.at_start(held.start_RC)  # where keys begin
     if broadcast.held_before not in ("", first.digest):
         raise LacksError(held.claim)
     try:

@@ -66,7 +66,10 @@ _EXACT_BITS = 22
 _FINEST, _COARSEST = -126, 100
 _MOST_STEPS = 1 << 16
 _SAVED_BITS = 0.5
-"""What a codec saves on a key beside Gaussians of one strength, measured on moved adapters."""
+"""What ``learned`` saves on a key beside Gaussians of one strength, about, on adapters that had moved for 12 rounds."""
+_MOST_BITS = 16.0
+"""A finer key would be as long as a snapshot, which is exact."""
+_TINY = 1e-300
 _SKETCH_STEP = 2.0**-6
 
 
@@ -237,16 +240,20 @@ def _context(context: bytes, held: Held) -> bytes:
     return context + b"/step/" + held.digest.encode()
 
 
-def key_bytes(moved_RC: Tensor, step_RC: Tensor, layout: Layout) -> int:
-    """What a key takes that leaves out no more than one step's energy, by the rate-distortion function of Gaussians.
+def key_bytes(moved_RC: Tensor, step_RC: Tensor, layout: Layout, least: int) -> int:
+    """What a key takes that leaves out about one step's energy, by the rate-distortion function of Gaussians.
 
     Args:
         moved_RC: all of the movement since the start, as blocks ``[R, C]``.
         step_RC: a round's step, likewise.
+        layout: theirs.
+        least: bytes of a step, which a key takes at least.
     """
     whole, step = inner_product(moved_RC, moved_RC), inner_product(step_RC, step_RC)
-    bits = 0.5 * math.log2(max(whole, 1e-300) / max(step, 1e-300)) - _SAVED_BITS
-    return math.ceil(min(max(bits, 0.0), 16.0) * layout.num_parameters / 8)
+    if not math.isfinite(whole + step):
+        return layout.num_parameters * 4
+    bits = 0.5 * (math.log2(max(whole, _TINY)) - math.log2(max(step, _TINY))) - _SAVED_BITS
+    return max(least, math.ceil(min(max(bits, 0.0), _MOST_BITS) * layout.num_parameters / 8))
 
 
 # All of it at once

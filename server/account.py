@@ -26,9 +26,9 @@ LINKS = {
 
 @dataclass(frozen=True)
 class Account:
-    """``down`` counts all that went to clients in rounds, with what of it they had missed (``catch_up``,
-    ``snapshots``); ``delivery`` what would bring every client to the final adapter; ``artifact`` a copy of the codec's
-    for each, and ``recording`` what TGAP recorded for it, unless it ships with the project."""
+    """``down`` counts all that went to clients in rounds, with what of it they had missed (``catch_up``: steps;
+    ``snapshots``, and keys); ``delivery`` what would bring every client to the final adapter; ``artifact`` a copy of
+    the codec's for each, and ``recording`` what TGAP recorded for it, unless it ships with the project."""
 
     up: int = 0
     down: int = 0

@@ -63,7 +63,8 @@ class Plan:
         return self.settings.federation.rounds * self.settings.federation.clients_per_round
 
     def account(self) -> Account | None:
-        """Of the whole run, at most, if every client answers; None: payloads take what updates need."""
+        """Of the whole run, if every client answers: at most, but for keys, whose sizes the run decides; None: payloads
+        take what updates need."""
         if self.payload_bytes is None:
             return None
         if self.step_bytes is None:
@@ -71,7 +72,8 @@ class Plan:
         federation, held = self.settings.federation, dict[int, int]()
         sampling = Sampling(federation.num_clients, federation.clients_per_round, self.settings.seed)
         everybody = range(federation.num_clients)
-        key_bytes = max(self.step_bytes, ceil(_KEY_BITS * self.layout.num_parameters / 8))
+        has_rate = entry_of(self.settings.codec.name).has_rate
+        key_bytes = max(self.step_bytes, ceil(_KEY_BITS * self.layout.num_parameters / 8) if has_rate else 0)
         down = catch_up = snapshots = keyed = 0  # keyed: after how many rounds the last key was made
 
         def missed(partition: int, steps: int) -> tuple[int, int]:
@@ -80,16 +82,20 @@ class Plan:
             key = key_bytes if held.get(partition, 0) <= keyed and keyed > 0 else 0
             return min((steps - max(held.get(partition, 0), keyed)) * self.step_bytes, self.dense_bytes), key
 
+        def once(partition: int) -> int:
+            """A start adapter that the seed does not give; and axes, which keys do without."""
+            return 0 if partition in held else self._start_bytes + (0 if keyed else self._axes)
+
         for server_round in range(1, federation.rounds + 1):
             for partition in sampling.sample(server_round):
                 size, first = missed(partition, server_round - 1)
-                first += 0 if partition in held else self._first
+                first += once(partition)
                 down += size + first
                 catch_up, snapshots = catch_up + max(0, size - self.step_bytes), snapshots + first
                 held[partition] = server_round - 1
             if sum(sum(missed(p, server_round - 1)) for p in everybody) > federation.num_clients * key_bytes:
                 keyed = server_round - 1
-        delivery = sum(sum(missed(p, federation.rounds)) + (0 if p in held else self._first) for p in everybody)
+        delivery = sum(sum(missed(p, federation.rounds)) + once(p) for p in everybody)
         artifact, recording = self.codec_cost.artifact * federation.num_clients, self.codec_cost.recording
         return Account(self.uplinks * self.payload_bytes, down, catch_up, snapshots, delivery, artifact, recording)
 
@@ -108,9 +114,8 @@ class Plan:
         )
 
     @property
-    def _first(self) -> int:
-        """What a client is sent once, beside steps: axes, and a start adapter that the seed does not give."""
-        return self._axes + (self.dense_bytes if self.settings.lora.start is not None else 0)
+    def _start_bytes(self) -> int:
+        return self.dense_bytes if self.settings.lora.start is not None else 0
 
     @property
     def _axes(self) -> int:
@@ -246,7 +251,8 @@ def _down(plan: Plan) -> str:
     if plan.step_bytes is None:
         return f"{_traffic(plan, plan.dense_bytes)}: the adapter in float32"
     return (
-        f"{bytes_text(plan.step_bytes)} a step at most, to each client once; dense: {_traffic(plan, plan.dense_bytes)}"
+        f"{bytes_text(plan.step_bytes)} a step at most, and of steps or keys what a client missed; "
+        f"dense: {_traffic(plan, plan.dense_bytes)}"
     )
 
 
@@ -257,7 +263,8 @@ def _exchange_lines(plan: Plan) -> dict[str, str]:
     dense, num_clients = plan.dense_account(), plan.settings.federation.num_clients
     parts = [f"{bytes_text(account.up)} up", f"{bytes_text(account.down)} down"]
     if account.catch_up + account.snapshots:
-        parts.append(f"{bytes_text(account.catch_up + account.snapshots)} of it for what clients had missed")
+        missed = bytes_text(account.catch_up + account.snapshots)
+        parts.append(f"{missed} of it for what clients had missed, or a key in its place")
     parts.append(f"{bytes_text(account.delivery)} for the last adapter to all")
     parts += [f"{bytes_text(account.artifact)} of codec artifacts"] if account.artifact else []
     parts += [f"{bytes_text(account.recording)} of TGAP's recording"] if account.recording else []

@@ -24,6 +24,7 @@ from gradcodec.broadcast import (
     start_digest,
 )
 from gradcodec.exchange import Residual
+from gradcodec.fidelity import inner_product
 from gradcodec.layout import Layout
 from gradcodec.rounds import Codecs
 from strategies.outcomes import Downlink
@@ -33,6 +34,10 @@ from strategies.wire import HELD, HELD_BEFORE, broadcast_context, wrap_adapter, 
 Adapter = dict[str, Tensor]
 SNAPSHOT_BITS = 4
 """Of steps a parameter: as long as a client has missed less, no snapshot is made to compare with it."""
+LIKELY_SNAPSHOT_BITS = 9
+"""A parameter: no client is sent more for what it has missed, about."""
+MOST_LEFT_OUT = 4.0
+"""Of a step's energy, by a key. Codecs whose error is a share of what they code would set all clients back with it."""
 
 
 class Broadcaster(Protocol):
@@ -151,7 +156,7 @@ class CodedBroadcaster:
         self._number = 0  # of the state that is held
         self._steps: dict[int, bytes] = {}
         self._key: tuple[int, bytes] | None = None  # the state that the last key stands for
-        self._digests: dict[int, str] = {}  # of the states that steps lead on from, and of the last one
+        self._digests: dict[int, str] = {}  # of the states before the steps that are kept, and of the last one
         self._of_clients: dict[int, int] = {}  # partition -> the state that it holds
         self._packed: dict[tuple[int | None, bool, bool], _Packed] = {}  # what was made of the state that is held
         self._snapshots: dict[bool, bytes] = {}  # of it, with the start or not
@@ -162,17 +167,19 @@ class CodedBroadcaster:
 
     def repair(self, partition: int, lacks: str) -> tuple[ArrayRecord, ConfigRecord, Downlink] | None:
         digest, _, start = lacks.partition("/")
+        same_start = start == start_digest(self.held.start_RC)
         known = {digest: number for number, digest in self._digests.items()}.get(digest)
-        could_not = known is not None and known == self._of_clients.get(partition, self._own_state())
-        has_start = known is not None or start == start_digest(self.held.start_RC)
+        begun = self._to_client(partition, *self._before(partition))[1][HELD_BEFORE]
+        could_not = begun in ("", digest) or (begun == self._origin.digest and same_start)
         self._of_clients.pop(partition, None)
-        return self._to_client(partition, None if could_not else known, not has_start, whole=could_not)
+        if could_not:  # it began from there, and did not come to what is held
+            return self._to_client(partition, None, not (known is not None or same_start), whole=True)
+        return self._to_client(partition, known, not (known is not None or same_start))
 
     def settle(self, current: Mapping[str, Tensor], new: Adapter) -> tuple[Adapter, Adapter]:
         step_RC = self.layout.to_blocks(new)
         step_RC -= self.held.adapter_RC
-        room = self._bytes_of_a_key(step_RC)
-        key, before = self._keyed(room) if self._key_pays(room) else (None, self.held)
+        key, before = self._key_that_pays(step_RC) or (None, self.held)
         step_RC -= before.moved_RC - self.held.moved_RC
         step, self.held, residual = self._encoded(step_RC, self._residual_RC, before, self.max_bytes)
         self._residual_RC = residual.error_RC
@@ -226,7 +233,7 @@ class CodedBroadcaster:
         self._digests = table_of(state.values["digests"], str)
         self._of_clients = table_of(state.values["clients"], int)
         if any((tensor.dtype == torch.uint8) != key.startswith(("step/", "key/")) for key, tensor in tensors.items()):
-            raise ValueError("a step is not bytes, or something else is")
+            raise ValueError("a step or a key is not bytes, or something else is")
         self._steps = _numbered(tensors, "step/")
         self._key = next(iter(_numbered(tensors, "key/").items()), None)
         if self._digests.get(self._number) != self.held.digest:
@@ -238,31 +245,30 @@ class CodedBroadcaster:
         codec = self.codecs.at(self.layout.to_update(held.adapter_RC))
         return encode_step(step_RC, carried_RC, held=held, codec=codec, max_bytes=max_bytes, context=self._context)
 
-    def _keyed(self, max_bytes: int) -> tuple[bytes, Held]:
-        """A key of the state that is held, what steps left out of it put in, and what it leads to."""
-        most = None if self.max_bytes is None else max_bytes
-        key, held, _ = self._encoded(self._wanted_RC(), None, self._origin, most)
-        return key, held
-
-    def _key_pays(self, num_bytes: int) -> bool:
-        """Whether a key of so many bytes for every client is less than what they have missed."""
-        missed = Counter(self._of_clients.get(partition, -1) for partition in range(self.num_clients))
-        total = sum(count * self._bytes_since(number) for number, count in missed.items())
-        return total > self.num_clients * num_bytes
+    def _key_that_pays(self, step_RC: Tensor) -> tuple[bytes, Held] | None:
+        """A key of the state that is held, what steps left out of it put in, and what it leads to; None: all clients
+        together have missed less than a key for each, or the codec leaves out too much of so large a movement."""
+        states = Counter(self._of_clients.get(partition, 0) for partition in range(self.num_clients))
+        snapshot = self.layout.num_parameters * LIKELY_SNAPSHOT_BITS // 8
+        missed = sum(count * min(self._bytes_since(number), snapshot) for number, count in states.items())
+        if missed == 0:
+            return None
+        wanted_RC = self.held.moved_RC if self._residual_RC is None else self.held.moved_RC + self._residual_RC
+        if self.max_bytes is None:  # a codec of one rate
+            num_bytes = max(map(len, self._steps.values()), default=0)
+        else:
+            num_bytes = key_bytes(wanted_RC, step_RC, self.layout, self.max_bytes)
+        if missed <= self.num_clients * num_bytes:
+            return None
+        most = None if self.max_bytes is None else num_bytes
+        key, held, residual = self._encoded(wanted_RC, None, self._origin, most)
+        left_out = inner_product(residual.error_RC, residual.error_RC)
+        return (key, held) if left_out <= MOST_LEFT_OUT * inner_product(step_RC, step_RC) else None
 
     def _bytes_since(self, number: int) -> int:
-        """What leads on from a state, -1: the start, to the one that is held."""
+        """What leads on from a state to the one that is held."""
         key = self._key[1] if self._key is not None and number <= self._key[0] else b""
         return len(key) + sum(len(step) for one, step in self._steps.items() if one >= number)
-
-    def _bytes_of_a_key(self, step_RC: Tensor) -> int:
-        if self.max_bytes is None:
-            return max(map(len, self._steps.values()), default=0)  # a codec of one rate
-        return max(self.max_bytes, key_bytes(self._wanted_RC(), step_RC, self.layout))
-
-    def _wanted_RC(self) -> Tensor:
-        """How far the adapter would have moved if nothing were left out."""
-        return self.held.moved_RC if self._residual_RC is None else self.held.moved_RC + self._residual_RC
 
     @property
     def _origin(self) -> Held:
@@ -283,6 +289,8 @@ class CodedBroadcaster:
     ) -> tuple[ArrayRecord, ConfigRecord, Downlink]:
         """From a state to the one that is held; None: from nothing; ``whole``: without steps, which it could not take
         in. Clients that are sent the same share it."""
+        if whole or self._key_leads_on_from(number):
+            number = None
         asked = number, with_start, whole
         if asked not in self._packed:
             self._packed[asked] = self._pack(*asked)
@@ -291,10 +299,9 @@ class CodedBroadcaster:
 
     def _pack(self, number: int | None, with_start: bool, whole: bool) -> _Packed:
         """As ``_to_client``; the partition is 0."""
-        keyed = self._key is not None and (number is None or number <= self._key[0])
-        if keyed and self._key is not None:
-            first, before, keys, number = self._origin, self._origin.digest, [self._key[1]], self._key[0]
-            snapshot = pack_snapshot(first, self.layout, True) if with_start else b""
+        if self._key is not None and self._key_leads_on_from(number):
+            before, keys, number = self._origin.digest, [self._key[1]], self._key[0]
+            snapshot = pack_snapshot(self._origin, self.layout, True) if with_start else b""
         else:
             before, keys = self._digests.get(number or 0, ""), []
             snapshot = b"" if number is not None else pack_snapshot(self._first, self.layout, with_start)
@@ -316,6 +323,9 @@ class CodedBroadcaster:
         )
         before = "" if snapshot else before
         return record, ConfigRecord({HELD_BEFORE: before, HELD: self.held.digest}), sent
+
+    def _key_leads_on_from(self, number: int | None) -> bool:
+        return self._key is not None and (number is None or number <= self._key[0])
 
     def _steps_from(self, number: int) -> list[bytes] | None:
         """Those that lead on from a state; None: they are not kept any more."""
@@ -339,6 +349,8 @@ class CodedBroadcaster:
             kept += len(self._steps[number])
             if kept > 4 * self.layout.num_parameters:
                 del self._steps[number]
+        if self._key is not None and self._key[0] not in self._steps:
+            self._key = None
         self._digests = {n: d for n, d in self._digests.items() if n in self._steps or n in (0, self._number)}
 
 

@@ -39,7 +39,7 @@ class Downlink:
     partition: int
     step_bytes: int = 0  # the adapter, or the last step of it
     catch_up_bytes: int = 0  # steps before the last one, which it missed
-    snapshot_bytes: int = 0  # of all that is held, for who holds nothing
+    snapshot_bytes: int = 0  # of all that is held, for who holds nothing, or of a key
     side_bytes: int = 0  # the codec's side information
 
     @property
