@@ -299,10 +299,13 @@ TestProtocol.settings = settings(max_examples=12, stateful_step_count=20, deadli
 
 
 def test_a_long_absence_costs_a_snapshot_at_most(layout: Layout, learned: LearnedCodec) -> None:
-    server = CodedBroadcaster(SameCodec(learned), layout, START, RUN, 240, 1)
+    """Of one client; that of all others would be worth a key."""
+    server = CodedBroadcaster(SameCodec(learned), layout, START, RUN, 240, 20)
     adapter: Mapping[str, Tensor] = START
     sizes = []
     for number in range(60):
+        for partition in range(1, 20):
+            server.answered(partition)
         step = heavy_tailed_update(number)
         adapter, _ = server.settle(adapter, {name: tensor + step[name] for name, tensor in adapter.items()})
         sizes.append(server.missing_bytes(0))
