@@ -6,7 +6,8 @@ A budget is bits a parameter UP/DOWN, or UP/DOWN/CODEC (``learned`` where none i
 ``--times`` as many rounds as the dense one: what they kept at dense's rounds is read off on the way. Counted are
 payloads and arrays up and down, catching up and snapshots, the final adapter for every client, and a copy of the
 codec's artifact for each unless it is the one that ships with the project; for the dense run the adapter up and down,
-and the final adapter for every client. A bench that was stopped goes on with the runs that are missing.
+and the final adapter for every client. What a run kept when it had used a share of dense's bytes, as if it had ended
+there, stands in a second table. A bench that was stopped goes on with the runs that are missing.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from conf.output import open_output, provenance, write_json
 from strategies.outcomes import DOWNLINK_BYTES
 
 BUDGETS = "0.5/0.5,0.25/0.25"
+SHARES = (25, 40, 100, 200)
+"""Byte budgets, as parts of what the dense run takes."""
 
 
 def main() -> None:
@@ -99,10 +102,18 @@ def judge(run: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
         "rounds_to_dense": reached,
         "bytes_to_dense": at_goal,
         "of_dense_at_its_loss": None if at_goal is None else total / at_goal["total"],
+        "kept_within": {f"1/{share}": kept_within(run, dense, total / share) for share in SHARES},
         "kept_at_the_end": kept_fraction(base, goal, losses[-1]),
         "of_dense_at_the_end": total / run["bytes"]["total"],
         "seconds": run["seconds"],
     }
+
+
+def kept_within(run: dict[str, Any], dense: dict[str, Any], budget: float) -> float:
+    """Of dense's improvement, after as many rounds as fit into so many bytes; 0 if not even one does."""
+    losses = run["heldout_loss"]
+    rounds = max((n for n in range(1, len(losses)) if bytes_until(run, n)["total"] <= budget), default=0)
+    return kept_fraction(losses[0], dense["heldout_loss"][-1], losses[rounds])
 
 
 def bytes_until(run: dict[str, Any], rounds: int) -> dict[str, int]:
@@ -134,6 +145,9 @@ def means_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "kept": mean(kept),
             "kept_spread": stdev(kept) if len(kept) > 1 else 0.0,
             "total_bytes": mean(one["bytes"]["total"] for one in singles),
+            "kept_within": {
+                share: mean(one["kept_within"][share] for one in singles) for share in singles[0]["kept_within"]
+            },
             "reached": sum(one["rounds_to_dense"] is not None for one in singles),
             "seeds": len(singles),
             **{
@@ -180,7 +194,12 @@ def print_means(means: dict[str, Any], rounds: int) -> None:
             "-" if there is None else f"1/{one['of_dense_at_its_loss']:.1f}",
             f"{100 * one['kept_at_the_end']:.1f} % at 1/{one['of_dense_at_the_end']:.1f}",
         )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    within = Table(title="kept within a part of dense's bytes")
+    for column in ("up / down, bits", *(f"1/{share}" for share in SHARES)):
+        within.add_column(column, justify="right")
+    for text, one in means.items():
+        within.add_row(text, *(f"{100 * kept:.1f} %" for kept in one["kept_within"].values()))
+    Console(width=None if sys.stdout.isatty() else 120).print(table, within)
 
 
 if __name__ == "__main__":

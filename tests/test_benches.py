@@ -195,6 +195,7 @@ def test_a_whole_run_is_judged_at_equal_rounds_and_at_denses_loss() -> None:
     }
     assert (found["rounds_to_dense"], found["bytes_to_dense"]["total"]) == (3, 30 + 35 + 3 + 7 + 1)
     assert found["of_dense_at_the_end"] == 10
+    assert found["kept_within"] == {"1/25": 0.5, "1/40": 0.0, "1/100": 0.0, "1/200": 0.0}
     never = judge(run | {"heldout_loss": [4.0, 3.9, 3.8, 3.7, 3.6]}, dense)
     assert never["rounds_to_dense"] is None
     means = means_of([{"coded": {"a": found}}, {"coded": {"a": never}}])["a"]
