@@ -56,8 +56,6 @@ _WRITERS_AND_READERS = ("llama", "mistral", "qwen2", "qwen3")
 _INPUTS_FIRST = ("gpt2",)
 """Model types whose layers keep their weights as ``[inputs, outputs]``."""
 _PLACE = re.compile(r"(.*layers\.)(\d+)\.(?:self_attn|mlp)\.([a-z]+)_proj")
-
-
 _NOT_KEPT = "what the base model says of directions is not kept for the next run: %s"
 
 

@@ -161,7 +161,7 @@ class Trainer:
         """The same with its adapter in place of the broadcast that leads to it, which this client holds from now on.
 
         Raises:
-            LacksError: it holds something else than what the broadcast starts from.
+            LacksError: the broadcast does not lead from what it holds, or from the run's start, to what it should.
         """
         if work.broadcast is None:
             return work

@@ -147,7 +147,8 @@ class CodedBroadcaster:
         """
         self.codecs = codecs
         self.layout = layout
-        self.held = self._first = Held.at_start(layout.to_blocks(start))
+        # what every client makes itself, once it has the start adapter: where keys begin
+        self._origin = self.held = self._first = Held.at_start(layout.to_blocks(start))
         self.max_bytes = max_bytes
         self.num_clients = num_clients
         self._context = broadcast_context(run_id)
@@ -169,12 +170,12 @@ class CodedBroadcaster:
         digest, _, start = lacks.partition("/")
         same_start = start == start_digest(self.held.start_RC)
         known = {digest: number for number, digest in self._digests.items()}.get(digest)
+        has_start = known is not None or same_start
         begun = self._to_client(partition, *self._before(partition))[1][HELD_BEFORE]
+        # it could begin from there, and did not come to what is held
         could_not = begun in ("", digest) or (begun == self._origin.digest and same_start)
         self._of_clients.pop(partition, None)
-        if could_not:  # it began from there, and did not come to what is held
-            return self._to_client(partition, None, not (known is not None or same_start), whole=True)
-        return self._to_client(partition, known, not (known is not None or same_start))
+        return self._to_client(partition, known, not has_start, whole=could_not)
 
     def settle(self, current: Mapping[str, Tensor], new: Adapter) -> tuple[Adapter, Adapter]:
         step_RC = self.layout.to_blocks(new)
@@ -200,7 +201,7 @@ class CodedBroadcaster:
     def foresee(self, side: Tensor | None) -> Tensor | None:
         assert self._number == 0
         side = None if side is None else coarse_side(side)
-        self.held = self._first = Held.at_start(self.held.start_RC, side)
+        self.held = self._first = replace(self._origin, side=side)
         self._note_state()
         return side
 
@@ -224,7 +225,7 @@ class CodedBroadcaster:
 
     def load_state(self, state: State) -> None:
         tensors = state.tensors
-        self._first = Held.at_start(self.held.start_RC, tensors.get("first-side"))
+        self._first = replace(self._origin, side=tensors.get("first-side"))
         self.held = Held(self.held.start_RC, tensors["moved"], tensors.get("side"))
         if self.held.moved_RC.shape != self.held.start_RC.shape:
             raise ValueError(f"an adapter that moved by {tuple(self.held.moved_RC.shape)} is another one")
@@ -254,26 +255,23 @@ class CodedBroadcaster:
         if missed == 0:
             return None
         wanted_RC = self.held.moved_RC if self._residual_RC is None else self.held.moved_RC + self._residual_RC
-        if self.max_bytes is None:  # a codec of one rate
-            num_bytes = max(map(len, self._steps.values()), default=0)
-        else:
-            num_bytes = key_bytes(wanted_RC, step_RC, self.layout, self.max_bytes)
-        if missed <= self.num_clients * num_bytes:
+        most = None if self.max_bytes is None else key_bytes(wanted_RC, step_RC, self.layout, self.max_bytes)
+        likely = max(map(len, self._steps.values()), default=0) if most is None else most  # one rate: as a step
+        if missed <= self.num_clients * likely:
             return None
-        most = None if self.max_bytes is None else num_bytes
         key, held, residual = self._encoded(wanted_RC, None, self._origin, most)
         left_out = inner_product(residual.error_RC, residual.error_RC)
         return (key, held) if left_out <= MOST_LEFT_OUT * inner_product(step_RC, step_RC) else None
 
     def _bytes_since(self, number: int) -> int:
         """What leads on from a state to the one that is held."""
-        key = self._key[1] if self._key is not None and number <= self._key[0] else b""
-        return len(key) + sum(len(step) for one, step in self._steps.items() if one >= number)
+        key = self._key_before(number)
+        steps = sum(len(step) for one, step in self._steps.items() if one >= number)
+        return steps if key is None else len(key[1]) + steps
 
-    @property
-    def _origin(self) -> Held:
-        """What every client makes itself, once it has the start adapter: a key's beginning."""
-        return Held.at_start(self.held.start_RC)
+    def _key_before(self, number: int | None) -> tuple[int, bytes] | None:
+        """The key that a client of that state needs, and the state that it stands for; None: it needs none."""
+        return self._key if self._key is not None and (number is None or number <= self._key[0]) else None
 
     def _own_state(self) -> int | None:
         """What a client holds that was never heard of: the start, if it can make that itself."""
@@ -289,7 +287,7 @@ class CodedBroadcaster:
     ) -> tuple[ArrayRecord, ConfigRecord, Downlink]:
         """From a state to the one that is held; None: from nothing; ``whole``: without steps, which it could not take
         in. Clients that are sent the same share it."""
-        if whole or self._key_leads_on_from(number):
+        if whole or self._key_before(number) is not None:
             number = None
         asked = number, with_start, whole
         if asked not in self._packed:
@@ -299,8 +297,8 @@ class CodedBroadcaster:
 
     def _pack(self, number: int | None, with_start: bool, whole: bool) -> _Packed:
         """As ``_to_client``; the partition is 0."""
-        if self._key is not None and self._key_leads_on_from(number):
-            before, keys, number = self._origin.digest, [self._key[1]], self._key[0]
+        if (key := self._key_before(number)) is not None:
+            before, keys, number = self._origin.digest, [key[1]], key[0]
             snapshot = pack_snapshot(self._origin, self.layout, True) if with_start else b""
         else:
             before, keys = self._digests.get(number or 0, ""), []
@@ -323,9 +321,6 @@ class CodedBroadcaster:
         )
         before = "" if snapshot else before
         return record, ConfigRecord({HELD_BEFORE: before, HELD: self.held.digest}), sent
-
-    def _key_leads_on_from(self, number: int | None) -> bool:
-        return self._key is not None and (number is None or number <= self._key[0])
 
     def _steps_from(self, number: int) -> list[bytes] | None:
         """Those that lead on from a state; None: they are not kept any more."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPES, heavy_tailed_update
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -192,6 +192,13 @@ RUN = "run"
 CLIENTS = 4
 
 
+def broadcast_of(arrays: ArrayRecord, config: ConfigRecord) -> Broadcast:
+    """As a client has it, out of what the server sends."""
+    bundle = unwrap_bundle(RecordDict({ARRAYS: arrays}))
+    assert bundle is not None
+    return Broadcast(bundle, str(config[HELD_BEFORE]), str(config[HELD]))
+
+
 class Protocol(RuleBasedStateMachine):
     """Clients that come and go, lose and damage what they hold, and a server that begins again from a checkpoint: who
     answers holds the server's adapter to the bit."""
@@ -219,16 +226,17 @@ class Protocol(RuleBasedStateMachine):
             self.server.foresee(self.codec.side_information(LAYOUT.to_blocks(heavy_tailed_update(7))))
         self.checkpoint = self.server.state(), dict(self.adapter)
 
+    def keys(self) -> set[str]:
+        return {name for name in self.server.state().tensors if name.startswith("key/")}
+
     def client(self, partition: int) -> None:
         """One client in a round: in at most two messages it holds what the server holds."""
         arrays, config, sent = self.server.outgoing(partition, self.adapter)
         for repaired in (False, True):
-            bundle = unwrap_bundle(RecordDict({ARRAYS: arrays}))
-            assert bundle is not None
-            assert sent.total_bytes == len(bundle)
+            broadcast = broadcast_of(arrays, config)
+            assert sent.total_bytes == len(broadcast.bundle)
             own = heavy_tailed_update(1000 if self.start_is_known else 1001)  # of another seed
             before = load_held(self.folder, partition, LAYOUT, LAYOUT.to_blocks(own))
-            broadcast = Broadcast(bundle, str(config[HELD_BEFORE]), str(config[HELD]))
             try:
                 held = take_in(broadcast, before, LAYOUT, lambda _: self.codec, broadcast_context(RUN))
             except LacksError as error:
@@ -252,7 +260,11 @@ class Protocol(RuleBasedStateMachine):
         self.seed += 1
         step = heavy_tailed_update(self.seed)
         new = {name: tensor + step[name] for name, tensor in self.adapter.items()}
+        keys = self.keys()
         adapter, settled = self.server.settle(self.adapter, new)
+        if self.keys() == keys:
+            for name, tensor in settled.items():
+                assert torch.allclose(self.adapter[name] + tensor, adapter[name], atol=1e-7)
         axes, side = self.codec.side_information(LAYOUT.to_blocks(settled)), self.server.held.side
         assert axes is not None
         assert side is not None
@@ -321,10 +333,7 @@ def client_of(
 ) -> tuple[Held, int]:
     """What a client holds after one message, and the bytes of it; the server hears of it."""
     arrays, config, sent = server.outgoing(partition, adapter)
-    bundle = unwrap_bundle(RecordDict({ARRAYS: arrays}))
-    assert bundle is not None
-    broadcast = Broadcast(bundle, str(config[HELD_BEFORE]), str(config[HELD]))
-    after = take_in(broadcast, held, server.layout, lambda _: codec, broadcast_context(RUN))
+    after = take_in(broadcast_of(arrays, config), held, server.layout, lambda _: codec, broadcast_context(RUN))
     server.answered(partition)
     return after, sent.total_bytes
 
@@ -390,14 +399,10 @@ def test_who_cannot_take_in_a_key_is_sent_a_snapshot(
     wrong = AnotherPoint(learned)
     arrays, config, sent = server.outgoing(0, adapter)
     assert sent.snapshot_bytes > 240, "a key"
-    bundle = unwrap_bundle(RecordDict({ARRAYS: arrays})) or b""
-    broadcast = Broadcast(bundle, str(config[HELD_BEFORE]), str(config[HELD]))
     with pytest.raises(LacksError) as lacks:
-        take_in(broadcast, held, layout, lambda _: wrong, broadcast_context(RUN))
+        take_in(broadcast_of(arrays, config), held, layout, lambda _: wrong, broadcast_context(RUN))
     arrays, config, _ = server.repair(0, lacks.value.holds) or pytest.fail("no repair")
-    bundle = unwrap_bundle(RecordDict({ARRAYS: arrays})) or b""
-    broadcast = Broadcast(bundle, str(config[HELD_BEFORE]), str(config[HELD]))
-    after = take_in(broadcast, held, layout, lambda _: wrong, broadcast_context(RUN))
+    after = take_in(broadcast_of(arrays, config), held, layout, lambda _: wrong, broadcast_context(RUN))
     assert after.digest == server.held.digest
 
 
@@ -405,10 +410,10 @@ def test_who_cannot_take_in_a_key_is_sent_a_snapshot(
 def test_keys_set_nobody_back(name: str, layout: Layout, learned: LearnedCodec) -> None:
     """Where a codec's error is a share of what it codes there are none."""
     codec = codec_named(name, layout, learned)
-    codec_of_steps = CodedBroadcaster(SameCodec(codec), layout, START, RUN, None if name != "rotated" else 240, 1)
-    with_keys = CodedBroadcaster(SameCodec(codec), layout, START, RUN, codec_of_steps.max_bytes, 20)
+    without_keys = CodedBroadcaster(SameCodec(codec), layout, START, RUN, None if name != "rotated" else 240, 1)
+    with_keys = CodedBroadcaster(SameCodec(codec), layout, START, RUN, without_keys.max_bytes, 20)
     left_out = []
-    for server in (codec_of_steps, with_keys):
+    for server in (without_keys, with_keys):
         adapter: Mapping[str, Tensor] = START
         wanted_RC = torch.zeros(layout.rank, layout.num_columns)
         for number in range(16):
