@@ -30,8 +30,10 @@ from conf.output import provenance, write_json
 from gradcodec.codec import Codec
 from gradcodec.exchange import encode_update, max_payload_bytes
 from gradcodec.frame import pack, unpack
+from gradcodec.intake import Intake
 from gradcodec.layout import Layout
 from gradcodec.settings import CodecSettings
+from gradcodec.transfers import context_of
 from strategies.broadcast import DenseBroadcaster
 from strategies.build import build_inner
 from strategies.coded import CodedReceiver
@@ -42,7 +44,7 @@ from strategies.roll import Roll
 from strategies.sampling import Sampling
 from strategies.settings import StrategySettings
 from strategies.tensors import to_record
-from strategies.wire import ARRAYS, METRICS, NUM_EXAMPLES, PARTITION, REPLY_METRICS, context_of, wrap_payload
+from strategies.wire import ARRAYS, METRICS, NUM_EXAMPLES, PARTITION, REPLY_METRICS, wrap_payload
 
 
 def main() -> None:
@@ -146,7 +148,7 @@ def _strategy(layout: Layout, num_clients: int) -> tuple[FederatedStrategy, Code
     codec = codec_for(CodecSettings(artifact="assets/codec"), layout)
     strategy = FederatedStrategy(
         build_inner(StrategySettings()),
-        Ways(DenseBroadcaster(), CodedReceiver(codec, "", num_clients)),
+        Ways(DenseBroadcaster(), CodedReceiver(Intake(codec, "", range(num_clients)))),
         AllPresent(cast(Grid, None), num_clients, ConfigRecord(), Unobserved()),
         Sampling(num_clients, num_clients, seed=0),
         NormBound(None, None),

@@ -12,7 +12,8 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.link import ResidentTrainer, trainer_at
-from client.work import TRUST, Broadcast, Work
+from client.work import TRUST, Work
+from gradcodec.transfers import Broadcast
 from strategies.folding import fold, unfold
 from strategies.wire import (
     ACCEPTED,

@@ -7,7 +7,6 @@ that is missing, damaged or of another layout means that nothing is held: the se
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -15,51 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from client.residuals import open_folder
-from client.work import Broadcast
 from conf.output import OutputError, replace_file
-from gradcodec.broadcast import Held, catch_up, unpack_bundle
-from gradcodec.codec import Codec
-from gradcodec.errors import CodecError
+from gradcodec.broadcast import Held
 from gradcodec.layout import Layout
 
 _LOG = logging.getLogger(__name__)
-
-
-class LacksError(Exception):
-    """A client does not hold what a broadcast starts from; ``holds`` is its claim of what it does (``Held.claim``)."""
-
-    def __init__(self, holds: str) -> None:
-        super().__init__(f"it holds {holds}")
-        self.holds = holds
-
-
-def take_in(
-    broadcast: Broadcast, held: Held, layout: Layout, codec_at: Callable[[Held], Codec], context: bytes
-) -> Held:
-    """What is held after a broadcast; the same object, if that is what is held already.
-
-    Args:
-        codec_at: the codec of the round that starts from such a state.
-        context: names the run.
-
-    Raises:
-        LacksError: the broadcast starts neither from what is held nor from the run's start, or does not lead to what it
-            should.
-    """
-    if held.digest == broadcast.held:
-        return held
-    first = held if broadcast.held_before in ("", held.digest) else Held.at_start(held.start_RC)  # where keys begin
-    if broadcast.held_before not in ("", first.digest):
-        raise LacksError(held.claim)
-    try:
-        bundle = unpack_bundle(broadcast.bundle)
-        after = catch_up(first, bundle, layout=layout, codec_at=codec_at, context=context)
-    except CodecError as error:
-        _LOG.warning("the server's broadcast does not fit what is held here: %s", error)
-        raise LacksError(held.claim) from None
-    if after.digest != broadcast.held:
-        raise LacksError(held.claim)
-    return after
 
 
 def load_held(folder: Path, partition: int, layout: Layout, start_RC: Tensor) -> Held:

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from client.work import Broadcast, Overrides, Trained, Work
+from client.work import Overrides, Trained, Work
+from gradcodec.transfers import Broadcast
 
 if TYPE_CHECKING:
     from client.trainer import Trainer

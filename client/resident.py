@@ -19,11 +19,11 @@ from typing import Any
 
 from adapters.team import Team
 from client.console import note, write_notes
-from client.holdings import LacksError
 from client.link import pack_trained, pack_work, receive, send, unpack_work
 from client.trainer import Trainer, trainer_for
 from client.work import Trained
 from conf.processes import exit_on_sigterm
+from gradcodec.client import LacksError
 
 _LOG = logging.getLogger(__name__)
 

@@ -27,20 +27,18 @@ from adapters.model import Adapter, adapter_parts, adapter_shapes, get_adapter, 
 from adapters.settings import is_hub_name, num_examples
 from adapters.team import Team
 from client.console import note, round_line
-from client.holdings import LacksError, load_held, save_held, take_in
-from client.residuals import load_residual, save_residual
+from client.memory import DiskMemory
 from client.work import TRUST, Arrays, Overrides, Trained, Work
 from conf.basis import codecs_of
 from conf.footprint import client_memory
 from conf.remedies import COPY_IT, codec_remedies
 from conf.schema import Settings, check_settings
-from gradcodec.broadcast import Held
 from gradcodec.build import byte_budget
-from gradcodec.codec import Codec
+from gradcodec.client import ClientEnd, LacksError, Place
 from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
 from gradcodec.rounds import Codecs
-from strategies.wire import TRUST_VARIABLE, broadcast_context, context_of
+from strategies.wire import TRUST_VARIABLE
 from tasks.settings import check_window
 from tasks.shards import Shard, load_shard, what_is_lost
 
@@ -104,6 +102,10 @@ class Trainer:
         with codec_remedies(COPY_IT):
             return codecs_of(self.settings, layout, self.seeded, self.model.device)
 
+    @cached_property
+    def end(self) -> ClientEnd:
+        return ClientEnd(self.codecs, self.layout, self.settings.codec, self.settings.run_id)
+
     def shard(self, partition: int) -> Shard:
         if partition not in self._shards:
             task, client, sharers = self.settings.task, partition, self.settings.federation.num_clients
@@ -165,15 +167,8 @@ class Trainer:
         """
         if work.broadcast is None:
             return work
-        layout, codecs, whose = self.layout, self.codecs, (work.memory, work.partition)
-        before = load_held(*whose, layout, layout.to_blocks(self.seeded))
-
-        def codec_at(held: Held) -> Codec:
-            return codecs.at(layout.to_update(held.adapter_RC))
-
-        held = take_in(work.broadcast, before, layout, codec_at, broadcast_context(self.settings.run_id))
-        if held is not before:
-            save_held(*whose, held)
+        layout = self.layout
+        held = self.end.take_in(work.broadcast, _memory_of(work), layout.to_blocks(self.seeded))
         adapter = {name: tensor.numpy() for name, tensor in layout.tensors(held.adapter_RC)}
         return dataclasses.replace(
             work,
@@ -197,24 +192,20 @@ class Trainer:
         )
 
     def _encode(self, update: Adapter, work: Work) -> bytes:
-        layout, feedback, whose = self.layout, self.settings.codec.feedback, (work.memory, work.partition)
         assert work.adapter is not None
-        carried = None
-        if feedback > 0 and (old := load_residual(*whose, layout, work.server_round)) is not None:
-            carried = old.carried(work.accepted, feedback)
+        place = Place(
+            work.partition,
+            work.server_round,
+            {name: torch.from_numpy(array) for name, array in work.adapter.items()},
+            None if work.side is None else torch.from_numpy(work.side),
+            work.accepted,
+        )
         with codec_remedies(COPY_IT):
-            payload, residual = encode_update(
-                update,
-                carried,
-                codec=self.codecs.at({name: torch.from_numpy(array) for name, array in work.adapter.items()}),
-                max_bytes=byte_budget(self.settings.codec, layout),
-                snr_db=self.settings.codec.snr_db,
-                side=None if work.side is None else torch.from_numpy(work.side),
-                context=context_of(self.settings.run_id, work.server_round, work.partition),
-            )
-        if feedback > 0:
-            save_residual(*whose, layout, work.server_round, residual)
-        return payload
+            return self.end.encode(update, _memory_of(work), place)
+
+
+def _memory_of(work: Work) -> DiskMemory:
+    return DiskMemory(work.memory, work.partition)
 
 
 def training_seed(seed: int, server_round: int, partition: int) -> int:

@@ -8,21 +8,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gradcodec.transfers import Broadcast
+
 Arrays = dict[str, NDArray[np.float32]]
 Overrides = tuple[tuple[str, str], ...]
 """What a node says by its node config: its own paths (``model-path``, ``task-path``, ``codec-artifact``), and
 ``TRUST``."""
 TRUST = "trust-remote-code"
 """``true`` if the node's owner lets a model's own Python code run: a server alone cannot."""
-
-
-@dataclass(frozen=True)
-class Broadcast:
-    """A bundle of ``gradcodec.broadcast``, and the digests of what a client holds before and after it."""
-
-    bundle: bytes
-    held_before: str  # empty: whatever it is
-    held: str
 
 
 @dataclass(frozen=True)

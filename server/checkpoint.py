@@ -22,8 +22,8 @@ from torch import Tensor
 
 from conf.output import replace_file
 from conf.schema import Settings
+from gradcodec.state import State
 from server.results import RunResults
-from strategies.state import State
 
 NAME, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 _FORMAT = "2"

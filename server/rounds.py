@@ -31,8 +31,10 @@ from gradcodec.artifact import load_artifact
 from gradcodec.broadcast import Held, encode_step
 from gradcodec.build import broadcast_budget, byte_budget
 from gradcodec.codec import Codec
+from gradcodec.delivery import Delivery
 from gradcodec.errors import BudgetError, DivergedError
 from gradcodec.exchange import encode_update
+from gradcodec.intake import Intake
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
 from gradcodec.settings import CodecSettings
@@ -150,18 +152,15 @@ def _ways(settings: Settings, layout: Layout, evaluator: Evaluator) -> Ways:
     with codec_remedies(TRAIN_ONE):
         codecs = codecs_of(settings, layout, evaluator.seeded, evaluator.model.device)
     _check_budgets(settings.codec, codecs.at(evaluator.seeded), evaluator.model.device)
-    num_clients, budget = settings.federation.num_clients, byte_budget(settings.codec, layout)
+    clients, budget = range(settings.federation.num_clients), byte_budget(settings.codec, layout)
     down = settings.codec.down_bits is not None
-    receiver = CodedReceiver(
-        codecs.at(evaluator.seeded), settings.run_id, num_clients, budget, codecs, sends_side=not down
-    )
+    intake = Intake(codecs.at(evaluator.seeded), settings.run_id, clients, budget, codecs)
+    receiver = CodedReceiver(intake, sends_side=not down)
     if not down:
         return Ways(DenseBroadcaster(), receiver)
     budget, known = broadcast_budget(settings.codec, layout), settings.lora.start is None
-    down_way = CodedBroadcaster(
-        codecs, layout, evaluator.initial, settings.run_id, budget, num_clients, start_is_known=known
-    )
-    return Ways(down_way, receiver)
+    delivery = Delivery(codecs, layout, evaluator.initial, settings.run_id, budget, clients, start_is_known=known)
+    return Ways(CodedBroadcaster(delivery), receiver)
 
 
 def _check_budgets(settings: CodecSettings, codec: Codec, device: torch.device) -> None:

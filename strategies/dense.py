@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gradcodec.errors import CodecError
 from gradcodec.exchange import digest_of
+from gradcodec.state import State, pairs, table_of
 from strategies.outcomes import Uplink
 from strategies.receive import Adapter, Asked
-from strategies.state import State, pairs, table_of
 from strategies.tensors import check_values
 from strategies.wire import ARRAYS, unwrap_adapter
 

@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 from torch import Tensor
 
+from gradcodec.state import State
 from strategies.broadcast import Broadcaster
 from strategies.errors import RoundError
 from strategies.folding import unfold
@@ -30,7 +31,6 @@ from strategies.outcomes import ABSENT, REFUSED, Fault, Observer, Uplink
 from strategies.receive import Asked, Decoded, Receiver, Refused, lacks_of, receive
 from strategies.roll import POLL_SECONDS, Roll
 from strategies.sampling import Sampling
-from strategies.state import State
 from strategies.tensors import from_record, moved_to_record
 from strategies.wire import ARRAYS, CONFIG, METRICS, SIDE
 from strategies.wrapping import AdapterStrategy

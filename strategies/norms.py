@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median_low
 
-from strategies.state import numbers_of
+from gradcodec.state import numbers_of
 
 HISTORY_ROUNDS = 5
 ENOUGH = 3

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from gradcodec.errors import CodecError
 from gradcodec.exchange import digest_of
+from gradcodec.state import State
 from strategies.outcomes import ABSENT, FAILED, REFUSED, Uplink
 from strategies.peer_text import clean
-from strategies.state import State
 from strategies.tensors import distance
 from strategies.wire import (
     ARRAYS,

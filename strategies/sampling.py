@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from gradcodec.state import pairs, table_of
 from strategies.errors import FederationError
-from strategies.state import pairs, table_of
 
 
 class Sampling:

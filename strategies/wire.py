@@ -49,16 +49,6 @@ LACKS = "lacks"  # a reply: the client's claim of what it holds, as it cannot ta
 REFUSAL = "refusal"  # why a node cannot take part, at the roll call
 
 
-def broadcast_context(run_id: str) -> bytes:
-    """What the checksums of a run's broadcasts are made with, beside the state that each starts from."""
-    return run_id.encode()
-
-
-def context_of(run_id: str, server_round: int, partition: int) -> bytes:
-    """What a payload's checksum is made with (``gradcodec.frame``), so that it counts in its own place alone."""
-    return f"{run_id}/{server_round}/{partition}".encode()
-
-
 def array_of(array: Floats) -> Array:
     """A float32 array of any shape as Flower's Array."""
     return Array(np.ascontiguousarray(array))

@@ -23,6 +23,7 @@ from gradcodec.frame import Frame, pack, unpack
 from gradcodec.layout import Layout
 from gradcodec.learned.codec import LearnedCodec
 from gradcodec.learned.tables import LearnedTables
+from gradcodec.transfers import context_of
 from server.results import RunResults
 from server.rounds import run_federation
 from strategies.wire import (
@@ -34,7 +35,6 @@ from strategies.wire import (
     SERVER_ROUND,
     SETTINGS,
     TRAIN_LOSS,
-    context_of,
     unwrap_payload,
     wrap_payload,
 )

@@ -11,15 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPES, heavy_tailed_update
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from safetensors.torch import save
 from torch import Tensor
 
-from client.holdings import LacksError, load_held, save_held, take_in
-from client.work import Broadcast
+from client.holdings import load_held, save_held
 from gradcodec.broadcast import (
     Bundle,
     Held,
@@ -32,15 +30,16 @@ from gradcodec.broadcast import (
     unpack_snapshot,
 )
 from gradcodec.build import build_codec
+from gradcodec.client import LacksError, take_in
 from gradcodec.codec import Codec
+from gradcodec.delivery import Delivery
 from gradcodec.errors import CodecError, DivergedError
 from gradcodec.frame import Codes
 from gradcodec.layout import Layout
 from gradcodec.learned.codec import LearnedCodec
 from gradcodec.rounds import SameCodec
 from gradcodec.settings import CodecSettings
-from strategies.broadcast import CodedBroadcaster
-from strategies.wire import ARRAYS, HELD, HELD_BEFORE, broadcast_context, unwrap_bundle
+from gradcodec.transfers import broadcast_context
 
 CODECS = ("learned", "rotated", "topk", "eden", "projection", "sign", "nf4", "identity")
 BITS = 1.0
@@ -192,13 +191,6 @@ RUN = "run"
 CLIENTS = 4
 
 
-def broadcast_of(arrays: ArrayRecord, config: ConfigRecord) -> Broadcast:
-    """As a client has it, out of what the server sends."""
-    bundle = unwrap_bundle(RecordDict({ARRAYS: arrays}))
-    assert bundle is not None
-    return Broadcast(bundle, str(config[HELD_BEFORE]), str(config[HELD]))
-
-
 class Protocol(RuleBasedStateMachine):
     """Clients that come and go, lose and damage what they hold, and a server that begins again from a checkpoint: who
     answers holds the server's adapter to the bit."""
@@ -213,9 +205,9 @@ class Protocol(RuleBasedStateMachine):
     def teardown(self) -> None:
         shutil.rmtree(self.folder)
 
-    def new_server(self) -> CodedBroadcaster:
-        return CodedBroadcaster(
-            SameCodec(self.codec), LAYOUT, START, RUN, 240, CLIENTS, start_is_known=self.start_is_known
+    def new_server(self) -> Delivery:
+        return Delivery(
+            SameCodec(self.codec), LAYOUT, START, RUN, 240, range(CLIENTS), start_is_known=self.start_is_known
         )
 
     @initialize(start_is_known=st.booleans(), rehearsed=st.booleans())
@@ -231,19 +223,18 @@ class Protocol(RuleBasedStateMachine):
 
     def client(self, partition: int) -> None:
         """One client in a round: in at most two messages it holds what the server holds."""
-        arrays, config, sent = self.server.outgoing(partition, self.adapter)
+        parcel = self.server.outgoing(partition)
         for repaired in (False, True):
-            broadcast = broadcast_of(arrays, config)
-            assert sent.total_bytes == len(broadcast.bundle)
+            broadcast = parcel.broadcast
+            sizes = parcel.step_bytes + parcel.catch_up_bytes + parcel.snapshot_bytes
+            assert sizes == len(broadcast.bundle)
             own = heavy_tailed_update(1000 if self.start_is_known else 1001)  # of another seed
             before = load_held(self.folder, partition, LAYOUT, LAYOUT.to_blocks(own))
             try:
                 held = take_in(broadcast, before, LAYOUT, lambda _: self.codec, broadcast_context(RUN))
             except LacksError as error:
                 assert not repaired, "one repair is enough"
-                repair = self.server.repair(partition, error.holds)
-                assert repair is not None
-                arrays, config, sent = repair
+                parcel = self.server.repair(partition, error.holds)
                 continue
             break
         save_held(self.folder, partition, held)
@@ -261,7 +252,7 @@ class Protocol(RuleBasedStateMachine):
         step = heavy_tailed_update(self.seed)
         new = {name: tensor + step[name] for name, tensor in self.adapter.items()}
         keys = self.keys()
-        adapter, settled = self.server.settle(self.adapter, new)
+        adapter, settled = self.server.settle(new)
         if self.keys() == keys:
             for name, tensor in settled.items():
                 assert torch.allclose(self.adapter[name] + tensor, adapter[name], atol=1e-7)
@@ -312,14 +303,14 @@ TestProtocol.settings = settings(max_examples=12, stateful_step_count=20, deadli
 
 def test_a_long_absence_costs_a_snapshot_at_most(layout: Layout, learned: LearnedCodec) -> None:
     """Of one client; that of all others would be worth a key."""
-    server = CodedBroadcaster(SameCodec(learned), layout, START, RUN, 240, 20)
+    server = Delivery(SameCodec(learned), layout, START, RUN, 240, range(20))
     adapter: Mapping[str, Tensor] = START
     sizes = []
     for number in range(60):
         for partition in range(1, 20):
             server.answered(partition)
         step = heavy_tailed_update(number)
-        adapter, _ = server.settle(adapter, {name: tensor + step[name] for name, tensor in adapter.items()})
+        adapter, _ = server.settle({name: tensor + step[name] for name, tensor in adapter.items()})
         sizes.append(server.missing_bytes(0))
     assert sizes[3] > sizes[2] > sizes[1]
     assert max(sizes) < 4 * layout.num_parameters
@@ -328,20 +319,18 @@ def test_a_long_absence_costs_a_snapshot_at_most(layout: Layout, learned: Learne
     )
 
 
-def client_of(
-    server: CodedBroadcaster, partition: int, held: Held, adapter: Mapping[str, Tensor], codec: Codec
-) -> tuple[Held, int]:
+def client_of(server: Delivery, partition: int, held: Held, codec: Codec) -> tuple[Held, int]:
     """What a client holds after one message, and the bytes of it; the server hears of it."""
-    arrays, config, sent = server.outgoing(partition, adapter)
-    after = take_in(broadcast_of(arrays, config), held, server.layout, lambda _: codec, broadcast_context(RUN))
+    broadcast = server.outgoing(partition).broadcast
+    after = take_in(broadcast, held, server.layout, lambda _: codec, broadcast_context(RUN))
     server.answered(partition)
-    return after, sent.total_bytes
+    return after, len(broadcast.bundle)
 
 
 def test_where_clients_rarely_come_a_key_stands_for_all_that_they_missed(layout: Layout, learned: LearnedCodec) -> None:
     """Of twenty clients one comes a round, and one of them has been away since the start."""
     num_clients = 20
-    server = CodedBroadcaster(SameCodec(learned), layout, START, RUN, 240, num_clients)
+    server = Delivery(SameCodec(learned), layout, START, RUN, 240, range(num_clients))
     adapter: Mapping[str, Tensor] = START
     first = Held.at_start(layout.to_blocks(START))
     clients = dict.fromkeys(range(num_clients), first)
@@ -349,19 +338,19 @@ def test_where_clients_rarely_come_a_key_stands_for_all_that_they_missed(layout:
     direction = heavy_tailed_update(5)
     for number in range(40):
         partition = number % (num_clients - 1)
-        clients[partition], size = client_of(server, partition, clients[partition], adapter, learned)
+        clients[partition], size = client_of(server, partition, clients[partition], learned)
         sizes.append(size)
         assert torch.equal(clients[partition].moved_RC, server.held.moved_RC)
         if number == 30:  # it goes on from a checkpoint as if nothing had been
-            again = CodedBroadcaster(SameCodec(learned), layout, START, RUN, 240, num_clients)
+            again = Delivery(SameCodec(learned), layout, START, RUN, 240, range(num_clients))
             again.load_state(server.state())
             assert again.missing_bytes(num_clients - 1) == server.missing_bytes(num_clients - 1)
             server = again
         noise = heavy_tailed_update(100 + number)
         new = {name: tensor + direction[name] + 0.3 * noise[name] for name, tensor in adapter.items()}
         wanted_RC += layout.to_blocks(new) - layout.to_blocks(adapter)
-        adapter, _ = server.settle(adapter, new)
-    away, size = client_of(server, num_clients - 1, first, adapter, learned)
+        adapter, _ = server.settle(new)
+    away, size = client_of(server, num_clients - 1, first, learned)
     assert away.digest == server.held.digest
     snapshot, steps = len(pack_snapshot(server.held, layout, False)), 40 * 240
     assert size < snapshot / 2
@@ -386,23 +375,23 @@ class AnotherPoint(AnotherMachine):
 def test_who_cannot_take_in_a_key_is_sent_a_snapshot(
     start_is_known: bool, rehearsed: bool, first_answer: int | None, layout: Layout, learned: LearnedCodec
 ) -> None:
-    server = CodedBroadcaster(SameCodec(learned), layout, START, RUN, 240, 20, start_is_known=start_is_known)
+    server = Delivery(SameCodec(learned), layout, START, RUN, 240, range(20), start_is_known=start_is_known)
     if rehearsed:
         server.foresee(learned.side_information(step_of(layout, 7)))
     adapter: Mapping[str, Tensor] = START
     held = start_of(layout) if start_is_known else Held.at_start(step_of(layout, 1001))
     for number in range(12):
         if number == first_answer:
-            held, _ = client_of(server, 0, held, adapter, learned)
+            held, _ = client_of(server, 0, held, learned)
         step = heavy_tailed_update(number)
-        adapter, _ = server.settle(adapter, {name: tensor + step[name] for name, tensor in adapter.items()})
+        adapter, _ = server.settle({name: tensor + step[name] for name, tensor in adapter.items()})
     wrong = AnotherPoint(learned)
-    arrays, config, sent = server.outgoing(0, adapter)
-    assert sent.snapshot_bytes > 240, "a key"
+    parcel = server.outgoing(0)
+    assert parcel.snapshot_bytes > 240, "a key"
     with pytest.raises(LacksError) as lacks:
-        take_in(broadcast_of(arrays, config), held, layout, lambda _: wrong, broadcast_context(RUN))
-    arrays, config, _ = server.repair(0, lacks.value.holds) or pytest.fail("no repair")
-    after = take_in(broadcast_of(arrays, config), held, layout, lambda _: wrong, broadcast_context(RUN))
+        take_in(parcel.broadcast, held, layout, lambda _: wrong, broadcast_context(RUN))
+    repair = server.repair(0, lacks.value.holds).broadcast
+    after = take_in(repair, held, layout, lambda _: wrong, broadcast_context(RUN))
     assert after.digest == server.held.digest
 
 
@@ -410,8 +399,8 @@ def test_who_cannot_take_in_a_key_is_sent_a_snapshot(
 def test_keys_set_nobody_back(name: str, layout: Layout, learned: LearnedCodec) -> None:
     """Where a codec's error is a share of what it codes there are none."""
     codec = codec_named(name, layout, learned)
-    without_keys = CodedBroadcaster(SameCodec(codec), layout, START, RUN, None if name != "rotated" else 240, 1)
-    with_keys = CodedBroadcaster(SameCodec(codec), layout, START, RUN, without_keys.max_bytes, 20)
+    without_keys = Delivery(SameCodec(codec), layout, START, RUN, None if name != "rotated" else 240, range(1))
+    with_keys = Delivery(SameCodec(codec), layout, START, RUN, without_keys.max_bytes, range(20))
     left_out = []
     for server in (without_keys, with_keys):
         adapter: Mapping[str, Tensor] = START
@@ -422,7 +411,7 @@ def test_keys_set_nobody_back(name: str, layout: Layout, learned: LearnedCodec) 
             noise = heavy_tailed_update(100 + number)
             new = {key: tensor + step[key] + 0.3 * noise[key] for key, tensor in adapter.items()}
             wanted_RC += layout.to_blocks(new) - layout.to_blocks(adapter)
-            adapter, _ = server.settle(adapter, new)
+            adapter, _ = server.settle(new)
         left_out.append(float((server.held.moved_RC - wanted_RC).norm() / wanted_RC.norm()))
     without, keyed = left_out
     assert keyed < 1.5 * without + 0.01
@@ -433,59 +422,57 @@ def test_keys_set_nobody_back(name: str, layout: Layout, learned: LearnedCodec) 
 def test_a_step_that_is_no_number_diverges_and_changes_nothing(
     value: float, rounds_before: int, layout: Layout, learned: LearnedCodec
 ) -> None:
-    server = CodedBroadcaster(SameCodec(learned), layout, START, RUN, 240, 20)
+    server = Delivery(SameCodec(learned), layout, START, RUN, 240, range(20))
     adapter: Mapping[str, Tensor] = START
     for number in range(rounds_before):
         step = heavy_tailed_update(number)
-        adapter, _ = server.settle(adapter, {name: tensor + step[name] for name, tensor in adapter.items()})
+        adapter, _ = server.settle({name: tensor + step[name] for name, tensor in adapter.items()})
     before = server.held.digest
     wild = {name: torch.full_like(tensor, value) for name, tensor in adapter.items()}
     with pytest.raises(DivergedError):
-        server.settle(adapter, wild)
+        server.settle(wild)
     assert server.held.digest == before
     assert server.missing_bytes(0) == server.missing_bytes(1)
 
 
 def test_what_many_clients_need_is_packed_once(layout: Layout, learned: LearnedCodec) -> None:
-    server = CodedBroadcaster(SameCodec(learned), layout, START, RUN, 240, 30)
+    server = Delivery(SameCodec(learned), layout, START, RUN, 240, range(30))
     adapter: Mapping[str, Tensor] = START
     for number in range(20):
         server.answered(number)
         step = heavy_tailed_update(number)
-        adapter, _ = server.settle(adapter, {name: tensor + step[name] for name, tensor in adapter.items()})
-    away = {id(server.outgoing(partition, adapter)[0]) for partition in range(15)}
+        adapter, _ = server.settle({name: tensor + step[name] for name, tensor in adapter.items()})
+    away = {id(server.outgoing(partition).broadcast.bundle) for partition in range(15)}
     assert len(away) == 1
 
 
 def test_where_clients_come_all_the_time_there_is_no_key(layout: Layout, learned: LearnedCodec) -> None:
-    server = CodedBroadcaster(SameCodec(learned), layout, START, RUN, 240, 2)
+    server = Delivery(SameCodec(learned), layout, START, RUN, 240, range(2))
     adapter: Mapping[str, Tensor] = START
     held = Held.at_start(layout.to_blocks(START))
     sizes = []
     for number in range(12):
         for partition in range(2):
-            after, size = client_of(server, partition, held, adapter, learned)
+            after, size = client_of(server, partition, held, learned)
             sizes.append(size)
         held, step = after, heavy_tailed_update(number)
-        adapter, _ = server.settle(adapter, {name: tensor + step[name] for name, tensor in adapter.items()})
+        adapter, _ = server.settle({name: tensor + step[name] for name, tensor in adapter.items()})
     assert max(sizes) < 256
 
 
 def test_a_step_that_a_client_cannot_take_in_is_not_sent_again(layout: Layout, learned: LearnedCodec) -> None:
     """It holds what the steps start from, and says so: what it is sent next has none."""
-    server = CodedBroadcaster(SameCodec(learned), layout, START, RUN, 240, 1)
+    server = Delivery(SameCodec(learned), layout, START, RUN, 240, range(1))
     adapter: Mapping[str, Tensor] = START
     for number in range(2):
         step = heavy_tailed_update(number)
-        adapter, _ = server.settle(adapter, {name: tensor + step[name] for name, tensor in adapter.items()})
-    _, config, first = server.outgoing(0, adapter)
+        adapter, _ = server.settle({name: tensor + step[name] for name, tensor in adapter.items()})
+    first = server.outgoing(0)
     assert first.snapshot_bytes == 0
-    arrays, config, second = server.repair(0, str(config[HELD_BEFORE])) or pytest.fail("no repair")
-    bundle = unwrap_bundle(RecordDict({ARRAYS: arrays}))
-    assert bundle is not None
+    second = server.repair(0, first.broadcast.held_before)
     assert second.snapshot_bytes > 0
-    assert not unpack_bundle(bundle).steps
-    held = take_in(Broadcast(bundle, "", str(config[HELD])), start_of(layout), layout, lambda _: learned, b"")
+    assert not unpack_bundle(second.broadcast.bundle).steps
+    held = take_in(second.broadcast, start_of(layout), layout, lambda _: learned, b"")
     assert held.digest == server.held.digest
 
 

@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 
 from conf.output import OutputError
 from conf.schema import Settings
+from gradcodec.state import State
 from server.checkpoint import NAME, PREVIOUS, Checkpoint, go_back, load_checkpoint, save_checkpoint
 from server.results import NodeRefusal, RunResults
 from strategies.outcomes import Fault, Uplink
-from strategies.state import State
 
 
 def checkpoint_of(server_round: int) -> Checkpoint:

@@ -21,6 +21,7 @@ from conf.schema import Settings
 from gradcodec.artifact import Artifact, save_artifact
 from gradcodec.frame import pack, unpack
 from gradcodec.learned.tables import LearnedTables
+from gradcodec.transfers import context_of
 from server.events import read_status
 from server.results import RunResults
 from server.rounds import run_federation
@@ -30,7 +31,6 @@ from strategies.wire import (
     METRICS,
     PARTITION,
     SERVER_ROUND,
-    context_of,
     unwrap_adapter,
     unwrap_payload,
     wrap_adapter,

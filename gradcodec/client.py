@@ -1,0 +1,148 @@
+"""A client's side of coded transfers: it comes to hold what the server holds, and encodes what its training changed.
+
+``delivery.py`` and ``intake.py`` are the other end. Where a client keeps what it must remember between messages is
+``Memory``'s business. Knows no Flower.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from gradcodec.broadcast import Held, catch_up, unpack_bundle
+from gradcodec.build import byte_budget
+from gradcodec.codec import Codec
+from gradcodec.errors import CodecError
+from gradcodec.exchange import Residual, encode_update
+from gradcodec.layout import Layout
+from gradcodec.rounds import Codecs
+from gradcodec.settings import CodecSettings
+from gradcodec.transfers import Broadcast, broadcast_context, context_of
+
+_LOG = logging.getLogger(__name__)
+
+
+class LacksError(Exception):
+    """A client does not hold what a broadcast starts from; ``holds`` is its claim of what it does (``Held.claim``)."""
+
+    def __init__(self, holds: str) -> None:
+        super().__init__(f"it holds {holds}")
+        self.holds = holds
+
+
+class Memory(Protocol):
+    """What a client remembers between messages. What cannot be read is nothing."""
+
+    def load_held(self, layout: Layout, start_RC: Tensor) -> Held:
+        """What it holds; if there is nothing that can be used, the start of a run: blocks ``[R, C]``."""
+        ...
+
+    def save_held(self, held: Held) -> None:
+        """Inverse of ``load_held``. A place that takes nothing costs a snapshot in the next round, not this one."""
+        ...
+
+    def load_residual(self, layout: Layout, server_round: int) -> Residual | None:
+        """What the last round before ``server_round`` left; None: nothing that fits."""
+        ...
+
+    def save_residual(self, layout: Layout, server_round: int, residual: Residual) -> None:
+        """Inverse of ``load_residual``; the last thing a client does before it replies."""
+        ...
+
+
+class ClientEnd:
+    """One run's, for all clients on a machine."""
+
+    def __init__(self, codecs: Codecs, layout: Layout, settings: CodecSettings, run_id: str) -> None:
+        self.codecs = codecs
+        self.layout = layout
+        self.settings = settings
+        self.run_id = run_id
+
+    def take_in(self, broadcast: Broadcast, memory: Memory, start_RC: Tensor) -> Held:
+        """What is held after a broadcast, and from now on.
+
+        Args:
+            broadcast: as received; nothing of it is taken on trust.
+            memory: of the client it was sent to.
+            start_RC: the adapter from which a run starts that the client knows nothing of, ``[R, C]``.
+
+        Raises:
+            LacksError: the broadcast does not lead from what it holds, or from the run's start, to what it should.
+        """
+        before = memory.load_held(self.layout, start_RC)
+        held = take_in(broadcast, before, self.layout, self._codec_at, broadcast_context(self.run_id))
+        if held is not before:
+            memory.save_held(held)
+        return held
+
+    def encode(self, update: Mapping[str, Tensor], memory: Memory, place: Place) -> bytes:
+        """What local training changed -> payload; what it leaves out goes into the memory.
+
+        Raises:
+            CodecError: the update is not finite, or does not fit the layout.
+            BudgetError: no payload of so few bytes can be made.
+        """
+        layout, feedback = self.layout, self.settings.feedback
+        carried = None
+        if feedback > 0 and (old := memory.load_residual(layout, place.server_round)) is not None:
+            carried = old.carried(place.accepted, feedback)
+        payload, residual = encode_update(
+            update,
+            carried,
+            codec=self.codecs.at(place.adapter),
+            max_bytes=byte_budget(self.settings, layout),
+            snr_db=self.settings.snr_db,
+            side=place.side,
+            context=context_of(self.run_id, place.server_round, place.client),
+        )
+        if feedback > 0:
+            memory.save_residual(layout, place.server_round, residual)
+        return payload
+
+    def _codec_at(self, held: Held) -> Codec:
+        return self.codecs.at(self.layout.to_update(held.adapter_RC))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a payload counts, and what both ends know of it."""
+
+    client: int
+    server_round: int
+    adapter: Mapping[str, Tensor]  # that the round started from
+    side: Tensor | None  # the codec's side information of the round
+    accepted: str  # digest of the client's last payload that the server used
+
+
+def take_in(
+    broadcast: Broadcast, held: Held, layout: Layout, codec_at: Callable[[Held], Codec], context: bytes
+) -> Held:
+    """What is held after a broadcast; the same object, if that is what is held already.
+
+    Args:
+        codec_at: the codec of the round that starts from such a state.
+        context: names the run.
+
+    Raises:
+        LacksError: the broadcast starts neither from what is held nor from the run's start, or does not lead to what it
+            should.
+    """
+    if held.digest == broadcast.held:
+        return held
+    first = held if broadcast.held_before in ("", held.digest) else Held.at_start(held.start_RC)  # where keys begin
+    if broadcast.held_before not in ("", first.digest):
+        raise LacksError(held.claim)
+    try:
+        bundle = unpack_bundle(broadcast.bundle)
+        after = catch_up(first, bundle, layout=layout, codec_at=codec_at, context=context)
+    except CodecError as error:
+        _LOG.warning("the server's broadcast does not fit what is held here: %s", error)
+        raise LacksError(held.claim) from None
+    if after.digest != broadcast.held:
+        raise LacksError(held.claim)
+    return after
