@@ -13,7 +13,7 @@ is read of its layer's output later. Both are told by Gram matrices of the weigh
 
 Every node holds the weights, so none of this travels. It is computed in float64 from the checkpoint's own values, so
 that machines agree far beyond what a transform needs, whatever quantisation they train in. Architectures other than
-LLaMA's relatives have what their tensor's own weights say.
+LLaMA's relatives have what their tensor's own weights say, or what a plug-in says of them (``Family``).
 
 Shape suffixes: W width of one tensor, K directions.
 """
@@ -24,10 +24,11 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ from transformers import PreTrainedConfig
 
 from adapters.base import load_config, resolve_device
 from adapters.gguf import cache_folder, model_folder
+from adapters.plugins import Plugins
 from adapters.settings import ModelSettings
 
 _LOG = logging.getLogger(__name__)
@@ -98,7 +100,8 @@ def spaces_of(settings: ModelSettings, wanted: Sequence[Wanted]) -> dict[str, Sp
     files = _checkpoint(settings)
     dates = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     asked = [(one.name, one.tensor, str(one.rows)) for one in wanted]
-    key = hashlib.sha256(json.dumps([_VERSION, NUM_DIRECTIONS, dates, asked]).encode()).hexdigest()[:32]
+    said = [_VERSION, NUM_DIRECTIONS, dates, asked, *_brought(load_config(settings).get_text_config().model_type)]
+    key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
     place = cache_folder() / "spaces" / f"{key}.safetensors"
     with ExitStack() as stack:
         try:
@@ -126,7 +129,7 @@ def computed_spaces(settings: ModelSettings, wanted: Sequence[Wanted]) -> dict[s
 
 
 def _computed_from(files: Sequence[Path], settings: ModelSettings, wanted: Sequence[Wanted]) -> dict[str, Space]:
-    weights = _Weights(files, resolve_device(settings))
+    weights = Weights(files, resolve_device(settings))
     with torch.inference_mode():
         return _computed(load_config(settings).get_text_config(), weights, wanted)
 
@@ -140,6 +143,11 @@ def _checkpoint(settings: ModelSettings) -> list[Path]:
     if not files:
         raise NoWeightsError(f"model.path={settings.path!r}: no model*.safetensors, which codec.basis=model reads")
     return files
+
+
+def _brought(model_type: str) -> list[str]:
+    """Whose ``Family`` serves it, if a plug-in's does."""
+    return [PLUGINS.origin(model_type)] if model_type in PLUGINS.names else []
 
 
 def _save(spaces: Mapping[str, Space], place: Path) -> None:
@@ -175,8 +183,9 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return whole.hexdigest()
 
 
-class _Weights:
-    """A checkpoint's matrices by the names of the model's layers, float64 ``[outputs, inputs]``, one at a time."""
+class Weights:
+    """A checkpoint's matrices by the names of the model's layers, float64 as they are kept: ``[outputs, inputs]`` but
+    for GPT-2's. One at a time."""
 
     def __init__(self, files: Iterable[Path], device: torch.device) -> None:
         self._device = device
@@ -209,20 +218,25 @@ class _Weights:
         return alike[0] if len(alike) == 1 else None
 
 
-def _computed(config: PreTrainedConfig, weights: _Weights, wanted: Sequence[Wanted]) -> dict[str, Space]:
+def _computed(config: PreTrainedConfig, weights: Weights, wanted: Sequence[Wanted]) -> dict[str, Space]:
     by_layer: dict[str, list[Wanted]] = {}
     for one in wanted:
         by_layer.setdefault(one.layer, []).append(one)
     found: dict[str, Space] = {}
     places = {layer: match for layer in by_layer if (match := _PLACE.fullmatch(layer))}
-    if config.model_type in _WRITERS_AND_READERS and len(places) == len(by_layer):
+    own = _own_grams(weights, by_layer, config.model_type in _INPUTS_FIRST)
+    if config.model_type in PLUGINS.names:
+        grams = chain(PLUGINS.load(config.model_type)(weights, list(by_layer), config), own)
+    elif config.model_type in _WRITERS_AND_READERS and len(places) == len(by_layer):
         root = next(iter(places.values()))[1]
         head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         grams = _llama_grams(weights, root, head_width)
     else:
-        grams = _own_grams(weights, by_layer, config.model_type in _INPUTS_FIRST)
+        grams = own
     for layers, is_a, gram in grams:
-        mine = [one for layer in layers for one in by_layer.get(layer, ()) if one.is_a == is_a]
+        mine = [
+            one for layer in layers for one in by_layer.get(layer, ()) if one.is_a == is_a and one.name not in found
+        ]
         if not mine:
             continue
         gram_WW = gram()
@@ -237,45 +251,50 @@ def _computed(config: PreTrainedConfig, weights: _Weights, wanted: Sequence[Want
     return found
 
 
-_Grams = Iterator[tuple[list[str], bool, Callable[[], Tensor]]]
+Grams = Iterable[tuple[list[str], bool, Callable[[], Tensor]]]
 """Layers, whether their A or their B is meant, and what computes the common Gram matrix ``[W, W]`` of these factors."""
+Family = Callable[[Weights, Sequence[str], PreTrainedConfig], Grams]
+"""What is known of the models of one type: the weights, the full names of the adapted layers, and the model's config ->
+Gram matrices, of as many factors as one likes. The others have what their tensor's own weights say."""
+PLUGINS = Plugins("cg_fedllm.spaces", own=lambda: _WRITERS_AND_READERS)
+"""What other distributions bring: a ``Family`` by the name of its model type, as ``config.json`` has it."""
 
 
-def _own_grams(weights: _Weights, layers: Iterable[str], inputs_first: bool) -> _Grams:
+def _own_grams(weights: Weights, layers: Iterable[str], inputs_first: bool) -> Grams:
     """What a layer's own weights say."""
     for layer in layers:
         weight = weights[layer].T if inputs_first else weights[layer]
-        yield [layer], True, partial(_reads, weight)
-        yield [layer], False, partial(_writes, weight)
+        yield [layer], True, partial(reads, weight)
+        yield [layer], False, partial(writes, weight)
 
 
-def _llama_grams(weights: _Weights, root: str, head_width: int) -> _Grams:
+def _llama_grams(weights: Weights, root: str, head_width: int) -> Grams:
     """Forward through the layers with what was written so far, then back with what will be read."""
     count = next(i for i in range(10**6) if f"{root}{i}.self_attn.q_proj" not in weights)
     decoder = root.removesuffix("layers.")
-    written = _reads(weights[f"{decoder}embed_tokens"])
+    written = reads(weights[f"{decoder}embed_tokens"])
     for i in range(count):
         layer = _Layer(weights, f"{root}{i}", head_width)
-        between = written + _writes(layer.o)
+        between = written + writes(layer.o)
         for factors, is_a in (("qkv", True), ("o", True), ("q", False), ("k", False), ("v", False)):
             yield [layer.name(which) for which in factors], is_a, partial(_gram, layer, factors[0], is_a, written)
         yield [layer.name("gate"), layer.name("up")], True, partial(_gram, layer, "gate", True, between)
         for factor, is_a in (("gate", False), ("up", False), ("down", True)):
             yield [layer.name(factor)], is_a, partial(_gram, layer, factor, is_a, between)
-        written = between + _writes(layer.down)
-    later = _reads(weights["lm_head" if "lm_head" in weights else f"{decoder}embed_tokens"] * weights[f"{decoder}norm"])
+        written = between + writes(layer.down)
+    later = reads(weights["lm_head" if "lm_head" in weights else f"{decoder}embed_tokens"] * weights[f"{decoder}norm"])
     for i in reversed(range(count)):
         layer = _Layer(weights, f"{root}{i}", head_width)
         yield [layer.name("down")], False, partial(_gram, layer, "down", False, later)
-        later = later + _sum(*(_reads(weight * layer.gain_of_mlp) for weight in (layer.gate, layer.up)))
+        later = later + total(*(reads(weight * layer.gain_of_mlp) for weight in (layer.gate, layer.up)))
         yield [layer.name("o")], False, partial(_gram, layer, "o", False, later)
-        later = later + _sum(*(_reads(weight * layer.gain_of_attention) for weight in (layer.q, layer.k, layer.v)))
+        later = later + total(*(reads(weight * layer.gain_of_attention) for weight in (layer.q, layer.k, layer.v)))
 
 
 class _Layer:
     """One layer of a relative of LLaMA, its matrices ``[outputs, inputs]``."""
 
-    def __init__(self, weights: _Weights, place: str, head_width: int) -> None:
+    def __init__(self, weights: Weights, place: str, head_width: int) -> None:
         self._place = place
         self.head_width = head_width
         self.q, self.k, self.v, self.o = (weights[self.name(which)] for which in "qkvo")
@@ -292,23 +311,23 @@ def _gram(layer: _Layer, which: str, is_a: bool, around_WW: Tensor) -> Tensor:
     q, k, v, o = layer.q, layer.k, layer.v, layer.o
     match which, is_a:
         case "q", True:
-            return _sum(_sum(*map(_reads, (q, k, v))), _gained(around_WW, layer.gain_of_attention))
+            return total(total(*map(reads, (q, k, v))), _gained(around_WW, layer.gain_of_attention))
         case "gate", True:
-            return _sum(_sum(*map(_reads, (layer.gate, layer.up))), _gained(around_WW, layer.gain_of_mlp))
+            return total(total(*map(reads, (layer.gate, layer.up))), _gained(around_WW, layer.gain_of_mlp))
         case "o", True:
-            return _sum(_reads(o), _writes(_repeated(v, o.shape[1], layer.head_width)))
+            return total(reads(o), writes(_repeated(v, o.shape[1], layer.head_width)))
         case "down", True:
-            return _sum(_reads(layer.down), _sum(*map(_writes, (layer.gate, layer.up))))
+            return total(reads(layer.down), total(*map(writes, (layer.gate, layer.up))))
         case "q", False:
-            return _sum(_writes(q), _writes(_repeated(k, len(q), layer.head_width)))
+            return total(writes(q), writes(_repeated(k, len(q), layer.head_width)))
         case "k", False:
-            return _sum(_writes(k), _writes(_folded(q, len(k), layer.head_width)))
+            return total(writes(k), writes(_folded(q, len(k), layer.head_width)))
         case "v", False:
-            return _sum(_writes(v), _writes(_folded(o.T, len(v), layer.head_width)))
+            return total(writes(v), writes(_folded(o.T, len(v), layer.head_width)))
         case (("gate" | "up"), False):
-            return _sum(_writes(layer.gate if which == "gate" else layer.up), _reads(layer.down))
+            return total(writes(layer.gate if which == "gate" else layer.up), reads(layer.down))
         case (("o" | "down"), False):
-            return _sum(_writes(o if which == "o" else layer.down), _normed(around_WW))
+            return total(writes(o if which == "o" else layer.down), _normed(around_WW))
     raise AssertionError(which)
 
 
@@ -316,17 +335,18 @@ def _normed(gram_WW: Tensor) -> Tensor:
     return gram_WW / gram_WW.trace()
 
 
-def _reads(weight: Tensor) -> Tensor:
-    """Of a layer's inputs."""
+def reads(weight: Tensor) -> Tensor:
+    """Gram matrix ``[inputs, inputs]``, of trace 1, of what a layer ``[outputs, inputs]`` reads."""
     return _normed(weight.T @ weight)
 
 
-def _writes(weight: Tensor) -> Tensor:
-    """Of a layer's outputs."""
+def writes(weight: Tensor) -> Tensor:
+    """Gram matrix ``[outputs, outputs]``, of trace 1, of what a layer ``[outputs, inputs]`` writes."""
     return _normed(weight @ weight.T)
 
 
-def _sum(*grams: Tensor) -> Tensor:
+def total(*grams: Tensor) -> Tensor:
+    """Their sum, of trace 1."""
     return _normed(torch.stack(grams).sum(0))
 
 

@@ -38,6 +38,7 @@ from gradcodec.client import ClientEnd, LacksError, Place
 from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
 from gradcodec.rounds import Codecs
+from strategies.settings import StrategySettings
 from strategies.wire import TRUST_VARIABLE
 from tasks.settings import check_window
 from tasks.shards import Shard, load_shard, what_is_lost
@@ -254,6 +255,7 @@ def _new_trainer(settings_json: str, own: dict[str, str]) -> Trainer:
     settings.model = dataclasses.replace(settings.model, path=model_path)
     settings.task = dataclasses.replace(settings.task, path=own.get("task-path", settings.task.path))
     settings.codec = dataclasses.replace(settings.codec, artifact=artifact)
+    settings.strategy = StrategySettings()  # the server's alone: a node need not have what it names
     return Trainer(settings, own_data="task-path" in own)
 
 

@@ -30,9 +30,12 @@ from adapters.settings import (
 from adapters.settings import is_hub_name as is_hub_model
 from conf.remedies import TRAIN_ONE
 from gradcodec.errors import ArtifactError, CodecError
+from gradcodec.registry import PLUGINS as CODECS
 from gradcodec.registry import entry_of
 from gradcodec.settings import CodecSettings, FitSettings, check_codec
+from strategies.settings import PLUGINS as STRATEGIES
 from strategies.settings import StrategySettings, check_strategy
+from tasks.settings import PLUGINS as TASKS
 from tasks.settings import TaskSettings, check_task
 from tasks.settings import is_hub_name as is_hub_dataset
 
@@ -129,11 +132,22 @@ class TgapRun(Settings):
     tgap: TgapSettings = field(default_factory=TgapSettings)
 
 
+OPEN = ("codec", "strategy", "task")
+"""Groups whose ``options`` hold what no schema knows."""
+
+
 def register_schemas() -> None:
-    """Tells Hydra the types of all keys, so that a misspelt or ill-typed one is refused at once."""
+    """Tells Hydra the types of all keys, so that a misspelt or ill-typed one is refused at once, and the names that
+    plug-ins bring, so that ``codec=NAME`` chooses one as it does one of ours."""
     store = ConfigStore.instance()
-    store.store(name="federate_schema", node=Settings)
-    store.store(name="tgap_schema", node=TgapRun)
+    for name, schema in (("federate_schema", Settings), ("tgap_schema", TgapRun)):
+        config = OmegaConf.structured(schema)
+        for group in OPEN:
+            OmegaConf.set_struct(config[group].options, False)
+        store.store(name=name, node=config)
+    for group, plugins in (("codec", CODECS), ("strategy", STRATEGIES), ("task", TASKS)):
+        for name in plugins.names:
+            store.store(group=group, name=name, node={"name": name})
 
 
 def settings_of(config: DictConfig) -> Settings:
@@ -164,6 +178,7 @@ def tgap_run_of(config: DictConfig) -> TgapRun:
 def check_settings(settings: Settings) -> None:
     """Raises ValueError naming the first key that cannot be served, before any work; a dry run needs no GPU."""
     _check_numbers(settings)
+    _check_options(settings)
     if settings.arm not in ARMS:
         raise ValueError(f"arm={settings.arm!r} is none of {', '.join(ARMS)}")
     if settings.backend.name not in BACKENDS:
@@ -231,6 +246,15 @@ def _check_numbers(settings: Any, head: str = "") -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f"{head}{entry.name}={number} must be a finite number")
+
+
+def _check_options(settings: Settings) -> None:
+    """Raises ValueError: an option is no plain value. Which there are is the plug-in's affair."""
+    for group in OPEN:
+        for key, value in getattr(settings, group).options.items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            if not isinstance(key, str) or type(value) not in (bool, int, float, str) or not finite:
+                raise ValueError(f"{group}.options.{key}={value!r}: a finite number, a text, true or false is expected")
 
 
 def check_files(settings: Settings) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +15,7 @@ from gradcodec.errors import ArtifactError
 from gradcodec.exchange import max_payload_bytes
 from gradcodec.frame import packed_bytes
 from gradcodec.layout import Layout
-from gradcodec.registry import codec_names, entry_of, loaded
+from gradcodec.registry import codec_names, entry_of, loaded, options_of
 from gradcodec.settings import CodecSettings, check_codec
 
 
@@ -21,7 +23,7 @@ def build_codec(settings: CodecSettings, layout: Layout, device: torch.device | 
     """The codec for a layout.
 
     Args:
-        settings: name, artifact and digest count.
+        settings: name, options, artifact and digest count.
         layout: of the adapter whose updates are coded.
         device: where ``learned`` works; all others work on the CPU.
 
@@ -32,7 +34,7 @@ def build_codec(settings: CodecSettings, layout: Layout, device: torch.device | 
     check_codec(settings)
     entry = entry_of(settings.name)
     if not entry.needs_artifact:
-        codec: Codec = loaded(entry.codec)(layout)
+        codec: Codec = loaded(entry.codec)(layout, **options_of(settings.name, settings.options))
         return codec
     assert settings.artifact is not None
     artifact = load_artifact(Path(settings.artifact), settings.name)
@@ -41,14 +43,17 @@ def build_codec(settings: CodecSettings, layout: Layout, device: torch.device | 
             f"codec artifact {settings.artifact} has digest {artifact.digest[:16]}, the other end's has "
             f"{settings.digest[:16]}: both need a copy of the same artifact"
         )
-    return codec_of(artifact, layout, device)
+    return codec_of(artifact, layout, device, settings.options)
 
 
-def codec_of(artifact: Artifact, layout: Layout, device: torch.device | str = "cpu") -> Codec:
+def codec_of(
+    artifact: Artifact, layout: Layout, device: torch.device | str = "cpu", options: Mapping[str, Any] | None = None
+) -> Codec:
     """The codec that an artifact holds. Raises ArtifactError: no such codec, or it does not serve this layout."""
     if artifact.kind not in codec_names() or not entry_of(artifact.kind).needs_artifact:
         raise ArtifactError(f"an artifact of kind {artifact.kind!r}: no trained codec of that name is registered")
-    codec: Codec = loaded(entry_of(artifact.kind).codec).from_artifact(artifact, layout, device)
+    own = options_of(artifact.kind, options or {})
+    codec: Codec = loaded(entry_of(artifact.kind).codec).from_artifact(artifact, layout, device, **own)
     return codec
 
 
@@ -71,4 +76,4 @@ def payload_bytes(settings: CodecSettings, layout: Layout) -> int | None:
     if entry.has_rate:
         return byte_budget(settings, layout)
     codec: type[OneRate] = loaded(entry.codec)
-    return packed_bytes(codec.stream_bytes(layout))
+    return packed_bytes(codec.stream_bytes(layout, **options_of(settings.name, settings.options)))

@@ -7,8 +7,10 @@ federations.
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -77,16 +79,17 @@ class OneRate(Codec, Protocol):
     """A codec whose payloads of one layout are all of the same size."""
 
     @classmethod
-    def stream_bytes(cls, layout: Layout) -> tuple[int, ...]:
-        """Size of every stream of its codes, to the byte."""
+    def stream_bytes(cls, layout: Layout, **options: Any) -> tuple[int, ...]:
+        """Size of every stream of its codes, to the byte, with these options of its own (``CodecEntry.options``)."""
         ...
 
 
-def codec_id(*parts: bytes | str) -> bytes:
-    """4 bytes that stand for a codec: digest of its kind, settings and weights."""
+def codec_id(*parts: bytes | str | Mapping[str, object]) -> bytes:
+    """4 bytes that stand for a codec: digest of its kind, settings (a mapping: whatever its order) and weights."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else part)
+        text = json.dumps(part, sort_keys=True) if isinstance(part, Mapping) else part
+        digest.update(text.encode() if isinstance(text, str) else text)
         digest.update(b"\0")
     return digest.digest()[:4]
 

@@ -1,13 +1,25 @@
 """Every codec in one table: what is known of it before its code is loaded. Loads no torch.
 
-A new codec is one class that follows ``gradcodec.codec.Codec`` and one entry here, or a call of ``register``.
+A new codec is one class that follows ``gradcodec.codec.Codec`` and one entry: here, in the metadata of a distribution
+of its own (an entry point in the group ``gradcodec.codecs`` that names the entry, or a function that gives it), or by a
+call of ``register``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
+
+from gradcodec.errors import CodecError
+from gradcodec.plugins import PluginError, Plugins
+
+_LOG = logging.getLogger(__name__)
+_WARNED: set[str] = set()
+PLUGINS = Plugins("gradcodec.codecs", own=lambda: _ENTRIES)
 
 
 @dataclass(frozen=True)
@@ -16,10 +28,14 @@ class CodecEntry:
 
     Attributes:
         name: by which settings and artifacts call it.
-        codec: its class as ``module:Class``, imported when it is first built.
+        codec: its class as ``module:Class``, imported when it is first built; or, in one process alone, the class.
         has_rate: whether it takes a byte budget. One that does not has ``stream_bytes`` (``gradcodec.codec.OneRate``).
         needs_artifact: whether it is made from a trained artifact, by ``from_artifact(artifact, layout, device)``, and
             not from the layout alone, by ``Class(layout)``.
+        options: its own settings, name -> the value that holds unless another of the same type is given. The class,
+            ``from_artifact`` and ``stream_bytes`` take them by name, and its ``id`` covers them (``codec_id``).
+        check: the function that refuses values of them with a ValueError whose text begins with the option's name, as
+            ``module:function`` or itself; it takes them by name. None: every value of the type will do.
         uses_last_update: whether it has side information, which comes from the last global update.
         derives_directions: whether it can take its directions along the width from the base model (``rounds.py``).
         any_layout: whether one artifact serves adapters of every shape; true of all that need none.
@@ -31,7 +47,7 @@ class CodecEntry:
     """
 
     name: str
-    codec: str
+    codec: str | type
     has_rate: bool = False
     needs_artifact: bool = False
     uses_last_update: bool = False
@@ -41,66 +57,122 @@ class CodecEntry:
     trained_as: tuple[str, ...] = ()
     encoding_updates: int = 6
     decoding_updates: int = 3
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    check: str | Callable[..., None] | None = None
 
 
 def register(entry: CodecEntry) -> None:
-    """Adds a codec. Raises ValueError: the name, or one that it is trained by, is taken."""
+    """Adds a codec to this process. Raises ValueError: the name, or one that it is trained by, is taken."""
     if entry.name in _ENTRIES:
         raise ValueError(f"codec {entry.name!r} is registered already, as {_ENTRIES[entry.name].codec}")
-    if taken := sorted(set(entry.trained_as) & set(trainable_names())):
-        raise ValueError(f"codec {entry.name!r} cannot be trained as {taken[0]!r}: another one is")
-    _ENTRIES[entry.name] = entry
+    _check_trained_as(entry)
+    PLUGINS.add(entry.name, entry)
 
 
 def unregister(name: str) -> None:
-    """Inverse of ``register``. Raises KeyError: no such codec."""
-    del _ENTRIES[name]
+    """Inverse of ``register``. Raises KeyError: no such codec was registered in this process."""
+    PLUGINS.remove(name)
 
 
 def entry_of(name: str) -> CodecEntry:
-    """The entry of a registered codec. Raises KeyError: no such codec."""
-    return _ENTRIES[name]
+    """The entry of a codec, ours or a plug-in's.
+
+    Raises:
+        KeyError: no such codec.
+        CodecError: a plug-in offers it, and what it offers cannot be used.
+    """
+    if name in _ENTRIES:
+        return _ENTRIES[name]
+    try:
+        found = PLUGINS.load(name)
+        entry = found() if callable(found) else found
+    except PluginError as error:
+        raise CodecError(f"codec {error}") from error
+    if not isinstance(entry, CodecEntry) or entry.name != name:
+        said = f"the entry of {entry.name!r}" if isinstance(entry, CodecEntry) else repr(entry)
+        raise CodecError(f"codec {name!r} of {PLUGINS.origin(name)} is {said}: a CodecEntry of that name is expected")
+    return entry
 
 
 def codec_names() -> tuple[str, ...]:
-    """All registered codecs, in the order of their registration."""
-    return tuple(_ENTRIES)
+    """All codecs: ours, those registered in this process, and those that plug-ins offer."""
+    return (*_ENTRIES, *PLUGINS.names)
 
 
 def names_with_a_rate() -> tuple[str, ...]:
     """Those that take a byte budget."""
-    return tuple(entry.name for entry in _ENTRIES.values() if entry.has_rate)
+    return tuple(entry.name for entry in _entries() if entry.has_rate)
 
 
 def names_for_any_layout() -> tuple[str, ...]:
     """Those that serve adapters of every shape, once trained if they are."""
-    return tuple(entry.name for entry in _ENTRIES.values() if entry.any_layout)
+    return tuple(entry.name for entry in _entries() if entry.any_layout)
 
 
 def trainable_names() -> tuple[str, ...]:
     """What training can be asked for: codecs that learn, and their variants."""
-    return tuple(name for entry in _ENTRIES.values() for name in entry.trained_as)
+    return tuple(name for entry in _entries() for name in entry.trained_as)
 
 
 def trained_by(name: str) -> CodecEntry:
     """The codec that training of this name gives. Raises KeyError: none."""
-    for entry in _ENTRIES.values():
+    for entry in _entries():
         if name in entry.trained_as:
             return entry
     raise KeyError(name)
 
 
-def loaded(location: str) -> Any:
-    """What ``module:attribute`` names, imported now."""
+def options_of(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A codec's own settings, those that are not given as its entry has them.
+
+    Raises:
+        KeyError: no such codec.
+        CodecError: an option that the codec does not have, or a value of another type; the text begins with its key.
+    """
+    entry = entry_of(name)
+    if unknown := sorted(given.keys() - entry.options.keys()):
+        has = f"it has {', '.join(entry.options)}" if entry.options else "it has none"
+        raise CodecError(f"options.{unknown[0]}: the codec {name} has no such option: {has}")
+    return {key: _typed(key, given.get(key, default), default) for key, default in entry.options.items()}
+
+
+def loaded(location: str | type | Callable[..., Any]) -> Any:
+    """What ``module:attribute`` names, imported now; a class or a function is itself."""
+    if not isinstance(location, str):
+        return location
     module, _, attribute = location.partition(":")
     return getattr(import_module(module), attribute)
 
 
-_ENTRIES: dict[str, CodecEntry] = {}
+def _entries() -> Iterator[CodecEntry]:
+    """Ours, and those of plug-ins that can be used; what is wrong with others is said, once."""
+    yield from _ENTRIES.values()
+    for name in PLUGINS.names:
+        try:
+            yield entry_of(name)
+        except CodecError as error:
+            if name not in _WARNED:
+                _WARNED.add(name)
+                _LOG.warning("it is left out: %s", error)
+
+
+def _check_trained_as(entry: CodecEntry) -> None:
+    if taken := sorted(set(entry.trained_as) & set(trainable_names())):
+        raise ValueError(f"codec {entry.name!r} cannot be trained as {taken[0]!r}: another one is")
+
+
+def _typed(key: str, value: Any, default: Any) -> Any:
+    """The value in the type of the default, as equal settings must be equal bytes on both ends."""
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default) or (isinstance(value, float) and not math.isfinite(value)):
+        raise CodecError(f"options.{key}={value!r}: a value like {default!r} is expected")
+    return value
+
 
 _PAPER, _PAPER_FIT = "gradcodec.paper.resnet:ResnetCodec", "gradcodec.paper.fit:train"
-register(CodecEntry("identity", "gradcodec.codec:IdentityCodec"))
-register(
+_OURS = (
+    CodecEntry("identity", "gradcodec.codec:IdentityCodec"),
     CodecEntry(
         "learned",
         "gradcodec.learned.codec:LearnedCodec",
@@ -111,26 +183,27 @@ register(
         trainer="gradcodec.learned.fit:train",
         trained_as=("learned",),
         encoding_updates=5,
-    )
-)
-for _name in ("resnet", "cnn1d", "uformer"):
-    register(
+    ),
+    *(
         CodecEntry(
-            _name,
+            name,
             _PAPER,
             needs_artifact=True,
             any_layout=False,
             trainer=_PAPER_FIT,
-            trained_as=("resnet", "resnet-literal") if _name == "resnet" else (_name,),
+            trained_as=("resnet", "resnet-literal") if name == "resnet" else (name,),
         )
-    )
-register(CodecEntry("bf16", "gradcodec.peers.casts:Bf16Codec"))
-register(CodecEntry("int8", "gradcodec.peers.casts:Int8Codec"))
-register(CodecEntry("nf4", "gradcodec.peers.casts:Nf4Codec"))
-register(CodecEntry("sign", "gradcodec.peers.casts:SignCodec"))
-register(CodecEntry("eden", "gradcodec.peers.eden:EdenCodec", has_rate=True))
-register(CodecEntry("projection", "gradcodec.peers.projection:ProjectionCodec", has_rate=True))
-register(CodecEntry("topk", "gradcodec.peers.topk:TopkCodec", has_rate=True))
-register(CodecEntry("powersgd", "gradcodec.peers.powersgd:PowersgdCodec", has_rate=True))
-register(CodecEntry("b-only", "gradcodec.peers.b_only:BOnlyCodec", has_rate=True, uses_last_update=True))
-register(CodecEntry("rotated", "gradcodec.peers.rotated:RotatedCodec", has_rate=True, uses_last_update=True))
+        for name in ("resnet", "cnn1d", "uformer")
+    ),
+    CodecEntry("bf16", "gradcodec.peers.casts:Bf16Codec"),
+    CodecEntry("int8", "gradcodec.peers.casts:Int8Codec"),
+    CodecEntry("nf4", "gradcodec.peers.casts:Nf4Codec"),
+    CodecEntry("sign", "gradcodec.peers.casts:SignCodec"),
+    CodecEntry("eden", "gradcodec.peers.eden:EdenCodec", has_rate=True),
+    CodecEntry("projection", "gradcodec.peers.projection:ProjectionCodec", has_rate=True),
+    CodecEntry("topk", "gradcodec.peers.topk:TopkCodec", has_rate=True),
+    CodecEntry("powersgd", "gradcodec.peers.powersgd:PowersgdCodec", has_rate=True),
+    CodecEntry("b-only", "gradcodec.peers.b_only:BOnlyCodec", has_rate=True, uses_last_update=True),
+    CodecEntry("rotated", "gradcodec.peers.rotated:RotatedCodec", has_rate=True, uses_last_update=True),
+)
+_ENTRIES: dict[str, CodecEntry] = {entry.name: entry for entry in _OURS}

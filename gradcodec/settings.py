@@ -6,10 +6,12 @@ front.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from gradcodec.errors import ArtifactError, CodecError
-from gradcodec.registry import CodecEntry, codec_names, entry_of, names_with_a_rate
+from gradcodec.registry import CodecEntry, codec_names, entry_of, loaded, names_with_a_rate, options_of
 
 BASES = ("auto", "artifact", "model", "moves")
 
@@ -29,6 +31,7 @@ class CodecSettings:
     basis: str = "auto"
     digest: str | None = None  # set by the server: the artifact that both ends must have
     feedback: float = 0.5  # share of the residual that goes into the next target; 0: no error feedback, 1: no leak
+    options: dict[str, Any] = field(default_factory=dict)  # the codec's own settings (`CodecEntry.options`)
 
 
 @dataclass
@@ -42,9 +45,7 @@ class FitSettings:
 
 def check_codec(settings: CodecSettings) -> None:
     """Raises CodecError whose text begins with the first key that cannot be served, as ``<key>=<value>``."""
-    if settings.name not in codec_names():
-        raise CodecError(f"name={settings.name!r} is none of {', '.join(codec_names())}")
-    entry = entry_of(settings.name)
+    entry = _entry_of(settings.name)
     if settings.bits is not None and not 0 < settings.bits <= 64:
         raise CodecError(f"bits={settings.bits} bits per parameter: choose more than 0 and at most 64, or null")
     if settings.down_bits is not None and not 0 < settings.down_bits <= 64:
@@ -66,6 +67,26 @@ def check_codec(settings: CodecSettings) -> None:
         raise CodecError(f"feedback={settings.feedback} must lie between 0 and 1")
     if entry.needs_artifact and settings.artifact is None:
         raise ArtifactError(f"artifact=null: the codec {entry.name} needs the folder of a trained artifact")
+    _check_options(settings.options, entry)
+
+
+def _entry_of(name: str) -> CodecEntry:
+    if name not in codec_names():
+        known = ", ".join(codec_names())
+        raise CodecError(f"name={name!r} is none of {known}, the codecs that are installed here")
+    try:
+        return entry_of(name)
+    except CodecError as error:
+        raise CodecError(f"name={name!r}: {error}") from error
+
+
+def _check_options(given: Mapping[str, Any], entry: CodecEntry) -> None:
+    options = options_of(entry.name, given)
+    if entry.check is not None:
+        try:
+            loaded(entry.check)(**options)
+        except ValueError as error:
+            raise CodecError(f"options.{error}") from None
 
 
 def _check_basis(basis: str, entry: CodecEntry) -> None:

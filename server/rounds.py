@@ -104,6 +104,7 @@ def prepare(
     bound: Mapping[int, int] | None = None,
 ) -> Federation:
     """Loads model and data, and puts the parts of a run together; nobody has been asked anything yet."""
+    inner = build_inner(settings.strategy)  # first, as a plug-in may refuse its settings
     codec_cost = NOTHING
     if settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact:
         assert settings.codec.artifact is not None
@@ -116,7 +117,6 @@ def prepare(
     results = before.results if before is not None else RunResults(settings, layout.num_parameters)
     results.settings, results.codec_cost = settings, codec_cost
     journal = Journal(results, events)
-    inner = build_inner(settings.strategy)
     recording = RecordingStrategy(inner, layout) if settings.record is not None else None
     federation = settings.federation
     ways = _ways(settings, layout, evaluator)  # settles the codec's basis, too

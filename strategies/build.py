@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedTrimmedAvg, Strategy
 
+from strategies.errors import FederationError
 from strategies.mean import MeanStrategy
-from strategies.settings import OF_THE_MEAN, StrategySettings, check_strategy
+from strategies.settings import OF_THE_MEAN, PLUGINS, STRATEGIES, StrategySettings, check_strategy
 from strategies.wire import ARRAYS, CONFIG, NUM_EXAMPLES
+
+Builder = Callable[[StrategySettings, dict[str, Any]], Strategy]
+"""Settings, and the arguments that every strategy of Flower's takes here -> strategy; a ValueError refuses settings.
+
+A strategy whose attribute ``of_the_mean`` is true is shown one reply a round, the weighted mean of all. What one must
+remember from round to round goes into checkpoints if it follows ``strategies.optimizer.Remembers``, as Flower's own
+optimizers do without.
+"""
 
 
 def build_inner(settings: StrategySettings) -> Strategy:
-    """Flower's own strategy, behind ``MeanStrategy`` where the mean is all that it needs."""
+    """Flower's own strategy or a plug-in's, behind ``MeanStrategy`` where the mean is all that it needs."""
     strategy = build_flower(settings)
-    return MeanStrategy(strategy) if settings.name in OF_THE_MEAN else strategy
+    of_the_mean = settings.name in OF_THE_MEAN or getattr(strategy, "of_the_mean", False)
+    return MeanStrategy(strategy) if of_the_mean else strategy
 
 
 def build_flower(settings: StrategySettings) -> Strategy:
-    """Flower's own strategy. It takes every node that it is shown; which ones is ``FederatedStrategy``'s business."""
+    """The strategy by itself. It takes every node that it is shown; which ones is ``FederatedStrategy``'s business."""
     check_strategy(settings)
-    common = {
+    common: dict[str, Any] = {
         "fraction_train": 1.0,
         "fraction_evaluate": 0.0,
         "min_train_nodes": 1,
@@ -27,11 +40,27 @@ def build_flower(settings: StrategySettings) -> Strategy:
         "arrayrecord_key": ARRAYS,
         "configrecord_key": CONFIG,
     }
+    if settings.name not in STRATEGIES:
+        return _brought(settings, common)
     if settings.name == "fedadam":
         moments = {"beta_1": settings.momentum, "beta_2": settings.beta_2, "tau": settings.tau}
-        return FedAdam(eta=settings.lr, **moments, **common)  # type: ignore[arg-type]
+        return FedAdam(eta=settings.lr, **moments, **common)
     if settings.name == "fedavgm" or (settings.name == "fedavg" and settings.lr != 1.0):
         momentum = settings.momentum if settings.name == "fedavgm" else 0.0
-        return FedAvgM(server_learning_rate=settings.lr, server_momentum=momentum, **common)  # type: ignore[arg-type]
+        return FedAvgM(server_learning_rate=settings.lr, server_momentum=momentum, **common)
     kinds = {"fedavg": FedAvg, "fedmedian": FedMedian, "fedtrimmedavg": FedTrimmedAvg}
-    return kinds[settings.name](**common)  # type: ignore[arg-type]
+    return kinds[settings.name](**common)
+
+
+def _brought(settings: StrategySettings, common: dict[str, Any]) -> Strategy:
+    try:
+        strategy = PLUGINS.load(settings.name)(settings, common)
+    except ValueError as error:
+        raise FederationError(f"strategy.name={settings.name}: {error}") from None
+    except Exception as error:  # it is another's code, which may raise anything
+        raise FederationError(f"strategy.name={settings.name}: {PLUGINS.origin(settings.name)}: {error!r}") from error
+    if not isinstance(strategy, Strategy):
+        raise FederationError(
+            f"strategy.name={settings.name}: {PLUGINS.origin(settings.name)} gives no strategy of Flower's"
+        )
+    return strategy

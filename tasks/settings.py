@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from adapters.plugins import PluginError, Plugins
 from adapters.settings import check_seed
 
 EXAMS = ("ceval", "mmlu")
 RECORDS = ("jsonl", "dolly", "alpaca", "chat", *EXAMS)
 """Tasks whose data are records of named fields; but for exams they differ in nothing but their settings."""
 TASKS = ("stdlib", "text", *RECORDS)
+PLUGINS = Plugins("cg_fedllm.tasks", own=lambda: TASKS)
+"""What other distributions bring: functions as ``tasks.brought.Reader``, by the task's name."""
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """Suffixes of files of records, in any case; all but parquet may be gzipped, as in ``.jsonl.gz``."""
@@ -29,7 +33,7 @@ SPLITS = ("tgap", "faf", "all")
 class TaskSettings:
     """Which data, and how it is split."""
 
-    name: str = "stdlib"  # stdlib | text | jsonl, dolly, alpaca, chat, ceval, mmlu: records
+    name: str = "stdlib"  # stdlib | text | jsonl, dolly, alpaca, chat, ceval, mmlu, or a plug-in's: records
     path: str | None = None  # a file, a folder, or a data set's name on the hub
     template: str = "alpaca"  # of records: alpaca | chat (the tokenizer's own) | none
     loss_on: str = "all"  # all tokens count | response: of records, what is answered
@@ -47,6 +51,7 @@ class TaskSettings:
     alpha: float = 0.5  # dirichlet: smaller is less alike
     partition_seed: int = 0
     expected_records: int | None = None  # how many there are, for a dry run where the data are not here
+    options: dict[str, Any] = field(default_factory=dict)  # a plug-in's own settings
 
 
 def is_hub_name(path: str) -> bool:
@@ -67,11 +72,16 @@ def is_text(path: str | Path) -> bool:
     return Path(path).suffix.lower() in TEXTS
 
 
+def has_fields(name: str) -> bool:
+    """Whether the data of this task are records of named fields, which templates render."""
+    return name in RECORDS or name not in TASKS
+
+
 def check_task(settings: TaskSettings) -> None:
     """Raises ValueError naming the first key that cannot be served."""
-    if settings.name not in TASKS:
-        raise ValueError(f"task.name={settings.name!r} is none of {', '.join(TASKS)}")
-    if settings.name != "stdlib" and settings.path is None:
+    _check_name(settings)
+    of_a_path = settings.name in TASKS or settings.partition == "local"  # else a plug-in says what it needs
+    if settings.name != "stdlib" and settings.path is None and of_a_path:
         raise ValueError(f"task.name={settings.name} needs task.path: the file or folder to read")
     choices = {
         "template": TEMPLATES,
@@ -84,7 +94,7 @@ def check_task(settings: TaskSettings) -> None:
     for key, values in choices.items():
         if getattr(settings, key) not in values:
             raise ValueError(f"task.{key}={getattr(settings, key)!r} is none of {', '.join(values)}")
-    if settings.loss_on == "response" and settings.name not in RECORDS:
+    if settings.loss_on == "response" and not has_fields(settings.name):
         raise ValueError(f"task.loss_on=response needs records with a response, and task.name={settings.name} has none")
     if settings.name == "stdlib" and (settings.partition != "iid" or not settings.packing):
         raise ValueError("task.name=stdlib is one text a client: task.partition and task.packing cannot be changed")
@@ -94,6 +104,21 @@ def check_task(settings: TaskSettings) -> None:
             "dirichlet and column need a column, iid and local have none"
         )
     _check_numbers(settings)
+
+
+def _check_name(settings: TaskSettings) -> None:
+    if settings.name not in TASKS:
+        try:
+            PLUGINS.load(settings.name)
+        except KeyError:
+            known = ", ".join((*TASKS, *PLUGINS.names))
+            raise ValueError(
+                f"task.name={settings.name!r} is none of {known}, the tasks that are installed here"
+            ) from None
+        except PluginError as error:
+            raise ValueError(f"task.name: {error}") from error
+    elif settings.options:
+        raise ValueError(f"task.options.{min(settings.options)}: the task {settings.name} has no options")
 
 
 def _check_numbers(settings: TaskSettings) -> None:

@@ -6,24 +6,23 @@ on D2. The last tenth of every client's windows is held out from both.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import torch
 
 from adapters.windows import Windows
+from tasks.brought import read_brought
 from tasks.corpora import package_text, read_records, read_texts
 from tasks.examples import Example
 from tasks.exams import read_exam
 from tasks.partitions import deal, own_path
 from tasks.records import Corpus, Record
-from tasks.settings import EXAMS, RECORDS, TaskSettings
+from tasks.settings import EXAMS, TASKS, TaskSettings, has_fields
 from tasks.templates import Renderer, check_template
 from tasks.windows import Cut, Tokenizer, packed, padded, tokens_of
 
@@ -75,14 +74,14 @@ def client_records(settings: TaskSettings, num_clients: int) -> Callable[[int], 
     """
     if settings.name == "stdlib":
         return lambda client: Corpus([Record({"text": package_text(client, num_clients)}, "stdlib", "")])
-    assert settings.path is not None, "check_task refuses this"
     if settings.partition == "local":
         folder = settings.path
+        assert folder is not None, "check_task refuses this"
         return lambda client: _dealt(settings, own_path(folder, client), 1)(0)
     return _dealt(settings, settings.path, num_clients)
 
 
-def _dealt(settings: TaskSettings, path: str, num_clients: int) -> Callable[[int], Corpus]:
+def _dealt(settings: TaskSettings, path: str | None, num_clients: int) -> Callable[[int], Corpus]:
     return deal(
         _read(settings, path),
         num_clients,
@@ -90,11 +89,14 @@ def _dealt(settings: TaskSettings, path: str, num_clients: int) -> Callable[[int
         column=settings.partition_by,
         alpha=settings.alpha,
         seed=settings.partition_seed,
-        path=path,
+        path=path or settings.name,
     )
 
 
-def _read(settings: TaskSettings, path: str) -> Corpus:
+def _read(settings: TaskSettings, path: str | None) -> Corpus:
+    if settings.name not in TASKS:
+        return read_brought(settings, path)
+    assert path is not None, "check_task refuses this"
     if settings.name in EXAMS:
         return read_exam(settings.name, path)
     return read_texts(path) if settings.name == "text" else read_records(path, settings.on_bad_record)
@@ -120,7 +122,7 @@ def load_shards(
     digest = _digest(tokenizer) if settings.name == "stdlib" else None
     if digest is not None:
         for client in clients:
-            yield _kept(_Order(dataclasses.astuple(settings), client, num_clients, digest, settings, tokenizer))
+            yield _kept(_Order(repr(settings), client, num_clients, digest, settings, tokenizer))
         return
     records_of = client_records(settings, num_clients)
     for client in clients:
@@ -131,7 +133,7 @@ def load_shards(
 class _Order:
     """A shard of the embedded task, and all that it depends on."""
 
-    key: tuple[Any, ...]
+    key: str
     client: int
     num_clients: int
     digest: str  # of the tokenizer
@@ -156,7 +158,7 @@ def _digest(tokenizer: Tokenizer) -> str | None:
 
 def shard_of(settings: TaskSettings, tokenizer: Tokenizer, records: Corpus, client: int, num_clients: int) -> Shard:
     """One client's records -> its shard. Raises ValueError: a record that cannot be rendered, or too few of them."""
-    check_template(settings.template if settings.name in RECORDS else "none", tokenizer)
+    check_template(settings.template if has_fields(settings.name) else "none", tokenizer)
     reading = _Reading(settings, tokenizer)
     if settings.packing:
         most = settings.max_windows * settings.window
