@@ -196,13 +196,13 @@ def hostile(candidate: Candidate) -> None:
     most = 4 * candidate.entry.decoding_updates * SMALL.rank * SMALL.num_columns + SPARE_BYTES
     tracemalloc.start()
     try:
-        for what, codes in hostile_codes(honest):
-            tracemalloc.reset_peak()
-            before = tracemalloc.get_traced_memory()[0]
-            with Allocations() as torchs:
+        with Allocations() as torchs:
+            for what, codes in hostile_codes(honest):
+                tracemalloc.reset_peak()
+                before, torchs.largest = tracemalloc.get_traced_memory()[0], 0
                 _decode_hostile(codec, codes, what)
-            taken = max(tracemalloc.get_traced_memory()[1] - before, torchs.largest)
-            _expect(taken <= most, f"{what}: decoding takes {taken:,} bytes, and {most:,} are the most by its entry")
+                taken = max(tracemalloc.get_traced_memory()[1] - before, torchs.largest)
+                _expect(taken <= most, f"{what}: decoding takes {taken:,} bytes, by its entry at most {most:,}")
     finally:
         tracemalloc.stop()
 

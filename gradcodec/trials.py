@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from gradcodec.layout import Layout
 
@@ -30,7 +30,7 @@ WIDE = Layout.of(
         for factor in "AB"
     }
 )
-_RANDOM, _FLIPPED = 100, 96
+_RANDOM, _FLIPPED = 60, 64
 _EVERY_LENGTH = 2048
 
 
@@ -64,7 +64,7 @@ def hostile_codes(honest: Sequence[bytes]) -> Iterator[tuple[str, tuple[bytes, .
             yield f"stream {place} cut off after {length} of {size} bytes", with_stream(place, stream[:length])
         yield f"a byte behind stream {place}", with_stream(place, stream + b"\0")
         bits = range(8 * size)
-        for bit in [*bits[:96], *chance.sample(bits, min(_FLIPPED, len(bits)))]:
+        for bit in [*bits[:_FLIPPED], *chance.sample(bits, min(_FLIPPED, len(bits)))]:
             damaged = bytearray(stream)
             damaged[bit // 8] ^= 1 << bit % 8
             yield f"bit {bit} of stream {place} flipped", with_stream(place, bytes(damaged))
@@ -86,7 +86,9 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = op(*args, **(kwargs or {}))
-        self.largest = max([self.largest, *(t.nbytes for t in tree_leaves(made) if isinstance(t, Tensor))])
+        for one in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(one, Tensor):
+                self.largest = max(self.largest, one.nbytes)
         return made
 
 
