@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 
 REAL_STAMP := $(VENV)/.installed-real
 
-.PHONY: help install demo demo-real demo-grpc test check coverage hooks bench clean
+.PHONY: help install demo demo-real demo-grpc test check coverage hooks bench wheels clean
 
 help:
 	@echo "make demo [SEEDS=3]  train the codec, run base, centralised, dense, coded (one and both ways), print a table"
@@ -20,6 +20,7 @@ help:
 	@echo "make check           ruff, mypy, import contracts, tests: what CI runs"
 	@echo "make coverage        the tests with their line coverage, in outputs/coverage"
 	@echo "make hooks           ruff, mypy and import contracts before every commit"
+	@echo "make wheels          gradcodec and cg-fedllm as wheels, in outputs/wheels"
 	@echo "make bench           how fast the codec encodes and decodes here"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -62,6 +63,11 @@ hooks: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.speed
+
+# the two distributions: the library alone, and the whole product
+wheels: $(STAMP)
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir outputs/wheels ./gradcodec .
+	@ls -l outputs/wheels
 
 clean:
 	rm -rf $(VENV) outputs multirun

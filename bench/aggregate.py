@@ -32,6 +32,7 @@ from gradcodec.exchange import encode_update, max_payload_bytes
 from gradcodec.frame import pack, unpack
 from gradcodec.intake import Intake
 from gradcodec.layout import Layout
+from gradcodec.rounds import SameCodec
 from gradcodec.settings import CodecSettings
 from gradcodec.transfers import context_of
 from strategies.broadcast import DenseBroadcaster
@@ -80,7 +81,7 @@ def main() -> None:
 
 
 def payload_of(layout: Layout, bits: float) -> bytes:
-    codec = codec_for(CodecSettings(artifact="assets/codec"), layout)
+    codec = codec_for(CodecSettings(), layout)
     return encode_update(
         update_of(layout), None, codec=codec, max_bytes=max_payload_bytes(bits, layout.num_parameters)
     )[0]
@@ -145,10 +146,10 @@ class Unobserved:
 
 
 def _strategy(layout: Layout, num_clients: int) -> tuple[FederatedStrategy, Codec]:
-    codec = codec_for(CodecSettings(artifact="assets/codec"), layout)
+    codec = codec_for(CodecSettings(), layout)
     strategy = FederatedStrategy(
         build_inner(StrategySettings()),
-        Ways(DenseBroadcaster(), CodedReceiver(Intake(codec, "", range(num_clients)))),
+        Ways(DenseBroadcaster(), CodedReceiver(Intake(codec, "", range(num_clients)), SameCodec(codec))),
         AllPresent(cast(Grid, None), num_clients, ConfigRecord(), Unobserved()),
         Sampling(num_clients, num_clients, seed=0),
         NormBound(None, None),

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--missed", default="1,5,20,100", help="rounds (default 1,5,20,100)")
     parser.add_argument("--bits", type=float, default=0.5, help="of a step, per parameter (default 0.5)")
     parser.add_argument("--codec", default="learned")
-    parser.add_argument("--artifact", default="assets/codec")
+    parser.add_argument("--artifact")
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
     try:

@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--bits", type=float, default=0.5)
-    parser.add_argument("--artifact", default="assets/codec")
+    parser.add_argument("--artifact")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action="store_true", help="model.compile: see what it saves a step")
     parser.add_argument("--json", type=Path, metavar="OUT")

@@ -25,7 +25,7 @@ from adapters.settings import ModelSettings
 from conf.basis import priors_of
 from conf.output import provenance, write_json
 from gradcodec.artifact import load_artifact
-from gradcodec.build import build_codec, codec_of
+from gradcodec.build import artifact_folder, build_codec, codec_of
 from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.learned.codec import LearnedCodec
@@ -78,7 +78,9 @@ def recording_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=Path, required=True, metavar="FILE", help="recorded updates")
     parser.add_argument("--bits", default="0.05,0.1,0.25,0.5,1", help="bits per parameter, payloads whole")
-    parser.add_argument("--artifact", type=Path, default=Path("assets/codec"), help="the general artifact of `learned`")
+    parser.add_argument(
+        "--artifact", type=Path, default=artifact_folder(CodecSettings()), help="the general artifact of `learned`"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="OUT", help="save the rows")
     return parser

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=5.0, help="the longest that one decode may take")
     parser.add_argument("--codecs", default=",".join(names_for_any_layout()), help="which codecs")
-    parser.add_argument("--artifact", default="assets/codec")
+    parser.add_argument("--artifact")
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -38,7 +38,7 @@ TRAINERS = {"resident trainer": [], "fresh process": ["--no-trainer"]}
 """What the table calls them, and the options of their nodes."""
 TINY = Path("assets/tiny-llama")
 LIGHT = ["train.steps=1", "train.batch_size=1", "train.micro_batch_size=1", "task.window=32", "task.max_windows=64"]
-COMMON = ["backend=superlink", "codec.artifact=assets/codec", "federation.num_clients=2"]
+COMMON = ["backend=superlink", "federation.num_clients=2"]
 COMMON += ["federation.clients_per_round=2", "task.heldout_windows=2"]
 
 

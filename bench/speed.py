@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--bits", default="0.1,0.5", help="budgets of the codecs that have a rate")
     parser.add_argument("--codecs", default=",".join(names_for_any_layout()), help="which codecs")
-    parser.add_argument("--artifact", default="assets/codec")
+    parser.add_argument("--artifact")
     parser.add_argument("--device", default="cpu", help="where `learned` works, as torch says it: cpu, cuda")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -142,7 +142,7 @@ def codec_for(settings: CodecSettings, layout: Layout, device: torch.device | st
 
 
 def measure(
-    name: str, layout: Layout, bits: float | None, artifact: str, repeats: int, threads: int, device: str
+    name: str, layout: Layout, bits: float | None, artifact: str | None, repeats: int, threads: int, device: str
 ) -> dict[str, Any]:
     """One codec at one rate."""
     torch.set_num_threads(threads)

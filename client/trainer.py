@@ -37,7 +37,7 @@ from gradcodec.build import byte_budget
 from gradcodec.client import ClientEnd, LacksError, Place
 from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
-from gradcodec.rounds import Codecs
+from gradcodec.rounds import Codecs, codec_at
 from strategies.settings import StrategySettings
 from strategies.wire import TRUST_VARIABLE
 from tasks.settings import check_window
@@ -105,7 +105,7 @@ class Trainer:
 
     @cached_property
     def end(self) -> ClientEnd:
-        return ClientEnd(self.codecs, self.layout, self.settings.codec, self.settings.run_id)
+        return ClientEnd(codec_at(self.codecs, self.layout), self.layout, self.settings.codec, self.settings.run_id)
 
     def shard(self, partition: int) -> Shard:
         if partition not in self._shards:
@@ -197,7 +197,7 @@ class Trainer:
         place = Place(
             work.partition,
             work.server_round,
-            {name: torch.from_numpy(array) for name, array in work.adapter.items()},
+            self.codecs.at({name: torch.from_numpy(array) for name, array in work.adapter.items()}),
             None if work.side is None else torch.from_numpy(work.side),
             work.accepted,
         )
@@ -260,7 +260,7 @@ def _new_trainer(settings_json: str, own: dict[str, str]) -> Trainer:
 
 
 def _in_this_checkout(path: str) -> str:
-    """The server's settings name what ships with the project by its path on the server: ``.../assets/codec``."""
+    """The server's settings name what ships with the project by its path on the server: ``.../assets/tiny-llama``."""
     _, shipped, name = path.rpartition("/assets/")
     own = CHECKOUT / "assets" / name
     return str(own) if shipped and name and not Path(path).exists() and own.exists() else path

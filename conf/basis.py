@@ -47,7 +47,8 @@ def codecs_of(
     if not codec.tables.serve_derived:
         raise ArtifactError(
             f"codec.artifact={settings.codec.artifact} was trained with directions of its own and has no levels for "
-            f"derived ones: with codec.basis={basis} take assets/codec, or train one with `python -m tgap.general`"
+            f"derived ones: with codec.basis={basis} take the general one (codec.artifact=null), or train one with "
+            "`python -m tgap.general`"
         )
     priors: dict[str, Prior] = {}
     if basis != "moves":

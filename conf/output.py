@@ -9,7 +9,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +83,20 @@ def provenance() -> dict[str, str]:
     """Versions, commit and date (UTC), for every result file."""
     names = ("flwr", "torch", "transformers", "peft", "constriction", "numpy")
     made_with = {name: version(name) for name in names} | {"python": platform.python_version()}
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        found = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        found = "unknown"
-    made_with["commit"] = os.environ.get("GIT_COMMIT", found)  # for a copy that has not its own history
+    made_with["commit"] = os.environ.get("GIT_COMMIT", _commit())  # for a copy that has not its own history
     return made_with | {"date": datetime.now(UTC).date().isoformat()}
+
+
+def _commit() -> str:
+    """Of this checkout; where it is installed, the release: what lies around it may be another project's history."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / ".git").exists():
+        try:
+            return f"release {version('cg-fedllm')}"
+        except PackageNotFoundError:
+            return "unknown"
+    git = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

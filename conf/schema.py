@@ -267,8 +267,8 @@ def check_files(settings: Settings) -> None:
     start = settings.lora.start
     if start is not None and not (Path(start) / ADAPTER_CONFIG).is_file():
         raise ValueError(f"lora.start={start!r} holds no {ADAPTER_CONFIG}: give a PEFT adapter directory")
-    if settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact:
-        _check_artifact(Path(settings.codec.artifact or ""), settings.codec.name)
+    if settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact and settings.codec.artifact is not None:
+        _check_artifact(Path(settings.codec.artifact), settings.codec.name)
 
 
 def check_data(task: TaskSettings) -> None:

@@ -36,14 +36,25 @@ def build_codec(settings: CodecSettings, layout: Layout, device: torch.device | 
     if not entry.needs_artifact:
         codec: Codec = loaded(entry.codec)(layout, **options_of(settings.name, settings.options))
         return codec
-    assert settings.artifact is not None
-    artifact = load_artifact(Path(settings.artifact), settings.name)
+    folder = artifact_folder(settings)
+    artifact = load_artifact(folder, settings.name)
     if settings.digest is not None and artifact.digest != settings.digest:
         raise ArtifactError(
-            f"codec artifact {settings.artifact} has digest {artifact.digest[:16]}, the other end's has "
+            f"codec artifact {folder} has digest {artifact.digest[:16]}, the other end's has "
             f"{settings.digest[:16]}: both need a copy of the same artifact"
         )
     return codec_of(artifact, layout, device, settings.options)
+
+
+def artifact_folder(settings: CodecSettings) -> Path:
+    """Of a codec that is trained: the one that is named, or the general one that comes with it. Raises ArtifactError:
+    none is named, and none comes with it."""
+    check_codec(settings)
+    if settings.artifact is not None:
+        return Path(settings.artifact)
+    general = entry_of(settings.name).general_artifact
+    assert general is not None
+    return Path(__file__).parent / general
 
 
 def codec_of(

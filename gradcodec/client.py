@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import Residual, encode_update
 from gradcodec.layout import Layout
-from gradcodec.rounds import Codecs
+from gradcodec.rounds import CodecAt
 from gradcodec.settings import CodecSettings
 from gradcodec.transfers import Broadcast, broadcast_context, context_of
 
@@ -57,8 +57,15 @@ class Memory(Protocol):
 class ClientEnd:
     """One run's, for all clients on a machine."""
 
-    def __init__(self, codecs: Codecs, layout: Layout, settings: CodecSettings, run_id: str) -> None:
-        self.codecs = codecs
+    def __init__(self, codec_at: CodecAt, layout: Layout, settings: CodecSettings, run_id: str) -> None:
+        """
+        Args:
+            codec_at: the codec of every round.
+            layout: of the adapter.
+            settings: budget and error feedback count.
+            run_id: goes into every payload's checksum.
+        """
+        self.codec_at = codec_at
         self.layout = layout
         self.settings = settings
         self.run_id = run_id
@@ -75,7 +82,7 @@ class ClientEnd:
             LacksError: the broadcast does not lead from what it holds, or from the run's start, to what it should.
         """
         before = memory.load_held(self.layout, start_RC)
-        held = take_in(broadcast, before, self.layout, self._codec_at, broadcast_context(self.run_id))
+        held = take_in(broadcast, before, self.layout, self.codec_at, broadcast_context(self.run_id))
         if held is not before:
             memory.save_held(held)
         return held
@@ -94,7 +101,7 @@ class ClientEnd:
         payload, residual = encode_update(
             update,
             carried,
-            codec=self.codecs.at(place.adapter),
+            codec=place.codec,
             max_bytes=byte_budget(self.settings, layout),
             snr_db=self.settings.snr_db,
             side=place.side,
@@ -104,9 +111,6 @@ class ClientEnd:
             memory.save_residual(layout, place.server_round, residual)
         return payload
 
-    def _codec_at(self, held: Held) -> Codec:
-        return self.codecs.at(self.layout.to_update(held.adapter_RC))
-
 
 @dataclass(frozen=True)
 class Place:
@@ -114,14 +118,12 @@ class Place:
 
     client: int
     server_round: int
-    adapter: Mapping[str, Tensor]  # that the round started from
+    codec: Codec  # of the round
     side: Tensor | None  # the codec's side information of the round
     accepted: str  # digest of the client's last payload that the server used
 
 
-def take_in(
-    broadcast: Broadcast, held: Held, layout: Layout, codec_at: Callable[[Held], Codec], context: bytes
-) -> Held:
+def take_in(broadcast: Broadcast, held: Held, layout: Layout, codec_at: CodecAt, context: bytes) -> Held:
     """What is held after a broadcast; the same object, if that is what is held already.
 
     Args:

@@ -28,14 +28,13 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradcodec.artifact import load_artifact
-from gradcodec.build import build_codec, codec_of, payload_bytes
+from gradcodec.build import artifact_folder, build_codec, codec_of, payload_bytes
 from gradcodec.codec import Codec
 from gradcodec.errors import BudgetError, CodecError
 from gradcodec.exchange import decode_blocks, digest_of, encode_update, max_payload_bytes
@@ -76,8 +75,7 @@ class Candidate:
         """For a layout of ours: an artifact that serves one layout alone is taken for one of this layout."""
         if not self.entry.needs_artifact or self.entry.any_layout:
             return build_codec(self.settings, layout, device)
-        assert self.settings.artifact is not None
-        artifact = load_artifact(Path(self.settings.artifact), self.settings.name)
+        artifact = load_artifact(artifact_folder(self.settings), self.settings.name)
         own = {**artifact.settings.get("codec", {}), "layout": layout.id.hex()}
         artifact = replace(artifact, settings={**artifact.settings, "codec": own})
         return codec_of(artifact, layout, device, self.settings.options)

@@ -24,7 +24,7 @@ from gradcodec.broadcast import (
 from gradcodec.exchange import Residual
 from gradcodec.fidelity import inner_product
 from gradcodec.layout import Layout
-from gradcodec.rounds import Codecs
+from gradcodec.rounds import CodecAt
 from gradcodec.state import State, pairs, table_of
 from gradcodec.transfers import Broadcast, broadcast_context
 
@@ -58,7 +58,7 @@ class Delivery:
 
     def __init__(
         self,
-        codecs: Codecs,
+        codec_at: CodecAt,
         layout: Layout,
         start: Mapping[str, Tensor],
         run_id: str,
@@ -69,7 +69,7 @@ class Delivery:
     ) -> None:
         """
         Args:
-            codecs: of every round.
+            codec_at: the codec of every round.
             layout: of the adapter.
             start: the adapter that the run starts from.
             run_id: goes into every step's checksum.
@@ -77,7 +77,7 @@ class Delivery:
             clients: numbers of all that take part; more may come, if it grows.
             start_is_known: clients make the start adapter themselves, from the seed.
         """
-        self.codecs = codecs
+        self.codec_at = codec_at
         self.layout = layout
         # what every client makes itself, once it has the start adapter: where keys begin
         self._origin = self.held = self._first = Held.at_start(layout.to_blocks(start))
@@ -185,8 +185,14 @@ class Delivery:
     def _encoded(
         self, step_RC: Tensor, carried_RC: Tensor | None, held: Held, max_bytes: int | None
     ) -> tuple[bytes, Held, Residual]:
-        codec = self.codecs.at(self.layout.to_update(held.adapter_RC))
-        return encode_step(step_RC, carried_RC, held=held, codec=codec, max_bytes=max_bytes, context=self._context)
+        return encode_step(
+            step_RC,
+            carried_RC,
+            held=held,
+            codec=self.codec_at(held),
+            max_bytes=max_bytes,
+            context=self._context,
+        )
 
     def _key_that_pays(self, step_RC: Tensor) -> tuple[bytes, Held] | None:
         """A key of the state that is held, what steps left out of it put in, and what it leads to; None: all clients

@@ -13,7 +13,6 @@ from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import decode_blocks
 from gradcodec.frame import has_context
-from gradcodec.rounds import Codecs, SameCodec
 from gradcodec.state import State, pairs, table_of
 from gradcodec.transfers import context_of
 
@@ -36,7 +35,6 @@ class Intake:
         run_id: str,
         clients: Collection[int],
         max_bytes: int | None = None,
-        codecs: Codecs | None = None,
     ) -> None:
         """
         Args:
@@ -44,10 +42,8 @@ class Intake:
             run_id: goes into every payload's checksum.
             clients: numbers of all that take part.
             max_bytes: what a payload may take; None, for a codec of one rate: a little more than a dense update.
-            codecs: the codec of every round; None: ``codec`` itself.
         """
         self.codec = codec
-        self.codecs = codecs or SameCodec(codec)
         self.layout = codec.layout
         self.run_id = run_id
         self.clients = clients
@@ -55,14 +51,14 @@ class Intake:
         self.accepted: dict[int, str] = {}
         self.side: Tensor | None = None
 
-    def blocks_of(self, payload: bytes, client: int, server_round: int, current: Mapping[str, Tensor]) -> Tensor:
-        """The update that a client sent in a round which started from the adapter ``current``, as blocks ``[R, C]`` on
-        the CPU. Raises CodecError: it is none, or not this client's of this round."""
+    def blocks_of(self, payload: bytes, client: int, server_round: int, codec: Codec) -> Tensor:
+        """The update that a client sent in a round whose codec this is, as blocks ``[R, C]`` on the CPU. Raises
+        CodecError: it is none, or not this client's of this round."""
         if len(payload) > self.max_bytes:
             raise CodecError(f"its payload takes {len(payload)} bytes, and {self.max_bytes} are the most of this run")
         context = context_of(self.run_id, server_round, client)
         try:
-            return decode_blocks(payload, codec=self.codecs.at(current), side=self.side, context=context).cpu()
+            return decode_blocks(payload, codec=codec, side=self.side, context=context).cpu()
         except CodecError as error:
             raise CodecError(
                 f"{self._belongs(payload, client, server_round) or error}. What it carries stays with the client"

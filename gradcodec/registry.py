@@ -39,6 +39,8 @@ class CodecEntry:
         uses_last_update: whether it has side information, which comes from the last global update.
         derives_directions: whether it can take its directions along the width from the base model (``rounds.py``).
         any_layout: whether one artifact serves adapters of every shape; true of all that need none.
+        general_artifact: folder in this package with an artifact for adapters of any model, taken where no other is
+            named; or None.
         trainer: the function that trains it as ``module:function`` (``gradcodec.training.fit.Trainer``), or None.
         trained_as: the names by which training is asked for its variants; all give artifacts of this codec.
         encoding_updates: memory that encoding one update takes on the update's device, the update itself included, at
@@ -53,6 +55,7 @@ class CodecEntry:
     uses_last_update: bool = False
     any_layout: bool = True
     derives_directions: bool = False
+    general_artifact: str | None = None
     trainer: str | None = None
     trained_as: tuple[str, ...] = ()
     encoding_updates: int = 6
@@ -180,6 +183,7 @@ _OURS = (
         needs_artifact=True,
         uses_last_update=True,
         derives_directions=True,
+        general_artifact="general",
         trainer="gradcodec.learned.fit:train",
         trained_as=("learned",),
         encoding_updates=5,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from gradcodec.broadcast import Held
 from gradcodec.codec import Codec
+from gradcodec.layout import Layout
 from gradcodec.learned.basis import Prior
 from gradcodec.learned.codec import LearnedCodec
 
@@ -20,6 +22,15 @@ class Codecs(Protocol):
         """The codec of the round that starts from this global adapter, PEFT tensor name -> tensor; the same on every
         machine, to rounding."""
         ...
+
+
+CodecAt = Callable[[Held], Codec]
+"""The codec of the round that starts from what is held."""
+
+
+def codec_at(codecs: Codecs, layout: Layout) -> CodecAt:
+    """The same, asked by what is held."""
+    return lambda held: codecs.at(layout.to_update(held.adapter_RC))
 
 
 class SameCodec:

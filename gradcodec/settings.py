@@ -25,7 +25,8 @@ class CodecSettings:
     # bits per parameter of a broadcast of the server's step, at most; null: the adapter goes down as float32
     down_bits: float | None = None
     snr_db: float | None = None  # the cheapest payload of this signal-to-noise ratio, still of at most `bits`
-    artifact: str | None = None  # folder of a trained codec, for those that are trained
+    # folder of a trained codec, for those that are trained; null: `learned` takes the general one, which it comes with
+    artifact: str | None = None
     # directions along the width: artifact: its own; model: derived on both ends from the base model and how the adapter
     # moved; moves: from the moves alone; auto: the artifact's own if it has some, else model, else moves
     basis: str = "auto"
@@ -65,7 +66,7 @@ def check_codec(settings: CodecSettings) -> None:
     _check_basis(settings.basis, entry)
     if not 0 <= settings.feedback <= 1:
         raise CodecError(f"feedback={settings.feedback} must lie between 0 and 1")
-    if entry.needs_artifact and settings.artifact is None:
+    if entry.needs_artifact and settings.artifact is None and entry.general_artifact is None:
         raise ArtifactError(f"artifact=null: the codec {entry.name} needs the folder of a trained artifact")
     _check_options(settings.options, entry)
 

@@ -13,7 +13,7 @@ from gradcodec.artifact import SETTINGS, WEIGHTS, recorded_bytes, said_digest, s
 from strategies.outcomes import Downlink, Uplink
 
 SHIPPED_DIGEST = "711df18c262db15ca7feea2f9b1db57a2916a3dbe5b5372533045a77321bec12"
-"""Of assets/codec, by which it is known where it lies in another checkout, or in none."""
+"""Of the general artifact (gradcodec/general), by which it is known where it lies in another checkout, or in none."""
 LINKS = {
     "1 Mbit/s": (1e6, 1e6),
     "10 Mbit/s": (10e6, 10e6),

@@ -29,7 +29,7 @@ from conf.remedies import TRAIN_ONE, codec_remedies
 from conf.schema import Settings, check_settings
 from gradcodec.artifact import load_artifact
 from gradcodec.broadcast import Held, encode_step
-from gradcodec.build import broadcast_budget, byte_budget
+from gradcodec.build import artifact_folder, broadcast_budget, byte_budget
 from gradcodec.codec import Codec
 from gradcodec.delivery import Delivery
 from gradcodec.errors import BudgetError, DivergedError
@@ -37,6 +37,7 @@ from gradcodec.exchange import encode_update
 from gradcodec.intake import Intake
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
+from gradcodec.rounds import codec_at
 from gradcodec.settings import CodecSettings
 from server.account import NOTHING, CodecCost
 from server.alive import alive
@@ -107,9 +108,8 @@ def prepare(
     inner = build_inner(settings.strategy)  # first, as a plug-in may refuse its settings
     codec_cost = NOTHING
     if settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact:
-        assert settings.codec.artifact is not None
         with codec_remedies(TRAIN_ONE):
-            artifact = load_artifact(Path(settings.codec.artifact), settings.codec.name)
+            artifact = load_artifact(artifact_folder(settings.codec), settings.codec.name)
             settings.codec.digest = artifact.digest
         codec_cost = CodecCost.of(settings.codec.artifact)
     evaluator = Evaluator(settings)
@@ -154,12 +154,14 @@ def _ways(settings: Settings, layout: Layout, evaluator: Evaluator) -> Ways:
     _check_budgets(settings.codec, codecs.at(evaluator.seeded), evaluator.model.device)
     clients, budget = range(settings.federation.num_clients), byte_budget(settings.codec, layout)
     down = settings.codec.down_bits is not None
-    intake = Intake(codecs.at(evaluator.seeded), settings.run_id, clients, budget, codecs)
-    receiver = CodedReceiver(intake, sends_side=not down)
+    intake = Intake(codecs.at(evaluator.seeded), settings.run_id, clients, budget)
+    receiver = CodedReceiver(intake, codecs, sends_side=not down)
     if not down:
         return Ways(DenseBroadcaster(), receiver)
     budget, known = broadcast_budget(settings.codec, layout), settings.lora.start is None
-    delivery = Delivery(codecs, layout, evaluator.initial, settings.run_id, budget, clients, start_is_known=known)
+    delivery = Delivery(
+        codec_at(codecs, layout), layout, evaluator.initial, settings.run_id, budget, clients, start_is_known=known
+    )
     return Ways(CodedBroadcaster(delivery), receiver)
 
 

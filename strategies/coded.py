@@ -8,6 +8,7 @@ from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
 from gradcodec.intake import Intake
+from gradcodec.rounds import Codecs
 from gradcodec.state import State
 from strategies.outcomes import Uplink
 from strategies.receive import Adapter, Asked
@@ -18,9 +19,15 @@ from strategies.wire import ACCEPTED, SIDE, unwrap_payload
 class CodedReceiver:
     """Decodes what clients encoded (``gradcodec.intake``), and adds the adapter that the round started from."""
 
-    def __init__(self, intake: Intake, *, sends_side: bool = True) -> None:
-        """``sends_side``: clients do not find the codec's side information out by themselves."""
+    def __init__(self, intake: Intake, codecs: Codecs, *, sends_side: bool = True) -> None:
+        """
+        Args:
+            intake: what decodes.
+            codecs: of every round.
+            sends_side: clients do not find the codec's side information out by themselves.
+        """
         self.intake = intake
+        self.codecs = codecs
         self.sends_side = sends_side
 
     @property
@@ -40,7 +47,8 @@ class CodedReceiver:
 
     def adapter_of(self, content: RecordDict, asked: Asked, current: Mapping[str, Tensor]) -> Adapter:
         """Beside the adapter, only its blocks are ever held."""
-        blocks_RC = self.intake.blocks_of(unwrap_payload(content), asked.partition, asked.server_round, current)
+        payload, codec = unwrap_payload(content), self.codecs.at(current)
+        blocks_RC = self.intake.blocks_of(payload, asked.partition, asked.server_round, codec)
         adapter = {}
         for name, tensor in self.intake.layout.tensors(blocks_RC):
             tensor.add_(current[name])

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from gradcodec.errors import CodecError
+from gradcodec.flower.wire import BUNDLE, BUNDLE_TYPE, PAYLOAD, PAYLOAD_TYPE, from_one_array, in_one_array
 
 Floats = NDArray[np.float32]
 
@@ -26,8 +27,6 @@ CONFIG = "config"
 SIDE = "side"  # the codec's side information of the round
 METRICS = "metrics"
 ADAPTER, ADAPTER_TYPE = "adapter", "safetensors"
-PAYLOAD, PAYLOAD_TYPE = "payload", "gradcodec/1"
-BUNDLE, BUNDLE_TYPE = "bundle", "gradcodec-bundle/1"
 
 NUM_EXAMPLES = "num-examples"
 PARTITION = "partition-id"
@@ -61,7 +60,7 @@ def arrays_of(record: ArrayRecord) -> dict[str, Floats]:
 
 def wrap_adapter(adapter: Mapping[str, Floats]) -> ArrayRecord:
     """An adapter, tensor name -> float32 array, in one Array of safetensors."""
-    return _in_one_array(ADAPTER, ADAPTER_TYPE, save({name: np.ascontiguousarray(a) for name, a in adapter.items()}))
+    return in_one_array(ADAPTER, ADAPTER_TYPE, save({name: np.ascontiguousarray(a) for name, a in adapter.items()}))
 
 
 def unwrap_adapter(content: RecordDict) -> dict[str, Floats]:
@@ -71,7 +70,7 @@ def unwrap_adapter(content: RecordDict) -> dict[str, Floats]:
         CodecError: the message holds something else, or tensors that are not float32.
     """
     try:
-        adapter = load(_from_one_array(content, ADAPTER, ADAPTER_TYPE))
+        adapter = load(from_one_array(content, ARRAYS, ADAPTER, ADAPTER_TYPE))
     except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a type that NumPy lacks
         raise CodecError(f"its adapter cannot be read: {error!r}") from None
     if any(array.dtype != np.float32 for array in adapter.values()):
@@ -81,37 +80,24 @@ def unwrap_adapter(content: RecordDict) -> dict[str, Floats]:
 
 def wrap_payload(payload: bytes) -> ArrayRecord:
     """A payload of ``gradcodec.exchange`` in one Array."""
-    return _in_one_array(PAYLOAD, PAYLOAD_TYPE, payload)
+    return in_one_array(PAYLOAD, PAYLOAD_TYPE, payload)
 
 
 def unwrap_payload(content: RecordDict) -> bytes:
     """Inverse of ``wrap_payload``. Raises CodecError: the reply holds something else."""
-    return _from_one_array(content, PAYLOAD, PAYLOAD_TYPE)
+    return from_one_array(content, ARRAYS, PAYLOAD, PAYLOAD_TYPE)
 
 
 def wrap_bundle(bundle: bytes) -> ArrayRecord:
     """A bundle of ``gradcodec.broadcast`` in one Array."""
-    return _in_one_array(BUNDLE, BUNDLE_TYPE, bundle)
+    return in_one_array(BUNDLE, BUNDLE_TYPE, bundle)
 
 
 def unwrap_bundle(content: RecordDict) -> bytes | None:
     """Inverse of ``wrap_bundle``; None: the message brings the adapter itself."""
     if BUNDLE not in content.array_records.get(ARRAYS, {}):
         return None
-    return _from_one_array(content, BUNDLE, BUNDLE_TYPE)
-
-
-def _in_one_array(name: str, stype: str, data: bytes) -> ArrayRecord:
-    return ArrayRecord({name: Array("uint8", (len(data),), stype, data)})
-
-
-def _from_one_array(content: RecordDict, name: str, stype: str) -> bytes:
-    """Inverse of ``_in_one_array``. Raises CodecError: the message holds something else."""
-    record = content.array_records.get(ARRAYS)
-    array = None if record is None else record.get(name)
-    if record is None or array is None or len(record) != 1 or array.stype != stype:
-        raise CodecError(f"it holds no single {stype!r} array under {ARRAYS!r}/{name!r}")
-    return bytes(array.data)
+    return from_one_array(content, ARRAYS, BUNDLE, BUNDLE_TYPE)
 
 
 def config_of(content: RecordDict) -> ConfigRecord:

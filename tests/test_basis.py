@@ -149,7 +149,7 @@ def test_general_tables_come_back_from_an_artifact(general: LearnedTables) -> No
 
 def settings_for(folder: Path, **changes: object) -> Settings:
     settings = Settings(output=str(folder / "run"), run_id="derived")
-    settings.model.path, settings.codec.artifact = str(TINY), str(Path("assets/codec").absolute())
+    settings.model.path = str(TINY)
     settings.task.window, settings.task.heldout_windows, settings.task.max_windows = 32, 4, 200
     settings.train.update, settings.train.lr, settings.train.steps = "delta", 0.005, 2
     settings.train.batch_size = settings.train.micro_batch_size = 4
@@ -212,7 +212,7 @@ def test_an_artifact_with_directions_of_its_own_is_refused_for_derived_ones(
     own = replace(general, any_columns=((0,), (0,)))
     save_artifact(Artifact("learned", own.to_tensors(), {}), tmp_path / "own")
     settings.codec.artifact, settings.codec.basis = str(tmp_path / "own"), "model"
-    with pytest.raises(ArtifactError, match=r"codec\.basis=model take assets/codec"):
+    with pytest.raises(ArtifactError, match=r"codec\.basis=model take the general one"):
         codecs_of(settings, layout, seeded)
     settings.codec.basis = "auto"
     assert isinstance(codecs_of(settings, layout, seeded), SameCodec)

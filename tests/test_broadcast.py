@@ -37,7 +37,6 @@ from gradcodec.errors import CodecError, DivergedError
 from gradcodec.frame import Codes
 from gradcodec.layout import Layout
 from gradcodec.learned.codec import LearnedCodec
-from gradcodec.rounds import SameCodec
 from gradcodec.settings import CodecSettings
 from gradcodec.transfers import broadcast_context
 
@@ -207,7 +206,7 @@ class Protocol(RuleBasedStateMachine):
 
     def new_server(self) -> Delivery:
         return Delivery(
-            SameCodec(self.codec), LAYOUT, START, RUN, 240, range(CLIENTS), start_is_known=self.start_is_known
+            lambda _: self.codec, LAYOUT, START, RUN, 240, range(CLIENTS), start_is_known=self.start_is_known
         )
 
     @initialize(start_is_known=st.booleans(), rehearsed=st.booleans())
@@ -303,7 +302,7 @@ TestProtocol.settings = settings(max_examples=12, stateful_step_count=20, deadli
 
 def test_a_long_absence_costs_a_snapshot_at_most(layout: Layout, learned: LearnedCodec) -> None:
     """Of one client; that of all others would be worth a key."""
-    server = Delivery(SameCodec(learned), layout, START, RUN, 240, range(20))
+    server = Delivery(lambda _: learned, layout, START, RUN, 240, range(20))
     adapter: Mapping[str, Tensor] = START
     sizes = []
     for number in range(60):
@@ -330,7 +329,7 @@ def client_of(server: Delivery, partition: int, held: Held, codec: Codec) -> tup
 def test_where_clients_rarely_come_a_key_stands_for_all_that_they_missed(layout: Layout, learned: LearnedCodec) -> None:
     """Of twenty clients one comes a round, and one of them has been away since the start."""
     num_clients = 20
-    server = Delivery(SameCodec(learned), layout, START, RUN, 240, range(num_clients))
+    server = Delivery(lambda _: learned, layout, START, RUN, 240, range(num_clients))
     adapter: Mapping[str, Tensor] = START
     first = Held.at_start(layout.to_blocks(START))
     clients = dict.fromkeys(range(num_clients), first)
@@ -342,7 +341,7 @@ def test_where_clients_rarely_come_a_key_stands_for_all_that_they_missed(layout:
         sizes.append(size)
         assert torch.equal(clients[partition].moved_RC, server.held.moved_RC)
         if number == 30:  # it goes on from a checkpoint as if nothing had been
-            again = Delivery(SameCodec(learned), layout, START, RUN, 240, range(num_clients))
+            again = Delivery(lambda _: learned, layout, START, RUN, 240, range(num_clients))
             again.load_state(server.state())
             assert again.missing_bytes(num_clients - 1) == server.missing_bytes(num_clients - 1)
             server = again
@@ -375,7 +374,7 @@ class AnotherPoint(AnotherMachine):
 def test_who_cannot_take_in_a_key_is_sent_a_snapshot(
     start_is_known: bool, rehearsed: bool, first_answer: int | None, layout: Layout, learned: LearnedCodec
 ) -> None:
-    server = Delivery(SameCodec(learned), layout, START, RUN, 240, range(20), start_is_known=start_is_known)
+    server = Delivery(lambda _: learned, layout, START, RUN, 240, range(20), start_is_known=start_is_known)
     if rehearsed:
         server.foresee(learned.side_information(step_of(layout, 7)))
     adapter: Mapping[str, Tensor] = START
@@ -399,8 +398,8 @@ def test_who_cannot_take_in_a_key_is_sent_a_snapshot(
 def test_keys_set_nobody_back(name: str, layout: Layout, learned: LearnedCodec) -> None:
     """Where a codec's error is a share of what it codes there are none."""
     codec = codec_named(name, layout, learned)
-    without_keys = Delivery(SameCodec(codec), layout, START, RUN, None if name != "rotated" else 240, range(1))
-    with_keys = Delivery(SameCodec(codec), layout, START, RUN, without_keys.max_bytes, range(20))
+    without_keys = Delivery(lambda _: codec, layout, START, RUN, None if name != "rotated" else 240, range(1))
+    with_keys = Delivery(lambda _: codec, layout, START, RUN, without_keys.max_bytes, range(20))
     left_out = []
     for server in (without_keys, with_keys):
         adapter: Mapping[str, Tensor] = START
@@ -422,7 +421,7 @@ def test_keys_set_nobody_back(name: str, layout: Layout, learned: LearnedCodec) 
 def test_a_step_that_is_no_number_diverges_and_changes_nothing(
     value: float, rounds_before: int, layout: Layout, learned: LearnedCodec
 ) -> None:
-    server = Delivery(SameCodec(learned), layout, START, RUN, 240, range(20))
+    server = Delivery(lambda _: learned, layout, START, RUN, 240, range(20))
     adapter: Mapping[str, Tensor] = START
     for number in range(rounds_before):
         step = heavy_tailed_update(number)
@@ -436,7 +435,7 @@ def test_a_step_that_is_no_number_diverges_and_changes_nothing(
 
 
 def test_what_many_clients_need_is_packed_once(layout: Layout, learned: LearnedCodec) -> None:
-    server = Delivery(SameCodec(learned), layout, START, RUN, 240, range(30))
+    server = Delivery(lambda _: learned, layout, START, RUN, 240, range(30))
     adapter: Mapping[str, Tensor] = START
     for number in range(20):
         server.answered(number)
@@ -447,7 +446,7 @@ def test_what_many_clients_need_is_packed_once(layout: Layout, learned: LearnedC
 
 
 def test_where_clients_come_all_the_time_there_is_no_key(layout: Layout, learned: LearnedCodec) -> None:
-    server = Delivery(SameCodec(learned), layout, START, RUN, 240, range(2))
+    server = Delivery(lambda _: learned, layout, START, RUN, 240, range(2))
     adapter: Mapping[str, Tensor] = START
     held = Held.at_start(layout.to_blocks(START))
     sizes = []
@@ -462,7 +461,7 @@ def test_where_clients_come_all_the_time_there_is_no_key(layout: Layout, learned
 
 def test_a_step_that_a_client_cannot_take_in_is_not_sent_again(layout: Layout, learned: LearnedCodec) -> None:
     """It holds what the steps start from, and says so: what it is sent next has none."""
-    server = Delivery(SameCodec(learned), layout, START, RUN, 240, range(1))
+    server = Delivery(lambda _: learned, layout, START, RUN, 240, range(1))
     adapter: Mapping[str, Tensor] = START
     for number in range(2):
         step = heavy_tailed_update(number)

@@ -28,7 +28,7 @@ from gradcodec.registry import names_for_any_layout
 from gradcodec.settings import CodecSettings
 from server.rounds import run_federation
 
-ARTIFACT = str(Path("assets/codec").absolute())
+ARTIFACT = str(Path("gradcodec/general").absolute())
 
 
 @pytest.fixture(scope="module")

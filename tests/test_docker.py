@@ -183,7 +183,7 @@ SECRET = [
 
 
 def test_no_key_and_no_data_is_copied_into_an_image(tmp_path: Path) -> None:
-    needed = ["pyproject.toml", "constraints.txt", "client/node.py", "conf/codec/int8.yaml", "assets/codec/a.json"]
+    needed = ["pyproject.toml", "constraints.txt", "client/node.py", "conf/codec/int8.yaml", "gradcodec/general/a.json"]
     for name in [*SECRET, *needed]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")

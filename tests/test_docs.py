@@ -86,7 +86,7 @@ def understood_by_hydra(module: str, arguments: list[str]) -> None:
     settings: Settings = tgap_run_of(config) if module == "tgap" else settings_of(config)
     settings.model.path, settings.model.sha256 = str(ROOT / "assets/tiny-llama"), None  # theirs are not here
     settings.dry_run = True
-    settings.codec.artifact = settings.codec.artifact or str(ROOT / "assets/codec")
+    settings.codec.artifact = settings.codec.artifact or str(ROOT / "gradcodec/general")
     if module == "server.preview":  # it holds no rounds
         settings.federation.clients_per_round = 1
     check_settings(settings)

@@ -91,7 +91,7 @@ def test_what_evaluating_takes_is_near_the_peak_that_is_measured(change: dict[st
 
 def test_what_the_codec_takes_is_near_the_peak_that_is_measured() -> None:
     layout = layout_of("7b", rank=8)
-    codec = codec_for(CodecSettings(artifact="assets/codec"), layout)
+    codec = codec_for(CodecSettings(), layout)
     update, carried_RC = update_of(layout), layout.to_blocks(update_of(layout, seed=1))
     update_bytes, budget = 4 * layout.num_parameters, max_payload_bytes(0.5, layout.num_parameters)
     encoding = update_bytes + peak_of(lambda: encode_update(update, carried_RC, codec=codec, max_bytes=budget))

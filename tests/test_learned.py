@@ -96,7 +96,7 @@ def test_sizes_at_the_edge_of_float32_are_coded_or_silent(layout: Layout, learne
 def test_an_encoder_knows_what_its_codes_decode_to(seed: int, budget: int | None, size: float) -> None:
     """To the bit, without reading them."""
     layout = Layout.of(SHAPES)
-    general = build_codec(CodecSettings(artifact="assets/codec"), layout)
+    general = build_codec(CodecSettings(), layout)
     assert isinstance(general, Reconstructs)
     blocks_RC = layout.to_blocks(heavy_tailed_update(seed)) * size
     side = general.side_information(layout.to_blocks(heavy_tailed_update(seed + 1))) if seed % 2 else None

@@ -109,9 +109,9 @@ def test_a_codec_of_one_rate_takes_what_is_planned(name: str) -> None:
 
 
 def test_what_ships_with_the_project_costs_nothing_and_ones_own_its_copies_and_its_recording(tmp_path: Path) -> None:
-    shipped = load_artifact(Path("assets/codec"), "learned")
-    assert shipped.digest == SHIPPED_DIGEST, "assets/codec is another one now"
-    assert CodecCost.of("assets/codec") == CodecCost.of(None) == CodecCost.of(str(tmp_path)) == CodecCost()
+    shipped = load_artifact(Path("gradcodec/general"), "learned")
+    assert shipped.digest == SHIPPED_DIGEST, "the general artifact is another one now"
+    assert CodecCost.of("gradcodec/general") == CodecCost.of(None) == CodecCost.of(str(tmp_path)) == CodecCost()
     own = replace(shipped, tensors={**shipped.tensors, "any_rows": shipped.tensors["any_rows"] + 1})
     for trained, recorded in (({RECORDED: 1000}, 1000), ({}, 0), ({RECORDED: "many"}, 0)):
         save_artifact(replace(own, settings={"codec": {}, "trained": trained}), tmp_path / "own")

@@ -107,7 +107,7 @@ def test_a_codec_of_one_rate_says_its_bytes(name: str, layout: Layout) -> None:
 
 @pytest.mark.parametrize("name", names_with_a_rate())
 def test_a_codec_with_a_rate_keeps_to_what_is_planned(name: str, layout: Layout) -> None:
-    settings = CodecSettings(name, bits=0.5, artifact="assets/codec")
+    settings = CodecSettings(name, bits=0.5)
     planned = payload_bytes(settings, layout)
     payload, _ = encode_update(heavy_tailed_update(0), None, codec=build_codec(settings, layout), max_bytes=planned)
     assert planned is not None and 0.8 * planned < len(payload) <= planned

@@ -283,7 +283,7 @@ def test_what_ships_with_the_project_is_found_in_this_nodes_checkout(settings: S
     there = dataclasses.replace(
         settings,
         model=dataclasses.replace(settings.model, path="/srv/of-the-server/assets/tiny-llama"),
-        codec=dataclasses.replace(settings.codec, name="learned", artifact="/srv/of-the-server/assets/codec"),
+        codec=dataclasses.replace(settings.codec, name="learned"),
     )
     found = trainer_for(there.to_json(), ()).settings
     assert (found.model.path, found.codec.artifact) == (str(here / "tiny-llama"), str(here / "codec"))

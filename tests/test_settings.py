@@ -186,7 +186,10 @@ def test_what_ships_with_the_project_is_found_from_any_folder(tmp_path: Path, mo
     ("overrides", "said"),
     [
         (["codec.artifact=/nowhere"], "/nowhere holds no codec artifact (codec.json and codec.safetensors missing)"),
-        (["codec=resnet", "codec.artifact=assets/codec"], "a codec of kind 'learned'; codec.name asks for 'resnet'"),
+        (
+            ["codec=resnet", "codec.artifact=gradcodec/general"],
+            "a codec of kind 'learned'; codec.name asks for 'resnet'",
+        ),
         (["lora.start=/nowhere"], "lora.start='/nowhere' holds no adapter_config.json"),
         (["task=jsonl", "task.path=/nowhere.jsonl"], "task.path='/nowhere.jsonl' is not here"),
     ],

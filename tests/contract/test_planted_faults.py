@@ -221,7 +221,7 @@ def test_the_program_ends_with_an_error(
     assert lines["contraction"] != "ok" == lines["conservation"]
 
 
-@pytest.mark.parametrize("arguments", [["zip"], ["learned"], ["sign", "--option", "rank=4"]])
+@pytest.mark.parametrize("arguments", [["zip"], ["resnet"], ["sign", "--option", "rank=4"]])
 def test_the_program_refuses_what_it_cannot_try(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["contract", *arguments])
     with pytest.raises(SystemExit, match=r"^error: (name='zip'|artifact=null|options\.rank)"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,11 @@ from gradcodec.paper.networks import ARCHITECTURES
 from gradcodec.registry import codec_names, entry_of
 from gradcodec.settings import CodecSettings
 
-SHIPPED = Path(__file__).parents[2] / "assets" / "codec"
-NAMES = [name for name in codec_names() if not entry_of(name).needs_artifact or name in ("learned", *ARCHITECTURES)]
+NAMES = [
+    name
+    for name, entry in zip(codec_names(), map(entry_of, codec_names()), strict=True)
+    if not entry.needs_artifact or entry.general_artifact is not None or name in ARCHITECTURES
+]
 CASES = [
     (name, rule)
     for name in NAMES
@@ -32,7 +34,7 @@ def candidates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Candidate]
     for kind, network in ARCHITECTURES.items():
         settings = {"codec": {"layout": "", "literal": False}}
         save_artifact(Artifact(kind, network(False).state_dict(), settings), folder / kind)
-    artifacts = {"learned": str(SHIPPED)} | {kind: str(folder / kind) for kind in ARCHITECTURES}
+    artifacts = {kind: str(folder / kind) for kind in ARCHITECTURES}
     return {name: Candidate(CodecSettings(name, artifact=artifacts.get(name))) for name in NAMES}
 
 
