@@ -336,7 +336,8 @@ def _as_json(entry: CodecEntry) -> dict[str, Any]:
 def _place_of(what: Any) -> str:
     """``module:name`` of a class or function, if another process finds it there; else the empty text."""
     module = sys.modules.get(what.__module__)
-    return f"{what.__module__}:{what.__name__}" if getattr(module, "__spec__", None) is not None else ""
+    is_there = getattr(module, "__spec__", None) is not None and getattr(module, what.__name__, None) is what
+    return f"{what.__module__}:{what.__name__}" if is_there else ""
 
 
 def _answer() -> None:

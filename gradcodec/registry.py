@@ -66,8 +66,10 @@ class CodecEntry:
 
 def register(entry: CodecEntry) -> None:
     """Adds a codec to this process. Raises ValueError: the name, or one that it is trained by, is taken."""
-    if entry.name in _ENTRIES:
-        raise ValueError(f"codec {entry.name!r} is registered already, as {_ENTRIES[entry.name].codec}")
+    if entry.name in codec_names():
+        ours = _ENTRIES.get(entry.name)
+        whose = PLUGINS.origin(entry.name) if ours is None else ours.codec
+        raise ValueError(f"codec {entry.name!r} is registered already, as {whose}")
     _check_trained_as(entry)
     PLUGINS.add(entry.name, entry)
 
@@ -133,6 +135,8 @@ def options_of(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         CodecError: an option that the codec does not have, or a value of another type; the text begins with its key.
     """
     entry = entry_of(name)
+    if not isinstance(given, Mapping):
+        raise CodecError(f"options={given!r}: values by name are expected")
     if unknown := sorted(given.keys() - entry.options.keys()):
         has = f"it has {', '.join(entry.options)}" if entry.options else "it has none"
         raise CodecError(f"options.{unknown[0]}: the codec {name} has no such option: {has}")

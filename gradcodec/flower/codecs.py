@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 from gradcodec.broadcast import Held
 from gradcodec.build import build_codec
@@ -16,15 +17,24 @@ from gradcodec.settings import CodecSettings
 def codec_of_rounds(settings: CodecSettings, layout: Layout, device: str) -> CodecAt:
     """``learned`` takes its directions along the width from how the arrays have moved; others are the same in all
     rounds. Raises ValueError: there is no such codec, or it does not serve this layout."""
-    codec = _built(settings.name, settings.artifact, settings.digest, layout, device)
+    options = tuple(sorted(settings.options.items()))
+    codec = _built(settings.name, options, settings.artifact, settings.digest, layout, device)
     if isinstance(codec, LearnedCodec) and codec.tables.serve_derived and not codec.tables.leading:
         return _Derived(codec)
     return lambda held: codec
 
 
 @lru_cache(maxsize=8)
-def _built(name: str, artifact: str | None, digest: str | None, layout: Layout, device: str) -> Codec:
-    return build_codec(CodecSettings(name=name, artifact=artifact, digest=digest), layout, device)
+def _built(
+    name: str,
+    options: tuple[tuple[str, Any], ...],
+    artifact: str | None,
+    digest: str | None,
+    layout: Layout,
+    device: str,
+) -> Codec:
+    settings = CodecSettings(name=name, artifact=artifact, digest=digest, options=dict(options))
+    return build_codec(settings, layout, device)
 
 
 class _Derived:
