@@ -225,6 +225,7 @@ def _computed(config: PreTrainedConfig, weights: Weights, wanted: Sequence[Wante
     found: dict[str, Space] = {}
     places = {layer: match for layer in by_layer if (match := _PLACE.fullmatch(layer))}
     own = _own_grams(weights, by_layer, config.model_type in _INPUTS_FIRST)
+    grams: Grams
     if config.model_type in PLUGINS.names:
         grams = chain(PLUGINS.load(config.model_type)(weights, list(by_layer), config), own)
     elif config.model_type in _WRITERS_AND_READERS and len(places) == len(by_layer):

@@ -43,7 +43,7 @@ def build_flower(settings: StrategySettings) -> Strategy:
     if settings.name not in STRATEGIES:
         return _brought(settings, common)
     if settings.name == "fedadam":
-        moments = {"beta_1": settings.momentum, "beta_2": settings.beta_2, "tau": settings.tau}
+        moments: dict[str, Any] = {"beta_1": settings.momentum, "beta_2": settings.beta_2, "tau": settings.tau}
         return FedAdam(eta=settings.lr, **moments, **common)
     if settings.name == "fedavgm" or (settings.name == "fedavg" and settings.lr != 1.0):
         momentum = settings.momentum if settings.name == "fedavgm" else 0.0
