@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.console import printable
-from conf.schema import TgapRun
+from conf.schema import OPEN, TgapRun
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 OPTIONS = {"--data": "task.path", "--model": "model.path", "--codec-artifact": "codec.artifact"}
@@ -116,7 +116,9 @@ def refusal(error: Exception, options: Mapping[str, str] = OPTIONS) -> str:
     if unknown := re.match(r"Could not override '([^']*)'", text):
         key = unknown[1]
         near = _near(key, [*setting_names(), *groups()])
-        return f"{key} is no setting{f': {near}' if near else '; --cfg job lists them'}"
+        group, _, name = key.partition(".")
+        own = f"; what a plug-in takes is {group}.options.{name}" if group in OPEN and name else ""
+        return f"{key} is no setting{f': {near}' if near else '; --cfg job lists them'}{own}"
     if ambiguous := re.match(r"Ambiguous value for argument '(.*?)'\n", text):
         return f"{ambiguous[1]} holds a comma: -m runs a job for each value; key=[a,b] is a list, and text needs quotes"
     said = text.rstrip().split("\nConfig search path")[0].split("\n    full_key")[0]

@@ -7,8 +7,9 @@ have one each.
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -86,6 +87,16 @@ class Plugins:
                 else:
                     self._offers.setdefault(offer.name, []).append(offer)
         return self._offers
+
+
+def misfit(function: Callable[..., Any], options: Mapping[str, Any]) -> str:
+    """What of the options a function does not take by name, as ``<option>: why``; empty: it takes all."""
+    parameters = inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
+    unknown = sorted(options.keys() - set(known))
+    if not unknown or any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return ""
+    return f"{unknown[0]}: there is no such option, but {', '.join(known) or 'none'}"
 
 
 def _whose(offer: EntryPoint) -> str:

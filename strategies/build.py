@@ -12,8 +12,9 @@ from strategies.mean import MeanStrategy
 from strategies.settings import OF_THE_MEAN, PLUGINS, STRATEGIES, StrategySettings, check_strategy
 from strategies.wire import ARRAYS, CONFIG, NUM_EXAMPLES
 
-Builder = Callable[[StrategySettings, dict[str, Any]], Strategy]
-"""Settings, and the arguments that every strategy of Flower's takes here -> strategy; a ValueError refuses settings.
+Builder = Callable[..., Strategy]
+"""Settings, the arguments that every strategy of Flower's takes here, and by name the options that it knows -> the
+strategy; a ValueError refuses them.
 
 A strategy whose attribute ``of_the_mean`` is true is shown one reply a round, the weighted mean of all. What one must
 remember from round to round goes into checkpoints if it follows ``strategies.optimizer.Remembers``, as Flower's own
@@ -54,7 +55,7 @@ def build_flower(settings: StrategySettings) -> Strategy:
 
 def _brought(settings: StrategySettings, common: dict[str, Any]) -> Strategy:
     try:
-        strategy = PLUGINS.load(settings.name)(settings, common)
+        strategy = PLUGINS.load(settings.name)(settings, common, **settings.options)
     except ValueError as error:
         raise FederationError(f"strategy.name={settings.name}: {error}") from None
     except Exception as error:  # it is another's code, which may raise anything

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradcodec.plugins import PluginError, Plugins
+from gradcodec.plugins import PluginError, Plugins, misfit
 from strategies.errors import FederationError
 
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedmedian", "fedtrimmedavg")
@@ -49,7 +49,7 @@ def check_strategy(settings: StrategySettings) -> None:
 def _check_name(settings: StrategySettings) -> None:
     if settings.name not in STRATEGIES:
         try:
-            PLUGINS.load(settings.name)
+            wrong = misfit(PLUGINS.load(settings.name), settings.options)
         except KeyError:
             known = ", ".join((*STRATEGIES, *PLUGINS.names))
             raise FederationError(
@@ -57,5 +57,7 @@ def _check_name(settings: StrategySettings) -> None:
             ) from None
         except PluginError as error:
             raise FederationError(f"strategy.name: {error}") from error
+        if wrong:
+            raise FederationError(f"strategy.options.{wrong}")
     elif settings.options:
         raise FederationError(f"strategy.options.{min(settings.options)}: the strategy {settings.name} has no options")

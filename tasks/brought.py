@@ -8,9 +8,9 @@ from dataclasses import replace
 from tasks.records import Corpus, Fields, Record
 from tasks.settings import PLUGINS, TaskSettings
 
-Reader = Callable[[TaskSettings], Iterable[Fields]]
-"""Settings -> the fields of every record, the same and in the same order on every machine. It reads ``path``, which may
-be one client's own, and ``options``; a ValueError refuses them."""
+Reader = Callable[..., Iterable[Fields]]
+"""Settings, and by name the options that it knows -> the fields of every record, the same on every machine and in the
+same order. Of the settings it reads ``path``, which may be one client's own; a ValueError refuses them."""
 
 
 def read_brought(settings: TaskSettings, path: str | None) -> Corpus:
@@ -21,7 +21,7 @@ def read_brought(settings: TaskSettings, path: str | None) -> Corpus:
     """
     said = f"task.name={settings.name}"
     try:
-        rows = list(PLUGINS.load(settings.name)(replace(settings, path=path)))
+        rows = list(PLUGINS.load(settings.name)(replace(settings, path=path), **settings.options))
     except ValueError as error:
         raise ValueError(f"{said}: {error}") from None
     except Exception as error:  # it is another's code, which may raise anything

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapters.plugins import PluginError, Plugins
+from adapters.plugins import PluginError, Plugins, misfit
 from adapters.settings import check_seed
 
 EXAMS = ("ceval", "mmlu")
@@ -109,7 +109,7 @@ def check_task(settings: TaskSettings) -> None:
 def _check_name(settings: TaskSettings) -> None:
     if settings.name not in TASKS:
         try:
-            PLUGINS.load(settings.name)
+            wrong = misfit(PLUGINS.load(settings.name), settings.options)
         except KeyError:
             known = ", ".join((*TASKS, *PLUGINS.names))
             raise ValueError(
@@ -117,6 +117,8 @@ def _check_name(settings: TaskSettings) -> None:
             ) from None
         except PluginError as error:
             raise ValueError(f"task.name: {error}") from error
+        if wrong:
+            raise ValueError(f"task.options.{wrong}")
     elif settings.options:
         raise ValueError(f"task.options.{min(settings.options)}: the task {settings.name} has no options")
 

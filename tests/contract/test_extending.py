@@ -167,9 +167,11 @@ def test_options_are_checked_before_any_work(installed: Path) -> None:
         ("codec.options.wide=2", r"codec.options.wide=2: a value like False is expected"),
         ("codec.options.wide=[1]", r"codec.options.wide=\[1\]: a finite number, a text, true or false is expected"),
         ("task.options.seed=nan", r"task.options.seed=nan: a finite number"),
+        ("task.options.count_=3", r"task.options.count_: there is no such option, but digits, count"),
+        ("strategy.options.kep=1", r"strategy.options.kep: there is no such option, but keep"),
     ):
         with pytest.raises(ValueError, match=said):
-            check_settings(composed("codec=grid", "task=sums", override))
+            check_settings(composed("codec=grid", "task=sums", "strategy=slow", override))
     for override, said in (
         ("task.options.x=1", "task.options.x: the task stdlib has no options"),
         ("strategy.options.x=1", "strategy.options.x: the strategy fedavg has no options"),
