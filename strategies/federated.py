@@ -169,8 +169,7 @@ class FederatedStrategy(AdapterStrategy):
         too_long: list[Uplink] = []
         usable = self._usable(server_round, replies, taken, too_long)
         arrays, metrics = super().aggregate_train(server_round, usable)
-        assert arrays is not None
-        adapter, step = self.broadcaster.settle(self.current, from_record(arrays))
+        adapter, step = self.broadcaster.settle(self.current, self._new(server_round, arrays, len(taken)))
         # A client is not asked for the same again that was too long: with the next update on top it would be longer.
         self.receiver.averaged([*taken, *too_long], step)
         self.bound.averaged([uplink.scale * uplink.update_norm for uplink in taken])
@@ -178,6 +177,19 @@ class FederatedStrategy(AdapterStrategy):
             self.sampling.answered(uplink.partition)
         self.uplinks = taken
         return moved_to_record(adapter), metrics
+
+    def _new(self, server_round: int, arrays: ArrayRecord | None, num_replies: int) -> dict[str, Tensor]:
+        """What the strategy inside came to, which may be anybody's. Raises RoundError: no adapter like this one."""
+        if arrays is None:
+            raise RoundError(
+                f"round {server_round}: of {num_replies} replies the strategy makes nothing: too few for it?"
+            )
+        new = from_record(arrays)
+        if {name: t.shape for name, t in new.items()} != {name: t.shape for name, t in self.current.items()}:
+            raise RoundError(
+                f"round {server_round}: the strategy makes other tensors of the replies than the adapter has"
+            )
+        return new
 
     def foresee(self, step: Mapping[str, Tensor]) -> None:
         """What the first global update may be like, before there is any."""

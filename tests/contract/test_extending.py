@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import InProcessGrid
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAvg,
+    FedYogi,
+    Krum,
+    Strategy,
+)
 from hydra import compose, initialize_config_dir
+from test_federation import settings_for
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from adapters import spaces
@@ -145,6 +154,47 @@ def test_a_resumed_run_goes_on_with_what_the_strategy_remembers(installed: Path,
     run(half, tmp_path / "b")
     half.resume, half.federation.rounds = half.output, 2
     assert run(half, tmp_path / "b").heldout_loss == whole.heldout_loss
+
+
+FLOWERS: dict[str, Callable[..., Strategy]] = {
+    "krum": lambda settings, arguments: Krum(num_malicious_nodes=0, **arguments),
+    "fedyogi": lambda settings, arguments, eta=0.01: FedYogi(eta=eta, **arguments),
+    "dp": lambda settings, arguments: DifferentialPrivacyServerSideFixedClipping(FedAvg(**arguments), 0.01, 1.0, 2),
+}
+
+
+@pytest.fixture(params=FLOWERS)
+def flowers(request: pytest.FixtureRequest) -> Iterator[str]:
+    strategies_settings.PLUGINS.add(request.param, FLOWERS[request.param])
+    yield request.param
+    strategies_settings.PLUGINS.remove(request.param)
+
+
+def test_flowers_own_strategies_come_by_a_function_of_a_line(flowers: str, tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, "run", codec=CodecSettings("sign", bits=None), federation__rounds=1)
+    settings.strategy = StrategySettings(flowers)
+    results = run(settings, tmp_path)
+    assert results.heldout_loss[-1] < results.heldout_loss[0]
+
+
+def test_flowers_optimizers_are_known_to_remember() -> None:
+    one, other = (FLOWERS["fedyogi"](None, {}) for _ in range(2))
+    moments = {f"{moment}/layer": torch.rand(3) for moment in ("m_t", "v_t")}
+    restore_optimizer(one, moments)
+    restore_optimizer(other, optimizer_state(one))
+    assert all(torch.equal(optimizer_state(other)[key], tensor) for key, tensor in moments.items())
+
+
+@pytest.mark.parametrize(
+    ("result", "said"), [(None, "of 2 replies the strategy makes nothing"), (ArrayRecord(), "other tensors")]
+)
+def test_a_strategy_that_makes_no_adapter_ends_the_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: ArrayRecord | None, said: str
+) -> None:
+    monkeypatch.setattr(FedAvg, "aggregate_train", lambda self, server_round, replies: (result, MetricRecord()))
+    settings = settings_for(tmp_path, "run", arm="dense", federation__rounds=1, federation__retries=0)
+    with pytest.raises(FederationError, match=said):
+        run(settings, tmp_path)
 
 
 def test_a_node_without_the_plug_in_says_so(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
