@@ -35,7 +35,7 @@ html_copy_source = False
 highlight_language = "none"
 myst_heading_anchors = 3
 nitpick_ignore = [("py:class", "adapters.team.Item")]  # a type variable
-autodoc_default_options = {"members": True, "undoc-members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True, "undoc-members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
@@ -70,15 +70,16 @@ class Help(SphinxDirective):
         return [nodes.literal_block(options, options, language="none")]
 
 
-def literal_where_indented(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Indented text at the head of a module is a table or a command: it is shown as it stands."""
-    if what != "module":
-        return
-    before = [""]
-    for line in [*lines]:
-        begins = line.startswith("    ") and not any(one.startswith("    ") for one in before[-2:])
-        before += ["::", "", line] if begins and not before[-1] else [line]
-    lines[:] = before[1:]
+def as_we_write(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Where our docstrings mean something else than Sphinx does."""
+    if what in ("attribute", "data", "property"):
+        lines[:0] = ["..", ""]  # what stands before a colon is no type
+    if what == "module":  # indented text is a table or a command, and shown as it stands
+        before = [""]
+        for line in [*lines]:
+            begins = line.startswith("    ") and not any(one.startswith("    ") for one in before[-2:])
+            before += ["::", "", line] if begins and not before[-1] else [line]
+        lines[:] = before[1:]
 
 
 def foreign(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: nodes.TextElement) -> nodes.Node | None:
@@ -90,5 +91,5 @@ def foreign(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: nodes.
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.add_directive("help", Help)
-    app.connect("autodoc-process-docstring", literal_where_indented)
+    app.connect("autodoc-process-docstring", as_we_write, priority=400)  # before napoleon
     app.connect("missing-reference", foreign)
