@@ -26,7 +26,7 @@ OURS = ("adapters", "client", "conf", "gradcodec", "server", "strategies", "task
 sys.path.insert(0, str(ROOT))
 
 project = "CG-FedLLM"
-copyright = "the authors of CG-FedLLM. Apache-2.0"  # noqa: A001 - Sphinx calls it so
+copyright = "the authors of CG-FedLLM. Apache-2.0"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = project

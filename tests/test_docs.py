@@ -21,15 +21,16 @@ from markdown_it import MarkdownIt
 
 import server.federate
 import tgap.__main__
+from cg_fedllm.__main__ import PROGRAMS
 from conf.arguments import OPTIONS, overrides_of
 from conf.schema import Settings, check_settings, register_schemas, settings_of, tgap_run_of
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), ROOT / "docker" / "README.md", *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")])
 COMPOSED = {"server.federate": "federate", "server.preview": "preview", "tgap": "tgap"}
 """Program -> its configuration, for those that Hydra composes."""
 ALL_OPTIONS = {**OPTIONS, **server.federate.OPTIONS, **tgap.__main__.OPTIONS}
-PROGRAM = re.compile(r"(kubectl .* -- env )?(\w+=\S+ )*python -m ")
+PROGRAM = re.compile(r"(kubectl .* -- env )?(\w+=\S+ )*(python -m|cg-fedllm) ")
 OTHERS = ("make", "pip", "git", "hf", "kubectl", "docker", ".")
 """Programs of others, which these tests take at their word; of ``make`` the target is looked for."""
 READ_BY = {"yaml": yaml.safe_load, "json": json.loads, "text": str, "sh": str, "python": str}
@@ -82,9 +83,11 @@ COMMANDS = [(place, re.sub(r"^kubectl .* -- env ", "", line)) for place, line in
 
 def words_of(command: str) -> tuple[str, list[str]]:
     """Module and arguments."""
-    words = shlex.split(command)
-    start = words.index("-m")
-    return words[start + 1], words[start + 2 :]
+    words = shlex.split(re.sub(r"^(\w+=\S+ )*", "", command))
+    if words[0] == "cg-fedllm":
+        module, *arguments = PROGRAMS[words[1]]
+        return module, [*arguments, *words[2:]]
+    return words[2], words[3:]
 
 
 class Parsed(Exception):

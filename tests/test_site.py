@@ -1,4 +1,4 @@
-"""The site of the documentation: it builds without a warning, its links lead somewhere, it loads nothing from elsewhere."""
+"""The documentation's site: it builds without a warning, its links lead somewhere, it loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -15,7 +16,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[1]
-TEXTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "docker/README.md", ROOT / "assets/README.md"])
+TEXTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")])
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "object": "data", "link": "href"}
 """Elements by which a page loads something, and where they name it."""
 
@@ -110,7 +111,7 @@ def links_of(text: Path) -> Iterator[str]:
 def anchors_of(text: Path) -> set[str]:
     """Of a Markdown page, as its readers make them of headings."""
     tokens = MarkdownIt().parse(text.read_text(encoding="utf-8"))
-    headings = [inline.content for token, inline in zip(tokens, tokens[1:], strict=False) if token.type == "heading_open"]
+    headings = [inline.content for token, inline in pairwise(tokens) if token.type == "heading_open"]
     return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
 
 
