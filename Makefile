@@ -6,16 +6,19 @@ SEEDS ?= 1
 JOBS ?= 3
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
+SPHINX := --quiet --fail-on-warning --keep-going --nitpicky --fresh-env
 STAMP := $(VENV)/.installed
 
 REAL_STAMP := $(VENV)/.installed-real
 
-.PHONY: help install demo demo-real demo-grpc test check coverage hooks bench wheels clean
+.PHONY: help install demo demo-real demo-grpc docs links test check coverage hooks bench wheels clean
 
 help:
 	@echo "make demo [SEEDS=3]  train the codec, run base, centralised, dense, coded (one and both ways), print a table"
 	@echo "make demo-real       the same on a real language model, SmolLM2-135M (half an hour; fetches 93 MB)"
 	@echo "make demo-grpc       the coded federation as a real deployment on loopback: gRPC, TLS, node keys"
+	@echo "make docs            the documentation as a site, in outputs/docs; a warning is an error"
+	@echo "make links           asks every link of it that leads to another site (needs a network)"
 	@echo "make test            the test suite"
 	@echo "make check           ruff, mypy, import contracts, tests: what CI runs"
 	@echo "make coverage        the tests with their line coverage, in outputs/coverage"
@@ -44,6 +47,12 @@ demo-real: $(REAL_STAMP)
 
 demo-grpc: $(STAMP)
 	$(BIN)/python -m bench.demo_grpc
+
+docs: $(STAMP)
+	$(BIN)/python -m sphinx $(SPHINX) --builder html docs outputs/docs
+
+links: $(STAMP)
+	$(BIN)/python -m sphinx $(SPHINX) --builder linkcheck docs outputs/links
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -1,4 +1,4 @@
-"""Every command in README and docs is understood by its program, and those that can run here do."""
+"""What README and docs show runs: every command is understood by its program, and every block of Python is executed."""
 
 from __future__ import annotations
 
@@ -10,52 +10,92 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
+from markdown_it import MarkdownIt
 
 import server.federate
 import tgap.__main__
+from cg_fedllm.__main__ import PROGRAMS
 from conf.arguments import OPTIONS, overrides_of
 from conf.schema import Settings, check_settings, register_schemas, settings_of, tgap_run_of
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")])
 COMPOSED = {"server.federate": "federate", "server.preview": "preview", "tgap": "tgap"}
 """Program -> its configuration, for those that Hydra composes."""
 ALL_OPTIONS = {**OPTIONS, **server.federate.OPTIONS, **tgap.__main__.OPTIONS}
+PROGRAM = re.compile(r"(kubectl .* -- env )?(\w+=\S+ )*(python -m|cg-fedllm) ")
+OTHERS = ("make", "pip", "git", "hf", "kubectl", "docker", ".")
+"""Programs of others, which these tests take at their word; of ``make`` the target is looked for."""
+READ_BY = {"yaml": yaml.safe_load, "json": json.loads, "text": str, "sh": str, "python": str}
+"""Language of a block -> what must take it. ``text`` is shown and not meant for a program."""
 
 
-def commands() -> list[tuple[str, str]]:
-    """(page, command line) of every line of a code block that starts one of our programs."""
+@dataclass(frozen=True)
+class Block:
+    """A block of code: its page, the line of the page that it begins after, and what it holds."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks() -> list[Block]:
     found = []
     for page in PAGES:
-        for block in re.findall(r"```\w*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                text = re.sub(r"^(\$ |kubectl .* -- env )", "", line)
-                if re.match(r"(\w+=\S+ )*python -m ", text):
-                    found.append((page.name, " ".join(re.sub(r"\s#.*|\s\.\.\.(\s|$)|\[--\S+\]", " ", text).split())))
+        for token in MarkdownIt().parse(page.read_text(encoding="utf-8")):
+            if token.type == "fence" and not token.info.startswith("{"):  # a directive of the site's
+                assert token.map is not None
+                found.append(Block(page, token.map[0] + 1, token.info, token.content))
     return found
 
 
-COMMANDS = commands()
+BLOCKS = blocks()
+WITH_PYTHON = sorted({block.page for block in BLOCKS if block.language == "python"})
+
+
+def lines_of_shell() -> list[tuple[str, str]]:
+    """(place, line) of every command that a page shows, without what is no part of it: remarks, ``...``, options in
+    brackets."""
+    found = []
+    for block in BLOCKS:
+        if block.language == "sh":
+            for line in block.text.replace("\\\n", " ").splitlines():
+                bare = " ".join(re.sub(r"\s#.*|\s\.\.\.(\s|$)|\[--\S+\]", " ", line).split())
+                found += [(block.name, bare)] if bare else []
+    return found
+
+
+LINES = lines_of_shell()
+COMMANDS = [(place, re.sub(r"^kubectl .* -- env ", "", line)) for place, line in LINES if PROGRAM.match(line)]
 
 
 def words_of(command: str) -> tuple[str, list[str]]:
     """Module and arguments."""
-    words = shlex.split(command)
-    start = words.index("-m")
-    return words[start + 1], words[start + 2 :]
+    words = shlex.split(re.sub(r"^(\w+=\S+ )*", "", command))
+    if words[0] == "cg-fedllm":
+        module, *arguments = PROGRAMS[words[1]]
+        return module, [*arguments, *words[2:]]
+    return words[2], words[3:]
 
 
 class Parsed(Exception):
     pass
 
 
-@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{p}-{i}" for i, (p, _) in enumerate(COMMANDS)])
-def test_a_documented_command_is_understood(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("place", "command"), COMMANDS, ids=[place for place, _ in COMMANDS])
+def test_a_documented_command_is_understood(place: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, arguments = words_of(command)
     if module in COMPOSED:
         understood_by_hydra(module, arguments)
@@ -100,24 +140,62 @@ def dolly(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def can_run_here(command: str) -> bool:
-    """Those that need no data, model or server but what a newcomer has; one of each kind."""
-    return any(text in command for text in ("server keys", "server.preview task=dolly", "+experiment=llama7b_dolly"))
+CAN_RUN_HERE = ("server keys", "server.preview task=dolly", "+experiment=llama7b_dolly")
+"""Those that need no data, model or server but what a newcomer has; one of each kind."""
+RUN_HERE = sorted({command for _, command in COMMANDS if any(text in command for text in CAN_RUN_HERE)})
 
 
-@pytest.mark.parametrize("command", sorted({c for _, c in COMMANDS if can_run_here(c)}))
+@pytest.mark.parametrize("command", RUN_HERE)
 def test_a_documented_command_runs(command: str, tmp_path: Path) -> None:
     dolly(tmp_path / "dolly.jsonl")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     module, arguments = words_of(command)
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = run_python(["-m", module, *arguments], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
 
-def test_the_readme_says_what_make_offers() -> None:
-    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"^make ([a-z-]+)", readme, re.MULTILINE)):
-        assert f"\n{target}:" in makefile, target
+def run_python(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=[str(page.relative_to(ROOT)) for page in WITH_PYTHON])
+def test_the_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+    """All blocks of a page are one program, in their order, in an empty folder; its lines are those of the page."""
+    own = [block for block in BLOCKS if block.page == page and block.language == "python"]
+    lines: list[str] = []
+    for block in own:
+        lines += [""] * (block.line - len(lines)) + block.text.splitlines()
+    program = tmp_path / "page.py"
+    program.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    done = run_python([str(program)], tmp_path)
+    assert done.returncode == 0, f"{page}, whose lines are those of page.py:\n{done.stderr}"
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[block.name for block in BLOCKS])
+def test_a_block_says_what_it_is_and_is_it(block: Block) -> None:
+    assert block.language in READ_BY, f"{block.language!r} is none of {', '.join(READ_BY)}"
+    READ_BY[block.language](block.text)
+
+
+def test_shown_commands_are_ours_which_are_checked_or_known_ones_of_others() -> None:
+    for place, line in LINES:
+        program = re.sub(r"^(\w+=\S+ )*", "", line).split()[0]
+        assert PROGRAM.match(line) or program in OTHERS, f"{place}: {line}"
+
+
+def test_commands_within_the_text_are_there() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE):
+            assert f"\n{target}:" in makefile, f"{page.name}: make {target}"
+        for module in re.findall(r"python\s+-m\s+([a-z_][\w.]*\w)", text):
+            path = ROOT / module.replace(".", "/")
+            assert path.is_dir() or path.with_suffix(".py").is_file(), f"{page.name}: python -m {module}"
+
+
+def test_every_shown_program_is_in_the_reference() -> None:
+    reference = (ROOT / "docs" / "reference" / "commands.md").read_text(encoding="utf-8")
+    for place, command in COMMANDS:
+        assert f"### `python -m {words_of(command)[0]}`" in reference, place

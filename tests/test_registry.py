@@ -161,7 +161,7 @@ def test_the_library_names_no_setting_or_command_of_this_project() -> None:
 
 def test_the_programs_name_the_key_and_the_remedy() -> None:
     with pytest.raises(CodecError, match=r"^codec\.artifact=null: .*train one with `python -m tgap`"):
-        check_settings(composed("codec.artifact=null"))
+        check_settings(composed("codec=resnet", "codec.artifact=null"))
     with pytest.raises(CodecError, match=r"^codec\.snr_db=3.0 needs bits"):
         check_settings(composed("codec.snr_db=3", "codec.bits=null"))
 

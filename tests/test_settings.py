@@ -74,7 +74,7 @@ def test_every_option_of_every_group_composes(group: str) -> None:
         ("arm=fast", "arm='fast' is none of base, centralised, dense, coded"),
         ("codec.name=zip", "codec.name='zip' is none of identity, learned, resnet"),
         ("codec.bits=-1", "codec.bits=-1.0"),
-        ("codec.artifact=null", "codec.artifact=null: the codec learned needs"),
+        ("codec.name=resnet", "codec.artifact=null: the codec resnet needs"),
         ("codec.feedback=2", "codec.feedback=2.0"),
         ("model.path=nowhere", "nowhere' is neither a directory"),
         ("strategy.name=sum", "strategy.name='sum' is none of fedavg"),
