@@ -335,7 +335,7 @@ def _as_json(entry: CodecEntry) -> dict[str, Any]:
 
 def _place_of(what: Any) -> str:
     """``module:name`` of a class or function, if another process finds it there; else the empty text."""
-    module = sys.modules.get(what.__module__)
+    module = None if what.__module__ == "__main__" else sys.modules.get(what.__module__)
     is_there = getattr(module, "__spec__", None) is not None and getattr(module, what.__name__, None) is what
     return f"{what.__module__}:{what.__name__}" if is_there else ""
 

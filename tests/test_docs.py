@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,7 +34,7 @@ ALL_OPTIONS = {**OPTIONS, **server.federate.OPTIONS, **tgap.__main__.OPTIONS}
 PROGRAM = re.compile(r"(kubectl .* -- env )?(\w+=\S+ )*(python -m|cg-fedllm) ")
 OTHERS = ("make", "pip", "git", "hf", "kubectl", "docker", ".")
 """Programs of others, which these tests take at their word; of ``make`` the target is looked for."""
-READ_BY = {"yaml": yaml.safe_load, "json": json.loads, "text": str, "sh": str, "python": str}
+READ_BY = {"yaml": yaml.safe_load, "json": json.loads, "toml": tomllib.loads, "text": str, "sh": str, "python": str}
 """Language of a block -> what must take it. ``text`` is shown and not meant for a program."""
 
 

@@ -102,12 +102,9 @@ def composed(*overrides: str) -> Settings:
         return settings_of(compose("federate", ["output=out", *overrides]))
 
 
-def test_every_example_fits_on_a_screen_and_every_block_runs() -> None:
+def test_every_example_fits_on_a_screen() -> None:
     assert set(MODULES) == {"grid", "slow", "sums", "neox"}
     assert all(sum(bool(line) for line in text.splitlines()) <= 30 for text in MODULES.values())
-    names: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
-        exec(block, names)  # noqa: S102 - the page is ours
 
 
 def test_the_installed_codec_keeps_the_contract(installed: Path) -> None:
