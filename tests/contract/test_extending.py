@@ -32,8 +32,10 @@ from client.trainer import trainer_for
 from conf.basis import priors_of
 from conf.schema import CHECKOUT, Settings, check_settings, register_schemas, settings_of
 from gradcodec import registry
+from gradcodec.broadcast import Held
 from gradcodec.build import payload_bytes
 from gradcodec.errors import CodecError
+from gradcodec.flower.codecs import codec_of_rounds
 from gradcodec.layout import Layout
 from gradcodec.plugins import Plugins
 from gradcodec.settings import CodecSettings, check_codec
@@ -335,6 +337,15 @@ def test_names_are_found_without_loading_what_they_name(installed: Path) -> None
     layout = Layout.of({"x": (2, 3)})
     assert payload_bytes(settings, layout) == 16 + 1 + 4 + 2 * 6
     assert payload_bytes(dataclasses.replace(settings, options={}), layout) == 16 + 1 + 4 + 6
+
+
+def test_a_flower_app_of_anybodys_takes_it_with_its_options(installed: Path) -> None:
+    layout = Layout.of({"x": (2, 3)})
+    ids = {
+        codec_of_rounds(CodecSettings("grid", options=options), layout, "cpu")(Held.at_start(torch.zeros(2, 3))).id
+        for options in ({}, {"wide": True})
+    }
+    assert len(ids) == 2
 
 
 def test_the_two_copies_are_alike() -> None:
