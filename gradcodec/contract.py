@@ -36,6 +36,7 @@ from torch import Tensor
 from gradcodec.artifact import load_artifact
 from gradcodec.build import artifact_folder, build_codec, codec_of, payload_bytes
 from gradcodec.codec import Codec
+from gradcodec.contract_cases import LEAST, SMALL, WIDE, Allocations, Machine, hostile_codes, machines, update_of
 from gradcodec.errors import BudgetError, CodecError
 from gradcodec.exchange import decode_blocks, digest_of, encode_update, max_payload_bytes
 from gradcodec.fidelity import inner_product, squared_distance
@@ -43,7 +44,6 @@ from gradcodec.frame import Frame, pack, unpack
 from gradcodec.layout import Layout
 from gradcodec.registry import CodecEntry, codec_names, entry_of, options_of, register
 from gradcodec.settings import CodecSettings, check_codec
-from gradcodec.trials import LEAST, SMALL, WIDE, Allocations, Machine, hostile_codes, machines, update_of
 
 BITS = (0.02, 0.1, 0.5, 1.0, 2.0, 8.0)
 SERVED = 2.0
@@ -171,6 +171,11 @@ def determinism(candidate: Candidate, elsewhere: str | None = None) -> None:
 def options(candidate: Candidate) -> None:
     """Ends whose options differ have different ids; every rule of bytes holds for other options, too."""
     given = options_of(candidate.settings.name, candidate.settings.options)
+    by_default = Candidate(replace(candidate.settings, options={}))
+    _expect(
+        given == candidate.entry.options or by_default.build(SMALL).id != candidate.build(SMALL).id,
+        f"options={given} give the id of {dict(candidate.entry.options)}: ends that differ would not notice",
+    )
     for key, value in given.items():
         for other in _others(value):
             changed = Candidate(replace(candidate.settings, options={**given, key: other}))

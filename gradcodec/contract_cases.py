@@ -30,7 +30,7 @@ WIDE = Layout.of(
         for factor in "AB"
     }
 )
-_RANDOM, _FLIPPED = 60, 64
+_RANDOM, _FLIPPED = 40, 40
 _EVERY_LENGTH = 2048
 
 
