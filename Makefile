@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 REAL_STAMP := $(VENV)/.installed-real
 
-.PHONY: help install demo demo-real demo-grpc docs links test check coverage hooks bench wheels clean
+.PHONY: help install demo demo-real demo-grpc docs links test check coverage hooks bench wheels lock clean
 
 help:
 	@echo "make demo [SEEDS=3]  train the codec, run base, centralised, dense, coded (one and both ways), print a table"
@@ -24,6 +24,7 @@ help:
 	@echo "make coverage        the tests with their line coverage, in outputs/coverage"
 	@echo "make hooks           ruff, mypy and import contracts before every commit"
 	@echo "make wheels          gradcodec and cg-fedllm as wheels, in outputs/wheels"
+	@echo "make lock            resolve requirements.lock anew, within constraints.txt"
 	@echo "make bench           how fast the codec encodes and decodes here"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -77,6 +78,11 @@ bench: $(STAMP)
 wheels: $(STAMP)
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir outputs/wheels ./gradcodec .
 	@ls -l outputs/wheels
+
+# every package of every platform and Python, CUDA's included; pip install -r requirements.lock --no-deps -e .
+lock: $(STAMP)
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --constraint constraints.txt --all-extras \
+	  --no-header --no-annotate --no-emit-index-url --output-file requirements.lock pyproject.toml
 
 clean:
 	rm -rf $(VENV) outputs multirun

@@ -5,11 +5,10 @@
 FROM python:3.11-slim
 RUN useradd --create-home --uid 10001 fed
 WORKDIR /app
-COPY pyproject.toml constraints.txt README.md LICENSE ./
-COPY adapters adapters
-COPY gradcodec gradcodec
-COPY tasks tasks
-RUN pip install --no-cache-dir --constraint constraints.txt .
+COPY pyproject.toml constraints.txt ./
+# what the project needs, in a layer of its own: a change of its code does not fetch it again
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+      > needed.txt && pip install --no-cache-dir --constraint constraints.txt --requirement needed.txt
 COPY . .
 RUN mkdir /deploy && chown fed /deploy
 USER 10001
