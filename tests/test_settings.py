@@ -114,6 +114,7 @@ def test_a_wrong_value_is_named(override: str, said: str) -> None:
         ("codec=learnt", "codec=learnt: there is no such codec: did you mean learned?"),
         ("federation.ronds=3", "federation.ronds is no setting: did you mean federation.rounds"),
         ("codecs=learned", "codecs is no setting: did you mean codec"),
+        ("codec.width=2", "; what a plug-in takes is codec.options.width"),
         ("zzz=1", "zzz is no setting; --cfg job lists them"),
         ("seed=many", "seed=many: Value 'many' of type 'str' could not be converted to Integer"),
         ("train.steps=1.5", "train.steps=1.5"),
