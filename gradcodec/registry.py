@@ -90,9 +90,12 @@ def entry_of(name: str) -> CodecEntry:
         return _ENTRIES[name]
     try:
         found = PLUGINS.load(name)
-        entry = found() if callable(found) else found
     except PluginError as error:
         raise CodecError(f"codec {error}") from error
+    try:
+        entry = found() if callable(found) else found
+    except Exception as error:  # it is another's code, which may raise anything
+        raise CodecError(f"codec {name!r} of {PLUGINS.origin(name)}: {error!r}") from error
     if not isinstance(entry, CodecEntry) or entry.name != name:
         said = f"the entry of {entry.name!r}" if isinstance(entry, CodecEntry) else repr(entry)
         raise CodecError(f"codec {name!r} of {PLUGINS.origin(name)} is {said}: a CodecEntry of that name is expected")
@@ -144,11 +147,15 @@ def options_of(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def loaded(location: str | type | Callable[..., Any]) -> Any:
-    """What ``module:attribute`` names, imported now; a class or a function is itself."""
+    """What ``module:attribute`` names, imported now; a class or a function is itself. Raises CodecError: it is not
+    there, as may be with a plug-in's."""
     if not isinstance(location, str):
         return location
     module, _, attribute = location.partition(":")
-    return getattr(import_module(module), attribute)
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise CodecError(f"{location} cannot be loaded: {error!r}") from error
 
 
 def _entries() -> Iterator[CodecEntry]:

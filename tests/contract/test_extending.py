@@ -33,7 +33,7 @@ from conf.basis import priors_of
 from conf.schema import CHECKOUT, Settings, check_settings, register_schemas, settings_of
 from gradcodec import registry
 from gradcodec.broadcast import Held
-from gradcodec.build import payload_bytes
+from gradcodec.build import build_codec, payload_bytes
 from gradcodec.errors import CodecError
 from gradcodec.flower.codecs import codec_of_rounds
 from gradcodec.layout import Layout
@@ -72,7 +72,7 @@ def path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[
     yield add
     monkeypatch.undo()
     look_again()
-    for name in (*MODULES, "broken"):
+    for name in (*MODULES, "broken", "halves"):
         sys.modules.pop(name, None)
 
 
@@ -294,7 +294,17 @@ def test_a_plug_in_that_is_broken_breaks_no_other_codec(
     tmp_path: Path, path: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "broken.py").write_text("import not_there_at_all\n")
-    entries = {"broken": "broken:ENTRY", "other": "gradcodec.registry:_OURS", "misnamed": "gradcodec.registry:_ENTRIES"}
+    (tmp_path / "halves.py").write_text(
+        "from gradcodec.registry import CodecEntry\n"
+        "def fails(): raise KeyError('why')\n"
+        "def absent(): return CodecEntry('absent', 'nowhere_at_all:Codec')\n"
+    )
+    entries = {
+        "broken": "broken:ENTRY",
+        "other": "gradcodec.registry:_OURS",
+        "fails": "halves:fails",
+        "absent": "halves:absent",
+    }
     install(tmp_path, "broken", {"gradcodec.codecs": {**entries, "sign": "broken:SIGN"}})
     path(tmp_path)
     check_codec(CodecSettings("sign"))
@@ -303,6 +313,10 @@ def test_a_plug_in_that_is_broken_breaks_no_other_codec(
         check_codec(CodecSettings("broken"))
     with pytest.raises(CodecError, match=r"'other' of the distribution broken 1.0 .* a CodecEntry of that name"):
         check_codec(CodecSettings("other"))
+    with pytest.raises(CodecError, match=r"'fails' of the distribution broken 1.0 \(halves:fails\): KeyError\('why'\)"):
+        check_codec(CodecSettings("fails"))
+    with pytest.raises(CodecError, match=r"nowhere_at_all:Codec cannot be loaded: ModuleNotFound"):
+        build_codec(CodecSettings("absent"), Layout.of({"x": (2, 3)}))
     assert "rotated" in registry.names_with_a_rate()
     assert caplog.text.count("cannot be loaded") == 1, "said once"
     registry.names_with_a_rate()
