@@ -14,7 +14,6 @@ from functools import partial
 from logging import WARNING
 from pathlib import Path
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from flwr.supercore import log
@@ -28,17 +27,14 @@ from conf.output import OutputError, open_output, write_json
 from conf.remedies import TRAIN_ONE, codec_remedies
 from conf.schema import Settings, check_settings
 from gradcodec.artifact import load_artifact
-from gradcodec.broadcast import Held, encode_step
 from gradcodec.build import artifact_folder, broadcast_budget, byte_budget
-from gradcodec.codec import Codec
 from gradcodec.delivery import Delivery
 from gradcodec.errors import BudgetError, DivergedError
-from gradcodec.exchange import encode_update
 from gradcodec.intake import Intake
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
 from gradcodec.rounds import codec_at
-from gradcodec.settings import CodecSettings
+from gradcodec.trial import check_budgets
 from server.account import NOTHING, CodecCost
 from server.alive import alive
 from server.checkpoint import Checkpoint, go_back, load_checkpoint, save_checkpoint
@@ -151,7 +147,10 @@ def _ways(settings: Settings, layout: Layout, evaluator: Evaluator) -> Ways:
         return Ways(DenseBroadcaster(), DenseReceiver())
     with codec_remedies(TRAIN_ONE):
         codecs = codecs_of(settings, layout, evaluator.seeded, evaluator.model.device)
-    _check_budgets(settings.codec, codecs.at(evaluator.seeded), evaluator.model.device)
+    try:
+        check_budgets(settings.codec, codecs.at(evaluator.seeded), evaluator.model.device)
+    except BudgetError as error:
+        raise BudgetError(f"codec.{error}") from None
     clients, budget = range(settings.federation.num_clients), byte_budget(settings.codec, layout)
     down = settings.codec.down_bits is not None
     intake = Intake(codecs.at(evaluator.seeded), settings.run_id, clients, budget)
@@ -163,23 +162,6 @@ def _ways(settings: Settings, layout: Layout, evaluator: Evaluator) -> Ways:
         codec_at(codecs, layout), layout, evaluator.initial, settings.run_id, budget, clients, start_is_known=known
     )
     return Ways(CodedBroadcaster(delivery), receiver)
-
-
-def _check_budgets(settings: CodecSettings, codec: Codec, device: torch.device) -> None:
-    """Raises BudgetError naming the key: no payload, or no broadcast, of so few bytes can be made."""
-    layout = codec.layout
-    trial_N = torch.randn(layout.num_parameters, generator=torch.Generator().manual_seed(0))
-    trial_RC = layout.unflatten(trial_N).to(device)
-    key, bits = "bits", settings.bits
-    try:
-        if (budget := byte_budget(settings, layout)) is not None:
-            encode_update(layout.to_update(trial_RC), None, codec=codec, max_bytes=budget)
-        key, bits = "down_bits", settings.down_bits
-        if (budget := broadcast_budget(settings, layout)) is not None:
-            held = Held.at_start(torch.zeros(layout.rank, layout.num_columns))
-            encode_step(trial_RC, None, held=held, codec=codec, max_bytes=budget)
-    except BudgetError as error:
-        raise BudgetError(f"codec.{key}={bits:g} of {layout.num_parameters:,} parameters: {error}") from None
 
 
 class Diverged(ValueError):

@@ -12,9 +12,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Strategy
 
-from gradcodec.errors import CodecError
+from gradcodec.errors import BudgetError, CodecError
 from gradcodec.flower import Coded, CodedFedAvg, coded
-from gradcodec.flower.arrays import AppArrays
+from gradcodec.flower.arrays import AppArrays, Spec
 from gradcodec.flower.turn import CODING, LACKS, Turn
 from gradcodec.flower.wire import PAYLOAD, PAYLOAD_TYPE, in_one_array
 from gradcodec.registry import names_for_any_layout
@@ -273,6 +273,25 @@ def test_settings_out_of_range_are_refused_before_any_work() -> None:
             Coded(FedAvg(), **settings)
     with pytest.raises(CodecError, match="no floats"):
         AppArrays.of(ArrayRecord({"count": Array(np.array([1, 2]))}))
+
+
+def test_a_budget_that_no_payload_fits_into_is_refused_before_the_first_message() -> None:
+    for key in ("bits", "down_bits"):
+        strategy = Coded(FedAvg(fraction_evaluate=0.0), **{key: 0.01})
+        grid = LocalGrid(app_with(coded()))
+        with pytest.raises(BudgetError, match=f"^{key}=0.01 of [0-9,]+ parameters"):
+            strategy.configure_train(1, initial(), ConfigRecord(), grid)  # type: ignore[arg-type]
+
+
+def test_a_server_that_names_arrays_without_sending_them_takes_no_memory() -> None:
+    grid = LocalGrid(app_with(coded()))
+    strategy = Coded(FedAvg(fraction_evaluate=0.0))
+    message, *_ = strategy.configure_train(1, initial(), ConfigRecord(), grid)  # type: ignore[arg-type]
+    huge = AppArrays({"w": Spec("float32", (1 << 19, 1 << 20))})
+    turn = ConfigRecord({**message.content.config_records[CODING], "arrays": huge.pack()})
+    message.content = RecordDict({**message.content, CODING: turn})
+    (reply,) = grid.send_and_receive([message])
+    assert "does not send them" in str(reply.error.reason)
 
 
 def test_arrays_are_put_into_matrices_and_come_back() -> None:

@@ -15,9 +15,8 @@ ON_A_GPU = "nvidia-", "cuda-", "triton"
 
 def pins(path: str) -> dict[str, str]:
     lines = (line.split("#")[0].split(";")[0].strip() for line in (ROOT / path).read_text().splitlines())
-    return {
-        str(canonicalize_name(name)): version for name, _, version in (line.partition("==") for line in lines if line)
-    }
+    pairs = (line.partition("==") for line in lines if line)
+    return {str(canonicalize_name(name)): version for name, _, version in pairs}
 
 
 def test_the_lock_is_what_the_tests_ran_with() -> None:

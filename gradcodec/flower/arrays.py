@@ -106,6 +106,14 @@ class AppArrays:
                 raise CodecError(f"array {name!r} of shape {spec.shape} is missing, or has another one")
         return ArrayRecord(arrays)
 
+    def told(self) -> str:
+        """In words, what becomes of the arrays."""
+        thin = sum(_is_thin(self.specs[name].shape) for name in self.matrices)
+        return (
+            f"{self.layout.num_parameters:,} values of {len(self.matrices)} arrays, {thin} of them low-rank factors; "
+            f"{len(self.specs) - len(self.matrices)} arrays travel as they are"
+        )
+
     def pack(self) -> bytes:
         """Names, types and shapes, for the other end."""
         listed = [[name, spec.dtype, *spec.shape] for name, spec in self.specs.items()]

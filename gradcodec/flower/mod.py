@@ -71,9 +71,11 @@ class _Client:
         if self._arrays is None:
             raise LacksError("")
         turn, layout = self._turn, self._arrays.layout
+        bundle = from_one_array(content, turn.arrays_key, BUNDLE, BUNDLE_TYPE)
+        if self._memory.arrays != self._arrays and len(bundle) < 4 * layout.num_parameters:  # before memory is taken
+            raise CodecError("the server names arrays that this client does not know, and does not send them")
         self._codec_at = codec_of_rounds(turn.settings, layout, self._device)
         self._end = ClientEnd(self._codec_at, layout, turn.settings, turn.run_id)
-        bundle = from_one_array(content, turn.arrays_key, BUNDLE, BUNDLE_TYPE)
         nothing_RC = torch.zeros(layout.rank, layout.num_columns)
         held = self._end.take_in(turn.broadcast(bundle), self._memory, nothing_RC)
         if turn.arrays is not None:

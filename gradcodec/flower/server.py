@@ -28,6 +28,7 @@ from gradcodec.intake import Intake
 from gradcodec.registry import entry_of
 from gradcodec.rounds import CodecAt
 from gradcodec.settings import CodecSettings, check_codec
+from gradcodec.trial import check_budgets
 
 _LOG = logging.getLogger(__name__)
 
@@ -135,6 +136,8 @@ class _Ends:
         start, budget = self.arrays.to_adapter(arrays), broadcast_budget(settings, layout)
         self.delivery = Delivery(codec_at, layout, start, run_id, budget, self.clients, start_is_known=False)
         self.codec_at = codec_at
+        check_budgets(settings, codec_at(self.delivery.held))
+        _LOG.info("codes both ways: %s", self.arrays.told())
         self.intake = Intake(codec_at(self.delivery.held), run_id, self.clients, byte_budget(settings, layout))
         self._used: dict[int, str] = {}  # digests of the payloads of this round
 
