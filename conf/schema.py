@@ -279,17 +279,23 @@ def check_data(task: TaskSettings) -> None:
 
 def _check_artifact(folder: Path, name: str) -> None:
     """By its head alone: ``gradcodec.artifact`` reads the rest."""
-    missing = [file for file in ("codec.json", "codec.safetensors") if not (folder / file).is_file()]
+    head, damaged = {}, False
+    if (folder / "codec.json").is_file():
+        try:
+            head = dict(json.loads((folder / "codec.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError):
+            damaged = True
+    files = ("codec.json",) if "weights" in head else ("codec.json", "codec.safetensors")
+    missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise ValueError(
             f"codec.artifact: {folder} holds no codec artifact ({' and '.join(missing)} missing): train one with "
             f"`python -m tgap`, or choose a codec that needs none, such as codec=rotated"
         )
-    try:
-        kind = json.loads((folder / "codec.json").read_text(encoding="utf-8"))["kind"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"codec.artifact: {folder / 'codec.json'} is damaged: train the codec again") from None
-    if kind != name:
+    if damaged or "kind" not in head:
+        raise ValueError(f"codec.artifact: {folder / 'codec.json'} is damaged: train the codec again")
+    if head["kind"] != name:
+        kind = head["kind"]
         raise ValueError(f"codec.artifact: {folder} holds a codec of kind {kind!r}; codec.name asks for {name!r}")
 
 

@@ -1,13 +1,15 @@
 """Artifact: a trained codec on disk, a folder with weights, settings and a digest over both.
 
     codec.safetensors   the tensors, frequency tables among them (never pickle)
-    codec.json          kind, settings, what it was trained on, SHA-256 of codec.safetensors
+    codec.json          kind, settings, what it was trained on, SHA-256 of codec.safetensors; or, of a small one, all of
+                        it: the bytes of codec.safetensors in base64 under ``weights``, and that file is not there
 
 Written whole or not at all. What it must not know: how tensors are used.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Mapping
@@ -28,6 +30,7 @@ WEIGHTS, SETTINGS = "codec.safetensors", "codec.json"
 RECORDED = "recorded_bytes"
 """Key of an artifact's provenance."""
 MAX_SETTINGS_BYTES = 1 << 20
+_INSIDE = "weights"
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,9 @@ class Artifact:
         return hashlib.sha256(head.encode() + save_tensors(dict(self.tensors))).hexdigest()
 
 
-def save_artifact(artifact: Artifact, folder: Path) -> None:
+def save_artifact(artifact: Artifact, folder: Path, *, in_one_file: bool = False) -> None:
     """Writes the folder, replacing an older artifact; an interruption leaves the older one or the new one, whole.
+    ``in_one_file``: as JSON alone, which also goes where only code and text do, such as an app that Flower sends.
 
     Raises:
         ArtifactError: the folder cannot be written to, or holds something that is no artifact.
@@ -63,9 +67,12 @@ def save_artifact(artifact: Artifact, folder: Path) -> None:
         "sha256": hashlib.sha256(weights).hexdigest(),
         "settings": artifact.settings,
     }
+    if in_one_file:
+        head[_INSIDE] = base64.b64encode(weights).decode()
 
     def write(part: Path) -> None:
-        (part / WEIGHTS).write_bytes(weights)
+        if not in_one_file:
+            (part / WEIGHTS).write_bytes(weights)
         (part / SETTINGS).write_text(json.dumps(head, indent=2, sort_keys=True) + "\n")
 
     try:
@@ -76,7 +83,14 @@ def save_artifact(artifact: Artifact, folder: Path) -> None:
 
 def size_of_artifact(folder: Path) -> int:
     """Bytes of its files."""
-    return sum((folder / name).stat().st_size for name in (WEIGHTS, SETTINGS))
+    return sum(file.stat().st_size for name in (WEIGHTS, SETTINGS) if (file := folder / name).is_file())
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Names of those that an artifact lacks there; none: there is one, whole or damaged."""
+    if isinstance(_said(folder, _INSIDE), str):
+        return []
+    return [name for name in (SETTINGS, WEIGHTS) if not (folder / name).is_file()]
 
 
 def recorded_bytes(folder: Path) -> int:
@@ -93,6 +107,8 @@ def said_digest(folder: Path) -> str | None:
 
 def _said(folder: Path, *keys: str) -> Any:
     try:
+        if (folder / SETTINGS).stat().st_size > MAX_SETTINGS_BYTES:
+            return None
         found = json.loads((folder / SETTINGS).read_text())
         for key in keys:
             found = found[key]
@@ -107,7 +123,7 @@ def load_artifact(folder: Path, kind: str) -> Artifact:
     Raises:
         ArtifactError: nothing there, another kind or format, or bytes that do not match the digest.
     """
-    if not (folder / SETTINGS).is_file() or not (folder / WEIGHTS).is_file():
+    if missing_files(folder):
         raise ArtifactError(f"{folder} holds no codec artifact ({SETTINGS}, {WEIGHTS})")
     if (folder / SETTINGS).stat().st_size > MAX_SETTINGS_BYTES:
         raise ArtifactError(f"{folder / SETTINGS} is larger than {MAX_SETTINGS_BYTES:,} bytes: it is no codec's")
@@ -120,9 +136,9 @@ def load_artifact(folder: Path, kind: str) -> Artifact:
         raise ArtifactError(f"{folder} has artifact format {found[0]}, this version reads {FORMAT}: train it again")
     if found[1] != kind:
         raise ArtifactError(f"{folder} holds a codec of kind {found[1]!r}, not {kind!r}")
-    weights = (folder / WEIGHTS).read_bytes()
+    weights = _weights(folder, head)
     if hashlib.sha256(weights).hexdigest() != found[2]:
-        raise ArtifactError(f"{folder / WEIGHTS} does not match its digest in {SETTINGS}: the artifact is damaged")
+        raise ArtifactError(f"{folder}: {WEIGHTS} does not match its digest in {SETTINGS}: the artifact is damaged")
     try:
         artifact = Artifact(kind, load_tensors(weights), found[4])
     except (SafetensorError, KeyError) as error:  # KeyError: a type that torch does not have
@@ -134,3 +150,13 @@ def load_artifact(folder: Path, kind: str) -> Artifact:
     if not matches:
         raise ArtifactError(f"{folder} does not match its digest: settings or weights were changed by hand")
     return artifact
+
+
+def _weights(folder: Path, head: Mapping[str, Any]) -> bytes:
+    """The bytes of the tensors, wherever they are."""
+    if _INSIDE not in head:
+        return (folder / WEIGHTS).read_bytes()
+    try:
+        return base64.b64decode(head[_INSIDE], validate=True)
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{folder / SETTINGS} is damaged: {error!r}") from None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gradcodec.artifact import SETTINGS, WEIGHTS, recorded_bytes, said_digest, size_of_artifact
+from gradcodec.artifact import missing_files, recorded_bytes, said_digest, size_of_artifact
 from strategies.outcomes import Downlink, Uplink
 
 SHIPPED_DIGEST = "711df18c262db15ca7feea2f9b1db57a2916a3dbe5b5372533045a77321bec12"
@@ -58,7 +58,7 @@ class CodecCost:
     def of(cls, artifact: str | None) -> CodecCost:
         """Nothing for the artifact that ships with the project, which every node has, and where there is none (yet)."""
         folder = Path(artifact or "")
-        if artifact is None or not all((folder / name).is_file() for name in (WEIGHTS, SETTINGS)):
+        if artifact is None or missing_files(folder):
             return cls()
         if said_digest(folder) == SHIPPED_DIGEST:
             return cls()

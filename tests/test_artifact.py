@@ -8,7 +8,7 @@ import torch
 
 from gradcodec.artifact import Artifact, load_artifact, save_artifact
 from gradcodec.build import build_codec
-from gradcodec.errors import CodecError
+from gradcodec.errors import ArtifactError, CodecError
 from gradcodec.layout import Layout
 from gradcodec.learned.tables import LearnedTables
 from gradcodec.settings import CodecSettings
@@ -25,6 +25,17 @@ def test_what_is_saved_is_loaded(folder: Path, learned_tables: LearnedTables) ->
     assert loaded.to_tensors().keys() == learned_tables.to_tensors().keys()
     for name, tensor in learned_tables.to_tensors().items():
         assert torch.equal(loaded.to_tensors()[name], tensor)
+
+
+def test_an_artifact_of_one_file_is_the_same(folder: Path, tmp_path: Path) -> None:
+    artifact, whole = load_artifact(folder, "learned"), tmp_path / "whole"
+    save_artifact(artifact, whole, in_one_file=True)
+    assert [file.name for file in whole.iterdir()] == ["codec.json"]
+    assert load_artifact(whole, "learned").digest == artifact.digest
+    for weights, said in (("{}", "is damaged"), ("", "does not match its digest")):
+        _edit(whole, weights=weights)
+        with pytest.raises(ArtifactError, match=said):
+            load_artifact(whole, "learned")
 
 
 def test_two_nodes_with_one_artifact_have_one_codec_id(folder: Path, layout: Layout) -> None:

@@ -34,6 +34,9 @@ from client.executor import OwnAppExecutor
 from client.health import problems_of
 from client.own_app import app_digests, check_app, own_digests, take_token
 from conf.processes import end_all
+from gradcodec.artifact import load_artifact
+from gradcodec.build import artifact_folder
+from gradcodec.settings import CodecSettings
 from server.bindings import DEPLOY_VARIABLE, bind, key_of, load_table, read_bindings, save_table
 from server.control import SecretPlugin
 from server.keys import make_keys
@@ -225,6 +228,13 @@ def other_fab(own_fab: bytes) -> bytes:
         files = {name: bundle.read(name) for name in bundle.namelist() if not name.startswith(".info")}
     files["client/app.py"] += b"\nprint('something else')\n"
     return build_fab_from_files(files)[0]
+
+
+def test_the_app_brings_the_artifact_that_its_codec_comes_with(own_fab: bytes, tmp_path: Path) -> None:
+    with zipfile.ZipFile(io.BytesIO(own_fab)) as bundle:
+        bundle.extractall(tmp_path)
+    digest = load_artifact(artifact_folder(CodecSettings()), "learned").digest
+    assert load_artifact(tmp_path / "gradcodec" / "general", "learned").digest == digest
 
 
 def rezipped(fab: bytes, compression: int) -> bytes:

@@ -60,7 +60,7 @@ def train(recordings: list[str], folder: Path, passes: int, most: int) -> None:
         **provenance(),
     }
     artifact = Artifact("learned", tables.to_tensors(), {"codec": {}, "trained": made_of})
-    save_artifact(artifact, folder)
+    save_artifact(artifact, folder, in_one_file=True)
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"artifact of {size:,} bytes in {folder}, digest {artifact.digest[:16]}")
 
