@@ -54,6 +54,17 @@ class Memory(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a payload counts, and what both ends know of it."""
+
+    client: int
+    server_round: int
+    codec: Codec  # of the round
+    side: Tensor | None  # the codec's side information of the round
+    accepted: str  # digest of the client's last payload that the server used
+
+
 class ClientEnd:
     """One run's, for all clients on a machine."""
 
@@ -110,17 +121,6 @@ class ClientEnd:
         if feedback > 0:
             memory.save_residual(layout, place.server_round, residual)
         return payload
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a payload counts, and what both ends know of it."""
-
-    client: int
-    server_round: int
-    codec: Codec  # of the round
-    side: Tensor | None  # the codec's side information of the round
-    accepted: str  # digest of the client's last payload that the server used
 
 
 def take_in(broadcast: Broadcast, held: Held, layout: Layout, codec_at: CodecAt, context: bytes) -> Held:
