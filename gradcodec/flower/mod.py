@@ -39,7 +39,7 @@ def coded(device: str = "cpu", artifact: str | None = None) -> Callable[[Message
         try:
             held = client.take_in(message.content)
         except LacksError as error:
-            lacks = RecordDict({LACKS: ConfigRecord({HOLDS: error.holds})})
+            lacks = RecordDict({LACKS: ConfigRecord({HOLDS: error.holds} if error.holds else {})})
             return Message(lacks, reply_to=message)
         given = client.arrays.to_record(client.arrays.layout.to_update(held.adapter_RC), _exact(message.content))
         others = {key: one for key, one in message.content.items() if key not in (CODING, EXACT)}
