@@ -1,10 +1,12 @@
 """An app that knows nothing of codes, before and after a diff of five lines: bytes by its own meter, and held-out loss.
 
-    python -m bench.flowertune [--seeds 3] [--bits 0.25,0.5,1] [--rounds 20] [--python VENV/bin/python] [--json OUT]
+    python -m bench.flowertune [--seeds 3] [--bits 0.25,0.5,1] [--rounds 12] [--engine here] [--json OUT]
+    python -m bench.flowertune --seeds 1 --bits 0.5 [--python VENV/bin/python]
 
 The app is ``examples/flowertune``, the diff its ``coded.diff``. Each run is ``flwr run`` of a copy of it in Flower's
-simulation, in the environment of ``--python``: there Flower, PEFT, transformers and gradcodec are enough. Both ways get
-as many bits a parameter; for others than 0.5 the copy's server_app.py hands them to the strategy, besides the diff.
+simulation, in the environment of ``--python``: there Flower, PEFT, transformers and gradcodec are enough. With
+``--engine here`` clients take turns in one process instead, which gives the same without the engine's start. Both ways
+get as many bits a parameter; for others than 0.5 the copy's server_app.py hands them to the strategy, besides the diff.
 
 Clients fine-tune the embedded model on the standard library's functions: the signature and what the docstring says are
 the instruction, the body is the response. "kept" is the share of the uncoded run's improvement that a run has.
@@ -15,6 +17,8 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +31,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.flower_app import REPOSITORY, run_app, version_in
+from bench.flower_app import REPOSITORY, run_app, versions_in
+from bench.local_app import run_app_here
 from bench.programs import kept_fraction
 from conf.output import provenance, write_json, write_text
 from tasks.stdlib import packages
@@ -39,9 +44,10 @@ SETTINGS = {
     "model.name": str(REPOSITORY / "assets" / "tiny-llama"),
     "lora.r": 8,
     "lora.alpha": 16,
-    "train.seq-length": 192,
-    "train.batch-size": 8,
-    "train.max-steps": 10,
+    "dataset.heldout-most": 32,
+    "train.seq-length": 128,
+    "train.batch-size": 4,
+    "train.max-steps": 5,
     "train.learning-rate-max": 5e-3,
     "train.learning-rate-min": 5e-4,
 }
@@ -53,7 +59,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="how many, starting at 0 (default 3)")
     parser.add_argument("--bits", default="0.25,0.5,1", help="a parameter, both ways")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--engine", choices=("flwr", "here"), default="flwr")
     parser.add_argument(
         "--python", type=Path, default=Path(sys.executable), help="of the environment that runs the app"
     )
@@ -61,32 +68,37 @@ def main() -> None:
     args = parser.parse_args()
     if args.seeds < 1 or args.rounds < 1:
         parser.error("--seeds and --rounds: at least one")
+    python = args.python if args.engine == "flwr" else None
+    shown = {name: value for name, value in SETTINGS.items() if name != "model.name"}
+    about = {"clients": NUM_CLIENTS, "rounds": args.rounds, "settings": {"model": "tiny-llama", **shown}}
+    about |= {"engine": args.engine, "versions_of_the_app": versions_in(args.python, _VERSIONS)}
+    about |= {"made_with": provenance()}
+    runs = []
     try:
         rates = [None, *map(float, args.bits.split(","))]
-        runs = [run(seed, bits, args.rounds, args.python) for seed in range(args.seeds) for bits in rates]
+        for seed in range(args.seeds):
+            runs += [run(seed, bits, args.rounds, python) for bits in rates]
+            if args.json is not None:  # a bench that is stopped keeps the seeds that it has done
+                write_json({"rows": summary(runs), "runs": runs, **about}, args.json)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped")
-    rows = summary(runs)
-    print_rows(rows, args.rounds, args.seeds)
-    if args.json is not None:
-        shown = {name: value for name, value in SETTINGS.items() if name != "model.name"}
-        asked = {"clients": NUM_CLIENTS, "rounds": args.rounds, "settings": {"model": "tiny-llama", **shown}}
-        versions = {name: version_in(args.python, name) for name in _VERSIONS}
-        about = {**asked, "versions_of_the_app": versions, "made_with": provenance()}
-        write_json({"rows": rows, "runs": runs, **about}, args.json)
+    print_rows(summary(runs), args.rounds, args.seeds)
 
 
-def run(seed: int, bits: float | None, rounds: int, python: Path) -> dict[str, Any]:
-    """One run of the app as it is (``bits`` None) or with the diff. Raises ValueError: it failed."""
+def run(seed: int, bits: float | None, rounds: int, python: Path | None) -> dict[str, Any]:
+    """One run of the app as it is (``bits`` None) or with the diff; ``python``: None, if no engine is used. Raises
+    ValueError: it failed."""
     Console(stderr=True).rule(f"seed {seed}: {'as it is' if bits is None else f'coded, {bits:g} bit'}")
     with tempfile.TemporaryDirectory(prefix="flowertune-") as scratch:
         app, data = Path(scratch) / "app", Path(scratch) / "functions.jsonl"
         copy_app(app, bits)
         write_text("".join(json.dumps(record) + "\n" for record in functions()), data)
         given = {**SETTINGS, "dataset.name": str(data), "num-server-rounds": rounds, "seed": seed}
-        return {"seed": seed, "bits": bits, **run_app(app, given, NUM_CLIENTS, python)}
+        logging.getLogger("flwr").setLevel(logging.WARNING)
+        found = run_app_here(app, given, NUM_CLIENTS) if python is None else run_app(app, given, NUM_CLIENTS, python)
+        return {"seed": seed, "bits": bits, **found}
 
 
 def copy_app(place: Path, bits: float | None) -> None:
@@ -94,7 +106,8 @@ def copy_app(place: Path, bits: float | None) -> None:
     shutil.copytree(APP, place, ignore=shutil.ignore_patterns("__pycache__"))
     if bits is None:
         return
-    subprocess.run(["git", "apply", str(APP / "coded.diff")], cwd=place, check=True)
+    outside = {**os.environ, "GIT_CEILING_DIRECTORIES": str(place.parent)}  # of a repository that it may lie in
+    subprocess.run(["git", "apply", str(APP / "coded.diff")], cwd=place, env=outside, check=True)
     if bits != DEFAULT_BITS:
         server = place / "flowertune" / "server_app.py"
         text = server.read_text(encoding="utf-8")
