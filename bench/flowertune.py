@@ -40,7 +40,7 @@ from tasks.stdlib import packages
 APP = REPOSITORY / "examples" / "flowertune"
 NUM_CLIENTS = 4
 DEFAULT_BITS = 0.5
-SETTINGS = {
+SETTINGS: dict[str, str | int | float | bool] = {
     "model.name": str(REPOSITORY / "assets" / "tiny-llama"),
     "lora.r": 8,
     "lora.alpha": 16,

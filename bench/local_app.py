@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
@@ -23,6 +24,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 def run_app_here(app: Path, run_config: Mapping[str, str | int | float | bool], num_nodes: int) -> Any:
     """As ``flower_app.run_app``. Raises ValueError: a client failed."""
+    torch.set_num_threads(1)  # as in the simulation, where clients run beside each other
     TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # else no message can be made
     described = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     with tempfile.TemporaryDirectory(prefix="flower-app-") as output, _on_path(app, described["components"]) as parts:

@@ -1,4 +1,4 @@
-"""Records of an instruction and its response: from a file or the hub, held out or dealt to partitions, and as tokens."""
+"""Records of an instruction and its response: from a file or the hub, held out or dealt to clients, and as tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server: it hands out the first adapter, and measures what each round comes to on records that nobody trains on."""
+"""The server: it hands out the first adapter, and measures what rounds come to on records that nobody trains on."""
 
 import json
 import time
