@@ -93,7 +93,7 @@ def test_the_functions_are_instructions_and_responses() -> None:
 
 
 def test_benches_say_what_is_kept_and_what_is_behind() -> None:
-    tuned = [
+    tuned: list[dict[str, Any]] = [
         {"seed": 0, "bits": None, "heldout_loss": [4.0, 3.0], "megabytes": 8.0, "seconds": 1.0},
         {"seed": 0, "bits": 0.5, "heldout_loss": [4.0, 3.1], "megabytes": 0.5, "seconds": 1.0},
     ]
