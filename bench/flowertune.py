@@ -24,6 +24,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -66,25 +69,32 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
-    if args.seeds < 1 or args.rounds < 1:
-        parser.error("--seeds and --rounds: at least one")
+    if min(args.seeds, args.rounds, args.jobs) < 1:
+        parser.error("--seeds, --rounds, --jobs: at least one")
     python = args.python if args.engine == "flwr" else None
     shown = {name: value for name, value in SETTINGS.items() if name != "model.name"}
     about = {"clients": NUM_CLIENTS, "rounds": args.rounds, "settings": {"model": "tiny-llama", **shown}}
     about |= {"engine": args.engine, "versions_of_the_app": versions_in(args.python, _VERSIONS)}
     about |= {"made_with": provenance()}
-    runs = []
+    runs: list[dict[str, Any]] = []
     try:
         rates = [None, *map(float, args.bits.split(","))]
-        for seed in range(args.seeds):
-            runs += [run(seed, bits, args.rounds, python) for bits in rates]
-            if args.json is not None:  # a bench that is stopped keeps the seeds that it has done
-                write_json({"rows": summary(runs), "runs": runs, **about}, args.json)
+        start = partial(run_seed, rates=rates, rounds=args.rounds, python=python)
+        with ProcessPoolExecutor(1 if python else args.jobs, get_context("spawn")) as pool:
+            for of_seed in pool.map(start, range(args.seeds)):
+                runs += of_seed
+                if args.json is not None:  # a bench that is stopped keeps the seeds that it has done
+                    write_json({"rows": summary(runs), "runs": runs, **about}, args.json)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped")
     print_rows(summary(runs), args.rounds, args.seeds)
+
+
+def run_seed(seed: int, rates: list[float | None], rounds: int, python: Path | None) -> list[dict[str, Any]]:
+    """All runs of a seed."""
+    return [run(seed, bits, rounds, python) for bits in rates]
 
 
 def run(seed: int, bits: float | None, rounds: int, python: Path | None) -> dict[str, Any]:
