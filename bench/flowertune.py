@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many, starting at 0 (default 3)")
     parser.add_argument("--bits", default="0.25,0.5,1", help="a parameter, both ways")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, where no engine is used")
     parser.add_argument("--engine", choices=("flwr", "here"), default="flwr")
     parser.add_argument(
         "--python", type=Path, default=Path(sys.executable), help="of the environment that runs the app"
