@@ -5,16 +5,19 @@ Knows no app; ``local_app.py`` runs one without an engine.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
-from bench.deployment import free_ports, running, wait_for
+from bench.deployment import free_ports, running
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -57,7 +60,7 @@ def run_app(app: Path, run_config: Mapping[str, str | int | float | bool], num_n
         command = [str(bin_folder / "flwr"), "run", str(app), "here", "--stream", "--federation-config", resources]
         command += ["--run-config", " ".join(f"{key}={json.dumps(value)}" for key, value in given.items())]
         with running([*server, "--database", str(folder / "state.db")], log, environment) as process:
-            wait_for("SuperLink", log, process)
+            _wait_until_healthy(port, process)
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         results = folder / "output" / "results.json"
         if not results.is_file():
@@ -65,6 +68,14 @@ def run_app(app: Path, run_config: Mapping[str, str | int | float | bool], num_n
                 f"the app failed; it ends with:\n{(done.stdout + log.read_text(errors='replace'))[-6000:]}"
             )
         return json.loads(results.read_text())
+
+
+def _wait_until_healthy(port: int, server: subprocess.Popen[bytes], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while server.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            return
+        time.sleep(0.2)
 
 
 def versions_in(python: Path, packages: Sequence[str]) -> dict[str, str]:
