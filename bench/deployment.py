@@ -92,10 +92,12 @@ def deployment(folder: Path, num_nodes: int, node_options: Sequence[str] = ()) -
 
 
 @contextlib.contextmanager
-def running(command: Any, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(command: Any, log: Path, environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A process and all that it starts, ended on every way out. It logs to a file, as a pipe could block it."""
     with log.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
     try:
         yield process
     finally:

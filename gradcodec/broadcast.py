@@ -35,9 +35,11 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -269,7 +271,7 @@ def pack_snapshot(held: Held, layout: Layout, with_start: bool) -> bytes:
         is_coarse = torch.equal(coarse_side(side), side)
         tensors["side"] = side.mul(_COARSE).round().to(torch.int8) if is_coarse else side
     if with_start:
-        tensors["start"] = layout.flatten(held.start_RC)
+        tensors["start"] = _deflated(layout.flatten(held.start_RC).numpy())
     return bytes(save(tensors))
 
 
@@ -291,7 +293,10 @@ def unpack_snapshot(data: bytes, layout: Layout, start_RC: Tensor) -> Held:
         moved_N = tensors["moved"]
         if "grid" in tensors:
             moved_N = _unpacked_points(moved_N, tensors["grid"], num)
-        start_N, side = tensors.get("start"), tensors.get("side")
+        start, side = tensors.get("start"), tensors.get("side")
+        start_N = start
+        if start is not None and start.dtype == torch.uint8:  # what was written as float32 is still read
+            start_N = torch.from_numpy(_inflated(start, num).view("<f4"))
         if side is not None and side.dtype == torch.int8:
             side = side.float() / _COARSE
     except (SafetensorError, KeyError, ValueError, TypeError, OverflowError, RuntimeError, zlib.error) as error:
@@ -311,21 +316,32 @@ def unpack_snapshot(data: bytes, layout: Layout, start_RC: Tensor) -> Held:
 def _packed_points(moved_N: Tensor, exponent: int) -> dict[str, Tensor]:
     points_N = (moved_N.double() * 2.0**-exponent).to(torch.int64).numpy()
     zigzag_N = ((points_N << 1) ^ (points_N >> 63)).astype("<u4")
-    planes = zigzag_N.view(np.uint8).reshape(-1, 4).T  # the highest bytes are nearly all zero
-    packed = np.frombuffer(zlib.compress(np.ascontiguousarray(planes).tobytes(), 9), np.uint8).copy()
-    return {"moved": torch.from_numpy(packed), "grid": torch.tensor([exponent], dtype=torch.int16)}
+    return {"moved": _deflated(zigzag_N), "grid": torch.tensor([exponent], dtype=torch.int16)}
 
 
 def _unpacked_points(packed: Tensor, grid: Tensor, num: int) -> Tensor:
     """Inverse of ``_packed_points``. Raises ValueError or zlib.error: that it is not."""
     (exponent,) = grid.tolist()
-    unpacker = zlib.decompressobj()
-    planes = unpacker.decompress(packed.numpy().tobytes(), 4 * num + 1)
-    if len(planes) != 4 * num or not unpacker.eof or not _FINEST - 23 <= int(exponent) <= _COARSEST:
-        raise ValueError(f"{len(planes) // 4} values on a grid of 2 ** {exponent}: {num} are expected")
-    zigzag_N = np.frombuffer(planes, np.uint8).reshape(4, num).T.copy().view("<u4").ravel().astype(np.int64)
+    if not _FINEST - 23 <= int(exponent) <= _COARSEST:
+        raise ValueError(f"values on a grid of 2 ** {exponent}")
+    zigzag_N = _inflated(packed, num).view("<u4").astype(np.int64)
     points_N = torch.from_numpy((zigzag_N >> 1) ^ -(zigzag_N & 1))
     return (points_N.double() * 2.0 ** int(exponent)).float()
+
+
+def _deflated(values_N: NDArray[Any]) -> Tensor:
+    """Values of 4 bytes each, by planes of bytes: the highest are nearly all alike."""
+    planes = np.ascontiguousarray(values_N.view(np.uint8).reshape(-1, 4).T)
+    return torch.from_numpy(np.frombuffer(zlib.compress(planes.tobytes(), 9), np.uint8).copy())
+
+
+def _inflated(packed: Tensor, num: int) -> NDArray[np.uint8]:
+    """Inverse of ``_deflated``: the bytes of ``num`` values. Raises ValueError or zlib.error: that they are not."""
+    unpacker = zlib.decompressobj()
+    planes = unpacker.decompress(packed.numpy().tobytes(), 4 * num + 1)
+    if len(planes) != 4 * num or not unpacker.eof:
+        raise ValueError(f"{len(planes) // 4} values: {num} are expected")
+    return np.frombuffer(planes, np.uint8).reshape(4, num).T.copy().ravel()
 
 
 def _grid_of(values_N: Tensor) -> int | None:

@@ -13,9 +13,9 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from gradcodec.flower.wrapping import WrappingStrategy
 from strategies.tensors import moved_to_record
 from strategies.wire import ARRAYS, METRICS, NUM_EXAMPLES, REPLY_METRICS, metric
-from strategies.wrapping import WrappingStrategy
 
 
 class MeanStrategy(WrappingStrategy):

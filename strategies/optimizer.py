@@ -12,7 +12,7 @@ from flwr.serverapp.strategy.fedopt import FedOpt
 from numpy.typing import NDArray
 from torch import Tensor
 
-from strategies.wrapping import WrappingStrategy
+from gradcodec.flower.wrapping import WrappingStrategy
 
 _MOMENTS = ("m_t", "v_t")
 

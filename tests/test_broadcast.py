@@ -518,4 +518,6 @@ def test_golden_bytes_of_a_step_and_a_snapshot() -> None:
     assert torch.equal(whole.moved_RC, step_RC)
     assert whole.side is not None
     assert torch.equal(whole.side, torch.eye(2).repeat(2, 1, 1))
+    deflated = pack_snapshot(whole, TINY, True)
+    assert unpack_snapshot(deflated, TINY, torch.zeros(2, 7)).digest == whole.digest
     assert pack_bundle(b"", [data]).hex() == "00014b" + GOLDEN_STEP

@@ -104,6 +104,7 @@ class LocalGrid:
         for number, message in enumerate(messages):
             message.metadata.__dict__["_message_id"] = f"m{number}"
             self.num_bytes["down"] += size_of(message.content)
+            assert counted(message.content) > 0
             node, server_round = message.metadata.dst_node_id, int(str(config_of(message)["server-round"]))
             training = message.metadata.message_type == "train"
             try:
@@ -112,10 +113,16 @@ class LocalGrid:
                 reply = Message(Error(code=8, reason=repr(error)), reply_to=message)
             if reply.has_content():
                 self.num_bytes["up"] += size_of(reply.content)
+                assert counted(reply.content) >= 0
                 self.seen.append(reply.content)
             if not (training and (node, server_round) in self.lost):
                 replies.append(reply)
         return replies
+
+
+def counted(content: RecordDict) -> int:
+    """By Flower's own count, which refuses empty values."""
+    return sum(record.count_bytes() for record in content.values())
 
 
 def size_of(content: RecordDict) -> int:
@@ -192,7 +199,7 @@ def test_in_place_of_fedavg_as_a_base_class() -> None:
 
 @pytest.mark.parametrize("name", [name for name in names_for_any_layout() if name != "b-only"])
 def test_with_every_codec(name: str) -> None:
-    loss, _ = run(Coded(FedAvg(), name=name, bits=4, down_bits=4), LocalGrid(app_with(coded())), rounds=3)
+    loss, _ = run(Coded(FedAvg(), codec=name, bits=4, down_bits=4), LocalGrid(app_with(coded())), rounds=3)
     assert loss < loss_of(initial())
 
 
@@ -268,7 +275,7 @@ def test_an_apps_own_fault_is_its_error() -> None:
 
 
 def test_settings_out_of_range_are_refused_before_any_work() -> None:
-    for settings in ({"bits": 0.0}, {"down_bits": -1.0}, {"name": "zip"}, {"feedback": 2.0}):
+    for settings in ({"bits": 0.0}, {"down_bits": -1.0}, {"codec": "zip"}, {"feedback": 2.0}):
         with pytest.raises(CodecError):
             Coded(FedAvg(), **settings)
     with pytest.raises(CodecError, match="no floats"):
@@ -277,7 +284,7 @@ def test_settings_out_of_range_are_refused_before_any_work() -> None:
 
 def test_a_budget_that_no_payload_fits_into_is_refused_before_the_first_message() -> None:
     for key in ("bits", "down_bits"):
-        strategy = Coded(FedAvg(fraction_evaluate=0.0), **{key: 0.01})
+        strategy = Coded(FedAvg(fraction_evaluate=0.0), **{key: 0.01})  # type: ignore[arg-type]
         grid = LocalGrid(app_with(coded()))
         with pytest.raises(BudgetError, match=f"^{key}=0.01 of [0-9,]+ parameters"):
             strategy.configure_train(1, initial(), ConfigRecord(), grid)  # type: ignore[arg-type]

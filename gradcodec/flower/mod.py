@@ -17,6 +17,8 @@ from gradcodec.flower.turn import CODING, EXACT, HOLDS, LACKS, Turn
 from gradcodec.flower.wire import BUNDLE, BUNDLE_TYPE, PAYLOAD, PAYLOAD_TYPE, from_one_array, in_one_array
 
 App = Callable[[Message, Context], Message]
+DEFLATED_AT_MOST = 1040
+"""Times: more than zlib can. What a bundle can hold bounds the memory that is taken for what it should hold."""
 
 
 def coded(device: str = "cpu", artifact: str | None = None) -> Callable[[Message, Context, App], Message]:
@@ -39,7 +41,7 @@ def coded(device: str = "cpu", artifact: str | None = None) -> Callable[[Message
         try:
             held = client.take_in(message.content)
         except LacksError as error:
-            lacks = RecordDict({LACKS: ConfigRecord({HOLDS: error.holds})})
+            lacks = RecordDict({LACKS: ConfigRecord({HOLDS: error.holds} if error.holds else {})})
             return Message(lacks, reply_to=message)
         given = client.arrays.to_record(client.arrays.layout.to_update(held.adapter_RC), _exact(message.content))
         others = {key: one for key, one in message.content.items() if key not in (CODING, EXACT)}
@@ -72,7 +74,7 @@ class _Client:
             raise LacksError("")
         turn, layout = self._turn, self._arrays.layout
         bundle = from_one_array(content, turn.arrays_key, BUNDLE, BUNDLE_TYPE)
-        if self._memory.arrays != self._arrays and len(bundle) < 4 * layout.num_parameters:  # before memory is taken
+        if self._memory.arrays != self._arrays and DEFLATED_AT_MOST * len(bundle) < 4 * layout.num_parameters:
             raise CodecError("the server names arrays that this client does not know, and does not send them")
         self._codec_at = codec_of_rounds(turn.settings, layout, self._device)
         self._end = ClientEnd(self._codec_at, layout, turn.settings, turn.run_id)

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from gradcodec.flower.server import CodedRounds
+from gradcodec.flower.wrapping import WrappingStrategy
 from gradcodec.settings import CodecSettings
 
 
@@ -47,71 +48,49 @@ class _CodesStrategy(Strategy):
         return super().aggregate_evaluate(server_round, list(self.coding.heard(replies)))  # type: ignore[safe-super]
 
 
-class _Behind(Strategy):
-    """Passes every call on to the strategy inside."""
-
-    def __init__(self, inner: Strategy) -> None:
-        self.inner = inner
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        return self.inner.configure_train(server_round, arrays, config, grid)
-
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        return self.inner.aggregate_train(server_round, replies)
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        return self.inner.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        return self.inner.aggregate_evaluate(server_round, replies)
-
-    def summary(self) -> None:
-        self.inner.summary()
-
-
-class Coded(_CodesStrategy, _Behind):
+class Coded(_CodesStrategy, WrappingStrategy):
     """Any strategy of Flower's Message API whose messages hold one record of arrays, with codes both ways.
 
     The strategy inside gets replies with the arrays that clients came to, as nearly as the bytes allow: whatever it
     makes of them, it makes as before.
     """
 
-    def __init__(self, inner: Strategy, bits: float = 0.5, down_bits: float = 0.5, **settings: Any) -> None:
+    def __init__(
+        self, inner: Strategy, bits: float = 0.5, down_bits: float = 0.5, codec: str = "learned", **settings: Any
+    ) -> None:
         """
         Args:
             inner: the strategy.
             bits: of a reply's payload, a parameter, at most.
             down_bits: of a round's step to the clients, a parameter, at most.
-            settings: others of ``gradcodec.CodecSettings``: ``name`` of the codec, ``feedback``, ``artifact``.
+            codec: by its name.
+            settings: others of ``gradcodec.CodecSettings``: ``feedback``, ``artifact``, ``options``.
 
         Raises:
             CodecError: there is no such codec, or a setting is out of range.
         """
         super().__init__(inner)
-        self.coding = CodedRounds(CodecSettings(bits=bits, down_bits=down_bits, **settings))
+        self.coding = CodedRounds(CodecSettings(name=codec, bits=bits, down_bits=down_bits, **settings))
 
 
 class CodedFedAvg(_CodesStrategy, FedAvg):
     """``FedAvg`` with codes both ways, to be put in its place, also as a base class: what is behind ``super()`` in a
     strategy of one's own gives and takes coded messages, and a meter in it counts those."""
 
-    def __init__(self, *args: Any, bits: float = 0.5, down_bits: float = 0.5, codec: str = "learned", **kwargs: Any):
+    def __init__(
+        self, *args: Any, bits: float = 0.5, down_bits: float = 0.5, codec: str = "learned", **kwargs: Any
+    ) -> None:
         """
         Args:
             args: of ``FedAvg``.
             bits: of a reply's payload, a parameter, at most.
             down_bits: of a round's step to the clients, a parameter, at most.
             codec: by its name.
-            kwargs: of ``FedAvg``.
+            kwargs: ``feedback``, ``artifact`` and ``options`` as of ``Coded``; all others are ``FedAvg``'s.
 
         Raises:
             CodecError: there is no such codec, or a setting is out of range.
         """
+        settings = {key: kwargs.pop(key) for key in ("feedback", "artifact", "options") if key in kwargs}
         super().__init__(*args, **kwargs)
-        self.coding = CodedRounds(CodecSettings(name=codec, bits=bits, down_bits=down_bits))
+        self.coding = CodedRounds(CodecSettings(name=codec, bits=bits, down_bits=down_bits, **settings))

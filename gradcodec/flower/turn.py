@@ -20,6 +20,8 @@ from gradcodec.transfers import Broadcast
 
 CODING, EXACT, LACKS = "gradcodec", "gradcodec.exact", "gradcodec.lacks"
 HOLDS = "holds"
+_MAY_BE_EMPTY = {"accepted": "", "held_before": "", "arrays": b""}
+"""Left out then: Flower's ConfigRecord cannot count the bytes of an empty value."""
 _OF_THE_SERVER = ("artifact", "basis")
 """Settings that a client does not take from the network: a path, and what it would read of a base model."""
 
@@ -43,7 +45,7 @@ class Turn:
         settings = {key: value for key, value in asdict(self.settings).items() if key not in _OF_THE_SERVER}
         entries["settings"] = json.dumps(settings)
         entries["arrays"] = b"" if self.arrays is None else self.arrays.pack()
-        return ConfigRecord(entries)
+        return ConfigRecord({name: value for name, value in entries.items() if value not in ("", b"")})
 
     @classmethod
     def unpack(cls, record: ConfigRecord, artifact: str | None = None) -> Turn:
@@ -53,7 +55,8 @@ class Turn:
             CodecError: it is none, or asks for a codec that is not here.
         """
         try:
-            entries: dict[str, Any] = {field.name: record[field.name] for field in fields(cls)}
+            found = {**_MAY_BE_EMPTY, **record}
+            entries: dict[str, Any] = {field.name: found[field.name] for field in fields(cls)}
             given = json.loads(str(entries.pop("settings")))
             given |= {"artifact": artifact, "basis": "auto"}
             settings = CodecSettings(**given)
