@@ -138,7 +138,7 @@ def _is_issued_by(authority: x509.Certificate, certificate: x509.Certificate) ->
 def _authority(key: ec.EllipticCurvePrivateKey) -> bytes:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "CG-FedLLM federation CA")])
     certificate = (
-        _certificate(name, name, key.public_key(), AUTHORITY_DAYS)
+        _certificate(name, name, key.public_key(), key.public_key(), AUTHORITY_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(
             x509.KeyUsage(
@@ -160,20 +160,25 @@ def _authority(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _server_certificate(folder: Path, key: ec.EllipticCurvePrivateKey, hosts: Sequence[str]) -> bytes:
-    authority = _certificate_at(folder / CA_CERTIFICATE)
+    authority, authority_key = _certificate_at(folder / CA_CERTIFICATE), _key_at(folder / CA_KEY)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0])])
     certificate = (
-        _certificate(name, authority.subject, key.public_key(), DAYS)
+        _certificate(name, authority.subject, key.public_key(), authority_key.public_key(), DAYS)
         .add_extension(x509.SubjectAlternativeName([_general_name(host) for host in hosts]), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .sign(_key_at(folder / CA_KEY), hashes.SHA384())
+        .sign(authority_key, hashes.SHA384())
     )
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def _certificate(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    issuer_key: ec.EllipticCurvePublicKey,
+    days: int,
 ) -> x509.CertificateBuilder:
+    """With what names both keys: since Python 3.13 no certificate is trusted without."""
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
@@ -183,6 +188,8 @@ def _certificate(
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(minutes=5))
         .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key), critical=False)
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import os
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,6 +38,24 @@ def test_the_server_certificate_is_signed_by_the_ca_and_holds_for_its_hosts(tmp_
     server.verify_directly_issued_by(authority)
     names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert [str(name.value) for name in names] == ["server.example.org", "127.0.0.1", "localhost"]
+
+
+def test_the_certificates_are_trusted_by_who_is_strict(tmp_path: Path) -> None:
+    """As Python 3.13 is by default: a handshake in memory."""
+    make_keys(tmp_path, ["server.example.org"], 1)
+    trusts = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+    trusts.verify_flags |= ssl.VERIFY_X509_STRICT
+    serves = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    serves.load_cert_chain(tmp_path / "server.pem", tmp_path / "server.key")
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        trusts.wrap_bio(down, up, server_hostname="server.example.org"),
+        serves.wrap_bio(up, down, server_side=True),
+    ]
+    for end in itertools.chain.from_iterable(itertools.repeat(ends, 3)):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    assert ends[0].getpeercert()
 
 
 def test_node_keys_are_openssh_p384_and_private(tmp_path: Path) -> None:
