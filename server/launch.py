@@ -98,9 +98,7 @@ def refuses_strangers(config: ServerConfig) -> bool:
         connection.request("POST", "/v1/control/list-nodes", headers={"Content-Type": "application/x-protobuf"})
         return connection.getresponse().status == http.client.UNAUTHORIZED
     except OSError as error:
-        older = (
-            "; the keys are an older version's: make new ones in another folder" if "Key Ident" in str(error) else ""
-        )
+        older = "; the keys are of an older version: make new ones" if "Key Identifier" in str(error) else ""
         raise ValueError(f"the control port {config.control_port} does not answer: {error}{older}") from None
     finally:
         connection.close()
