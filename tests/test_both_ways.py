@@ -172,7 +172,7 @@ def test_a_run_that_goes_on_from_an_adapter_sends_it_once(
     assert not further.faults
     assert further.heldout_loss[0] == pytest.approx(results.heldout_loss[-1], abs=1e-6)
     assert further.heldout_loss[-1] < further.heldout_loss[0]
-    sent = {one.partition for one in further.downlinks if one.snapshot_bytes > 4 * further.num_parameters}
+    sent = {one.partition for one in further.downlinks if one.snapshot_bytes > 2 * further.num_parameters}
     assert sent == {one.partition for one in further.downlinks}
     assert further.account().snapshots < (len(sent) + 0.9) * 4 * further.num_parameters
     assert further.account().down == grid.bytes_down()

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Strategy
 from gradcodec.errors import BudgetError, CodecError
 from gradcodec.flower import Coded, CodedFedAvg, coded
 from gradcodec.flower.arrays import AppArrays, Spec
-from gradcodec.flower.turn import CODING, LACKS, Turn
+from gradcodec.flower.turn import CODING, EXACT, LACKS, Turn
 from gradcodec.flower.wire import PAYLOAD, PAYLOAD_TYPE, in_one_array
 from gradcodec.registry import names_for_any_layout
 
@@ -338,3 +338,199 @@ def test_a_turn_that_is_none_is_refused() -> None:
             Turn.unpack(ConfigRecord({**turn, "arrays": bytes(changed)}))
         except CodecError:
             continue
+
+
+def test_a_round_that_comes_to_nothing_spoils_no_later_one() -> None:
+    class Fails(FedAvg):
+        def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+            found = super().aggregate_train(server_round, replies)
+            answered.append(len(list(replies)))
+            return (None, None) if server_round == 2 else found
+
+    answered: list[int] = []
+    loss, _ = run(Coded(Fails(fraction_evaluate=0.0), bits=2, down_bits=2), LocalGrid(app_with(coded())))
+    assert answered == [CLIENTS] * ROUNDS
+    assert loss < loss_of(initial()) / 2
+
+
+def test_a_second_start_is_a_run_of_its_own() -> None:
+    strategy = Coded(FedAvg(fraction_evaluate=0.0), bits=2, down_bits=2)
+    grid = LocalGrid(app_with(coded()))
+    first, _ = run(strategy, grid, rounds=4)
+    run_id = strategy.coding.run_id
+    second, _ = run(strategy, grid, rounds=4)
+    assert second == pytest.approx(first, rel=1e-6)
+    assert strategy.coding.run_id != run_id
+
+
+def test_an_evaluation_that_answers_with_arrays_is_left_alone() -> None:
+    app = ClientApp(mods=[coded()])
+    app.train()(trained)
+
+    @app.evaluate()
+    def with_arrays(message: Message, context: Context) -> Message:
+        reply = evaluated(message, context)
+        reply.content["matrix"] = ArrayRecord({"confusion": Array(np.eye(3, dtype=np.float32))})
+        return reply
+
+    seen: list[str] = []
+
+    class Looks(FedAvg):
+        def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> Any:
+            seen.extend(name for reply in replies for name in reply.content.array_records["matrix"])
+            return None
+
+    loss, _ = run(Coded(Looks(), bits=2, down_bits=2), LocalGrid(app), rounds=3)
+    alone, _ = run(Coded(FedAvg(), bits=2, down_bits=2), LocalGrid(app_with(coded())), rounds=3)
+    assert seen == ["confusion"] * 3 * CLIENTS
+    assert loss == pytest.approx(alone, rel=1e-6)
+
+
+def test_what_cannot_be_coded_is_refused_by_name() -> None:
+    class Personal(FedAvg):
+        def configure_train(self, *args: Any) -> Iterable[Message]:
+            messages = list(super().configure_train(*args))
+            own = ArrayRecord({name: Array(np.asarray(array.numpy() * 2)) for name, array in initial().items()})
+            messages[0].content = RecordDict({**messages[0].content, "arrays": own})
+            return messages
+
+    with pytest.raises(CodecError, match="other arrays than the global ones"):
+        run(Coded(Personal()), LocalGrid(app_with(coded())), 1)
+
+    class Starts(FedAvg):
+        def start(self, *args: Any, **kwargs: Any) -> Any:
+            return super().start(*args, **kwargs)
+
+    with pytest.raises(CodecError, match="Starts has a start"):
+        Coded(Starts())
+    endless = ArrayRecord({**initial(), "mask": Array(np.full((8, 8), -np.inf, np.float32))})
+    with pytest.raises(CodecError, match="'mask' holds NaN, infinity"):
+        Coded(FedAvg()).start(LocalGrid(app_with(coded())), endless, 1)
+
+
+@pytest.mark.parametrize("codec", ["rotated", "projection", "learned"])
+def test_halves_at_their_largest_stay_finite(codec: str) -> None:
+    rng = np.random.default_rng(0)
+    half = np.where(rng.normal(size=200) > 0, 65504, -65504).astype(np.float16)
+    arrays = ArrayRecord({"half": Array(half), "w": Array(rng.normal(size=(8, 64)).astype(np.float32))})
+    app = ClientApp(mods=[coded()])
+
+    @app.train()
+    def nearly_the_same(message: Message, context: Context) -> Message:
+        given = message.content.array_records["arrays"]
+        new = {name: Array((array.numpy() * np.float32(0.999)).astype(array.dtype)) for name, array in given.items()}
+        return Message(
+            RecordDict({"arrays": ArrayRecord(new), "metrics": MetricRecord({"num-examples": 1})}), reply_to=message
+        )
+
+    strategy = Coded(FedAvg(fraction_evaluate=0.0), bits=2, down_bits=2, codec=codec)
+    found = strategy.start(LocalGrid(app), arrays, 4).arrays
+    assert all(np.isfinite(array.numpy()).all() for array in found.values())
+
+
+def garbage(array: Array, kind: str) -> Array:
+    """An array of seven values that is none, or another one than it says."""
+    if kind == "bytes":
+        return Array("float32", (40,), "numpy.ndarray", b"\x93NUMPY" + bytes(60))
+    if kind == "shape":
+        return Array("float32", (40,), "numpy.ndarray", Array(np.zeros(7, np.float32)).data)
+    if kind == "type":
+        return Array("float32", (40,), "another", array.data)
+    if kind == "text":
+        return Array("float32", (40,), "numpy.ndarray", Array(np.array(["x"] * 40)).data)
+    head = Array(np.zeros(40, np.float32)).data.replace(b"(40,)", b"(1 << 33,)"[:5])
+    return Array("float32", (40,), "numpy.ndarray", head[:130])
+
+
+@pytest.mark.parametrize("kind", ["bytes", "shape", "type", "text", "cut"])
+def test_arrays_that_travel_as_they_are_are_looked_at_first(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    grid = LocalGrid(app_with(coded()))
+    honest = grid.app
+
+    def lying(message: Message, context: Context) -> Message:
+        reply = honest(message, context)
+        if context.node_id == 100:
+            exact = reply.content.array_records[EXACT]
+            exact["norm.running_var"] = garbage(exact["norm.running_var"], kind)
+        return reply
+
+    grid.app = lying  # type: ignore[assignment]
+    loss, _ = run(Coded(FedAvg(fraction_evaluate=0.0), bits=2, down_bits=2), grid, rounds=3)
+    assert loss < loss_of(initial())
+    assert caplog.text.count("the reply of node 100 is left out: array 'norm.running_var'") == 3
+
+
+@pytest.mark.parametrize("what", ["held", "arrays", "head", "residual", "all"])
+def test_a_damaged_memory_heals(what: str) -> None:
+    grid = LocalGrid(app_with(coded()))
+    strategy = Coded(FedAvg(fraction_evaluate=0.0, min_train_nodes=1), bits=2, down_bits=2)
+    aggregate, answered = strategy.aggregate_train, list[int]()
+
+    def damaging(server_round: int, replies: Iterable[Message]) -> Any:
+        replies = list(replies)
+        answered.append(sum(reply.has_content() and LACKS not in reply.content for reply in replies))
+        state = grid.contexts[100].state
+        if server_round == 2 and what == "held":
+            state["gradcodec.held"] = ArrayRecord({name: Array(np.ones(3, np.float32)) for name in ("start", "moved")})
+        elif server_round == 2 and what == "arrays":
+            state.config_records["gradcodec.head"]["arrays"] = b"garbage"
+        elif server_round == 2 and what == "head":
+            del state.config_records["gradcodec.head"]["round"]
+        elif server_round == 2 and what == "residual":
+            state["gradcodec.residual"] = ArrayRecord({"target": Array("float32", (3,), "numpy.ndarray", b"x")})
+        elif server_round == 2:
+            state.clear()
+        return aggregate(server_round, replies)
+
+    strategy.aggregate_train = damaging  # type: ignore[method-assign]
+    run(strategy, grid, rounds=5)
+    assert answered[3:] == [CLIENTS, CLIENTS], "at most one round is missed"
+
+
+def test_an_app_that_clears_its_state_does_not_clear_ours() -> None:
+    app = ClientApp(mods=[coded()])
+
+    @app.train()
+    def forgetting(message: Message, context: Context) -> Message:
+        context.state = RecordDict() if context.node_id == 100 else context.state
+        context.state.clear()
+        return trained(message, context)
+
+    answered: list[int] = []
+
+    class Counts(FedAvg):
+        def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+            answered.append(len(list(replies)))
+            return super().aggregate_train(server_round, replies)
+
+    run(Coded(Counts(fraction_evaluate=0.0), bits=2, down_bits=2), LocalGrid(app), rounds=4)
+    assert answered == [CLIENTS] * 4
+
+
+def test_nodes_that_left_make_no_keys() -> None:
+    strategy = Coded(FedAvg(fraction_evaluate=0.0), bits=2, down_bits=1)
+    grid = LocalGrid(app_with(coded()))
+    nodes, sizes = list(grid.contexts), list[int]()
+
+    def ids() -> list[int]:
+        return nodes if sizes else [*nodes, *range(1000, 1060)]
+
+    original = strategy.inner.configure_train
+
+    def counting(server_round: int, arrays: ArrayRecord, config: ConfigRecord, _: Any) -> Any:
+        grid.get_node_ids = lambda: nodes  # type: ignore[method-assign]
+        messages = original(server_round, arrays, config, grid)  # type: ignore[arg-type]
+        grid.get_node_ids = ids  # type: ignore[method-assign]
+        return messages
+
+    strategy.inner.configure_train = counting  # type: ignore
+    aggregate = strategy.aggregate_train
+
+    def noting(server_round: int, replies: Iterable[Message]) -> Any:
+        sizes.append(grid.num_bytes["down"])
+        return aggregate(server_round, replies)
+
+    strategy.aggregate_train = noting  # type: ignore[method-assign]
+    run(strategy, grid, rounds=8)
+    rounds = np.diff(sizes)
+    assert rounds[-1] < 1.5 * rounds[0], "a step, not a key"

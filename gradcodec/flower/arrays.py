@@ -8,7 +8,9 @@ Flower's arrays and layouts; must not know messages.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ FEW_ROWS = 8
 """Of the matrices that other arrays are folded to, where there is no thin one."""
 _FLOATS = ("float16", "float32", "float64")
 _STATISTICS = ("running_mean", "running_var")
+_HALF_MAX = float(np.finfo(np.float16).max)
+_NUMPY = "numpy.ndarray"
 _MOST_BYTES = 1 << 24
 _MOST_VALUES = 1 << 40
 
@@ -43,7 +47,7 @@ class Spec:
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -99,11 +103,14 @@ class AppArrays:
         for name, spec in self.specs.items():
             if name in self.matrices:
                 values = adapter[name].reshape(spec.shape).cpu().numpy()
+                if spec.dtype == "float16":  # what is coded may come out beyond it
+                    values = values.clip(-_HALF_MAX, _HALF_MAX)
                 arrays[name] = Array(np.ascontiguousarray(values.astype(spec.dtype)))
-            elif name in exact and tuple(exact[name].shape) == spec.shape:
+            elif name in exact:
+                _check_exact(name, exact[name], spec.shape)
                 arrays[name] = exact[name]  # of any type: a mean of whole numbers is none
             else:
-                raise CodecError(f"array {name!r} of shape {spec.shape} is missing, or has another one")
+                raise CodecError(f"array {name!r} is missing")
         return ArrayRecord(arrays)
 
     def told(self) -> str:
@@ -127,13 +134,27 @@ class AppArrays:
             text = unpacker.decompress(data, _MOST_BYTES)
             listed = json.loads(text)
             specs = {str(name): Spec(str(dtype), tuple(map(int, shape))) for name, dtype, *shape in listed}
-        except (zlib.error, ValueError, TypeError, RecursionError) as error:
+        except (zlib.error, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise CodecError(f"a list of arrays that cannot be read: {error!r}") from None
         if any(min(spec.shape, default=1) < 0 for spec in specs.values()):
             raise CodecError("a list of arrays with a negative shape")
         if sum(spec.size for spec in specs.values()) > _MOST_VALUES:
             raise CodecError("a list of arrays of more values than there can be")
         return cls(specs)
+
+
+def _check_exact(name: str, array: Array, shape: Shape) -> None:
+    """By its head, before anything is read. Raises CodecError: it is no plain array of numbers of this shape."""
+    file = io.BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        found, _, dtype = read(file)
+    except Exception as error:  # NumPy parses what anybody may have written, and says so in many ways
+        raise CodecError(f"array {name!r} cannot be read: {error!r}") from None
+    size = dtype.itemsize * math.prod(shape)
+    if array.stype != _NUMPY or found != shape or dtype.kind not in "biuf" or len(array.data) - file.tell() != size:
+        raise CodecError(f"array {name!r} is no array of numbers of shape {shape}")
 
 
 def _is_coded(name: str, spec: Spec) -> bool:

@@ -4,6 +4,8 @@ That outlives messages, not a restart of the node: then the server sends all tha
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -23,17 +25,24 @@ class ContextMemory:
 
     def __init__(self, state: RecordDict, run_id: str) -> None:
         self._state = state
+        self._kept: dict[str, ArrayRecord | ConfigRecord] = {}
         head = state.config_records.get(_HEAD)
         if head is None or head.get("run") != run_id:
             for name in (_HELD, _RESIDUAL):
                 state.pop(name, None)
             state[_HEAD] = ConfigRecord({"run": run_id})
+        for name in (_HELD, _RESIDUAL):
+            if name in state.array_records:
+                self._kept[name] = state.array_records[name]
+        self._kept[_HEAD] = state.config_records[_HEAD]
 
     @property
     def arrays(self) -> AppArrays | None:
         """Names, types and shapes of the app's arrays, once they were sent."""
         found = self._head.get("arrays")
-        return AppArrays.unpack(found) if isinstance(found, bytes) else None
+        with suppress(CodecError):
+            return AppArrays.unpack(found) if isinstance(found, bytes) else None
+        return None
 
     @arrays.setter
     def arrays(self, arrays: AppArrays) -> None:
@@ -51,13 +60,21 @@ class ContextMemory:
 
     def load_residual(self, layout: Layout, server_round: int) -> Residual | None:
         found = self._load(_RESIDUAL, layout, ("target", "error"))
-        if found is None or int(str(self._head["round"])) >= server_round:
+        of_round = self._head.get("round")
+        if found is None or not isinstance(of_round, int) or of_round >= server_round:
             return None
-        return Residual(found["target"], found["error"], str(self._head["digest"]))
+        return Residual(found["target"], found["error"], str(self._head.get("digest", "")))
 
     def save_residual(self, layout: Layout, server_round: int, residual: Residual) -> None:
         self._save(_RESIDUAL, {"target": residual.target_RC, "error": residual.error_RC})
         self._head["round"], self._head["digest"] = server_round, residual.payload_digest
+
+    def keep_in(self, state: RecordDict) -> None:
+        """Puts back what the app cleared, or into the state that it made anew."""
+        for name in (_HEAD, _HELD, _RESIDUAL):
+            if name in self._kept and name not in state:
+                state[name] = self._kept[name]
+        self._state = state
 
     @property
     def _head(self) -> ConfigRecord:
@@ -67,11 +84,13 @@ class ContextMemory:
         record = self._state.array_records.get(key)
         if record is None or not set(names) <= record.keys():
             return None
-        found = {name: torch.from_numpy(np.array(array.numpy(), np.float32)) for name, array in record.items()}
-        if any(tuple(found[name].shape) != (layout.rank, layout.num_columns) for name in names):
-            raise CodecError(f"what this client kept under {key!r} is of other arrays than the server's")
-        return found
+        try:
+            found = {name: torch.from_numpy(np.array(array.numpy(), np.float32)) for name, array in record.items()}
+        except (ValueError, TypeError, EOFError):
+            return None
+        fits = all(tuple(found[name].shape) == (layout.rank, layout.num_columns) for name in names)
+        return found if fits else None
 
     def _save(self, key: str, tensors: dict[str, Tensor]) -> None:
         arrays = {name: Array(np.ascontiguousarray(tensor.cpu().numpy())) for name, tensor in tensors.items()}
-        self._state[key] = ArrayRecord(arrays)
+        self._state[key] = self._kept[key] = ArrayRecord(arrays)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 
 from gradcodec.broadcast import Held
 from gradcodec.client import ClientEnd, LacksError, Place
@@ -46,8 +46,10 @@ def coded(device: str = "cpu", artifact: str | None = None) -> Callable[[Message
         given = client.arrays.to_record(client.arrays.layout.to_update(held.adapter_RC), _exact(message.content))
         others = {key: one for key, one in message.content.items() if key not in (CODING, EXACT)}
         message.content = RecordDict({**others, turn.arrays_key: given})
+        trains = message.metadata.message_type.partition(".")[0] == MessageType.TRAIN
         reply = app(message, context)
-        if reply.has_content() and reply.content.array_records:
+        client.memory.keep_in(context.state)
+        if trains and reply.has_content() and reply.content.array_records:
             reply.content = client.encoded(reply.content, held, context.node_id)
         return reply
 
@@ -59,7 +61,7 @@ class _Client:
 
     def __init__(self, turn: Turn, memory: ContextMemory, device: str) -> None:
         self._turn = turn
-        self._memory = memory
+        self.memory = memory
         self._device = device
         self._arrays = memory.arrays if turn.arrays is None else turn.arrays
 
@@ -74,14 +76,14 @@ class _Client:
             raise LacksError("")
         turn, layout = self._turn, self._arrays.layout
         bundle = from_one_array(content, turn.arrays_key, BUNDLE, BUNDLE_TYPE)
-        if self._memory.arrays != self._arrays and DEFLATED_AT_MOST * len(bundle) < 4 * layout.num_parameters:
+        if self.memory.arrays != self._arrays and DEFLATED_AT_MOST * len(bundle) < 4 * layout.rank * layout.num_columns:
             raise CodecError("the server names arrays that this client does not know, and does not send them")
         self._codec_at = codec_of_rounds(turn.settings, layout, self._device)
         self._end = ClientEnd(self._codec_at, layout, turn.settings, turn.run_id)
         nothing_RC = torch.zeros(layout.rank, layout.num_columns)
-        held = self._end.take_in(turn.broadcast(bundle), self._memory, nothing_RC)
+        held = self._end.take_in(turn.broadcast(bundle), self.memory, nothing_RC)
         if turn.arrays is not None:
-            self._memory.arrays = turn.arrays
+            self.memory.arrays = turn.arrays
         return held
 
     def encoded(self, content: RecordDict, held: Held, client: int) -> RecordDict:
@@ -96,7 +98,7 @@ class _Client:
         old = arrays.layout.to_update(held.adapter_RC)
         update = {name: (tensor - old[name]).to(self._device) for name, tensor in new.items()}
         place = Place(client, turn.server_round, self._codec_at(held), held.side, turn.accepted)
-        payload = self._end.encode(update, self._memory, place)
+        payload = self._end.encode(update, self.memory, place)
         exact = arrays.exact_of(record)
         beside = {EXACT: exact} if exact else {}
         return RecordDict({**content, key: in_one_array(PAYLOAD, PAYLOAD_TYPE, payload), **beside})

@@ -31,16 +31,21 @@ from gradcodec.settings import CodecSettings, check_codec
 from gradcodec.trial import check_budgets
 
 _LOG = logging.getLogger(__name__)
+NO_MOD = "is coded() among the mods of its ClientApp, and the first of them?"
 
 
 class CodedRounds:
     """Follows one run from its first message on."""
 
-    def __init__(self, settings: CodecSettings, run_id: str | None = None) -> None:
+    def __init__(self, settings: CodecSettings) -> None:
         """Raises CodecError: a setting is out of range, or there is no such codec."""
         check_codec(settings)
         self.settings = settings
-        self.run_id = run_id or secrets.token_hex(8)
+        self.begin()
+
+    def begin(self) -> None:
+        """Another run, of which clients hold nothing."""
+        self.run_id = secrets.token_hex(8)
         self.num_bytes = {"up": 0, "down": 0}  # of payloads, bundles and what travels as it is
         self._ends: _Ends | None = None
 
@@ -50,31 +55,35 @@ class CodedRounds:
         """Messages that hold the arrays -> the same, each with what its client needs to hold them.
 
         Args:
-            messages: of any strategy; each may have a content of its own.
+            messages: of any strategy; what they hold beside the arrays is theirs.
             arrays: the global ones.
             server_round: of the messages.
             nodes: all that are connected.
+
+        Raises:
+            CodecError: the arrays cannot be coded, or a message holds others than the global ones.
         """
         messages = list(messages)
         if not messages:
             return []
         if self._ends is None:
             self._ends = _Ends(self.settings, self.run_id, arrays)
-        self._ends.clients.update(nodes)
+        self._ends.begin_round(server_round, nodes)
         self._ends.follow(arrays)
         for message in messages:
+            _check_same(message, arrays)
             self._send(message, self._ends, server_round)
         return messages
 
     def decoded(self, replies: Iterable[Message]) -> Iterator[Message]:
         """Replies with payloads -> with the arrays that the clients came to."""
         for reply in self.heard(replies):
-            ends, node = self._ends, reply.metadata.src_node_id
-            if ends is not None and reply.has_content() and reply.content.array_records:
+            node = reply.metadata.src_node_id
+            if self._ends is not None and not reply.has_error():
                 try:
                     self.num_bytes["up"] += _size_of(reply.content)
-                    reply.content = ends.read(reply.content, node)
-                except (CodecError, ValueError) as error:
+                    reply.content = self._ends.read(reply.content, node)
+                except CodecError as error:
                     _LOG.warning("the reply of node %s is left out: %s", node, error)
                     continue
             yield reply
@@ -83,6 +92,8 @@ class CodedRounds:
         """The replies of clients that have taken in what they were sent; of the others it is noted what they hold."""
         for reply in replies:
             if self._ends is None or reply.has_error():
+                if reply.has_error() and BUNDLE_TYPE in str(reply.error.reason):
+                    _LOG.warning("a client took codes for arrays: %s", NO_MOD)
                 yield reply
                 continue
             node, lacks = reply.metadata.src_node_id, reply.content.config_records.get(LACKS)
@@ -111,7 +122,7 @@ class CodedRounds:
             parcel.broadcast.held,
             None if parcel.broadcast.held_before else ends.arrays,
         )
-        ends.server_round = server_round
+        ends.arrays_key = key
         bundle = in_one_array(BUNDLE, BUNDLE_TYPE, parcel.broadcast.bundle)
         exact = {EXACT: ends.exact} if ends.exact else {}
         message.content = RecordDict({**message.content, key: bundle, CODING: turn.pack(), **exact})
@@ -130,10 +141,13 @@ class _Ends:
         self.exact = self.arrays.exact_of(arrays)
         self.clients: set[int] = set()
         self.claims: dict[int, str] = {}  # of clients that hold something else
-        self.server_round = 0
+        self.server_round, self.arrays_key = 0, ""
         layout = self.arrays.layout
         codec_at: CodecAt = codec_of_rounds(settings, layout, "cpu")
         start, budget = self.arrays.to_adapter(arrays), broadcast_budget(settings, layout)
+        for name, tensor in start.items():
+            if not bool(tensor.isfinite().all()):
+                raise CodecError(f"array {name!r} holds NaN, infinity or a value beyond float32: it cannot be coded")
         self.delivery = Delivery(codec_at, layout, start, run_id, budget, self.clients, start_is_known=False)
         self.codec_at = codec_at
         check_budgets(settings, codec_at(self.delivery.held))
@@ -144,6 +158,14 @@ class _Ends:
     @property
     def adapter(self) -> dict[str, Tensor]:
         return self.arrays.layout.to_update(self.delivery.held.adapter_RC)
+
+    def begin_round(self, server_round: int, nodes: Iterable[int]) -> None:
+        """What was decoded in a round that came to nothing was not used."""
+        if server_round != self.server_round:
+            self.server_round = server_round
+            self._used.clear()
+        self.clients.clear()  # both ends look at this set: who left misses nothing
+        self.clients.update(nodes)
 
     def parcel(self, node: int) -> Parcel:
         claim = self.claims.pop(node, None)
@@ -157,13 +179,16 @@ class _Ends:
         self.exact = self.arrays.exact_of(arrays)
 
     def read(self, content: RecordDict, node: int) -> RecordDict:
-        """Raises CodecError: the payload is none, or not this node's of this round; ValueError: its values are no
-        weights."""
-        key = _key_of(content)
+        """Raises CodecError: there is no payload, or it is not this node's of this round."""
+        key = self.arrays_key
+        if PAYLOAD not in content.array_records.get(key, {}):
+            raise CodecError(f"it holds no payload under {key!r}: {NO_MOD}")
         payload = from_one_array(content, key, PAYLOAD, PAYLOAD_TYPE)
         blocks_RC = self.intake.blocks_of(payload, node, self.server_round, self.codec_at(self.delivery.held))
         update = self.arrays.layout.to_update(blocks_RC)
         new = {name: tensor + update[name] for name, tensor in self.adapter.items()}
+        if any(not bool(tensor.isfinite().all()) for tensor in new.values()):
+            raise CodecError("it decodes to arrays beyond float32")
         record = self.arrays.to_record(new, content.array_records.get(EXACT, ArrayRecord()))
         if node in self._used:
             raise CodecError("it answers twice")
@@ -181,6 +206,17 @@ class _Ends:
     def record(self) -> ArrayRecord:
         """What all hold, as the app has it."""
         return self.arrays.to_record(self.adapter, self.exact)
+
+
+def _check_same(message: Message, arrays: ArrayRecord) -> None:
+    sent = message.content.array_records[_key_of(message.content)]
+    if sent is not arrays and (
+        sent.keys() != arrays.keys() or any(sent[name].data != array.data for name, array in arrays.items())
+    ):
+        raise CodecError(
+            f"the strategy sends node {message.metadata.dst_node_id} other arrays than the global ones: only those can "
+            "be coded"
+        )
 
 
 def _key_of(content: RecordDict) -> str:

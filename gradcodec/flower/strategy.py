@@ -9,8 +9,9 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
+from gradcodec.errors import CodecError
 from gradcodec.flower.server import CodedRounds
 from gradcodec.flower.wrapping import WrappingStrategy
 from gradcodec.settings import CodecSettings
@@ -20,6 +21,11 @@ class _CodesStrategy(Strategy):
     """What both have in common: the calls that messages pass through, before and after whoever is behind."""
 
     coding: CodedRounds
+
+    def start(self, *args: Any, **kwargs: Any) -> Result:
+        """As Flower's; every call is a run of its own."""
+        self.coding.begin()
+        return super().start(*args, **kwargs)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -67,8 +73,11 @@ class Coded(_CodesStrategy, WrappingStrategy):
             settings: others of ``gradcodec.CodecSettings``: ``feedback``, ``artifact``, ``options``.
 
         Raises:
-            CodecError: there is no such codec, or a setting is out of range.
+            CodecError: there is no such codec, a setting is out of range, or the strategy has a ``start`` of its own,
+                which nobody would call: derive it from ``CodedFedAvg``.
         """
+        if type(inner).start is not Strategy.start:
+            raise CodecError(f"{type(inner).__name__} has a start() of its own: derive it from CodedFedAvg instead")
         super().__init__(inner)
         self.coding = CodedRounds(CodecSettings(name=codec, bits=bits, down_bits=down_bits, **settings))
 

@@ -63,7 +63,7 @@ class Turn:
             arrays = entries.pop("arrays")
             known = AppArrays.unpack(arrays) if arrays else None
             entries["server_round"] = int(entries["server_round"])
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise CodecError(f"the server's message cannot be read, or is another version's: {error!r}") from None
         check_codec(settings)
         return cls(settings, arrays=known, **entries)
