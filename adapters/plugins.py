@@ -54,6 +54,24 @@ class Plugins:
                 raise PluginError(f"{name!r} of {_whose(offers[0])} cannot be loaded: {error!r}") from error
         return self._loaded[name]
 
+    def refusal(self, name: str, options: Mapping[str, Any], one: str, many: str) -> str:
+        """Why settings with this name and these options cannot be served, beginning with their key; empty: they can.
+
+        Args:
+            one: what they are of, as ``task``; the group's name in front of keys, too.
+            many: its plural.
+        """
+        if name in self._own():
+            return f"{one}.options.{min(options)}: the {one} {name} has no options" if options else ""
+        try:
+            wrong = misfit(self.load(name), options)
+        except KeyError:
+            known = ", ".join((*self._own(), *self.names))
+            return f"{one}.name={name!r} is none of {known}, the {many} that are installed here"
+        except PluginError as error:
+            return f"{one}.name: {error}"
+        return f"{one}.options.{wrong}" if wrong else ""
+
     def add(self, name: str, what: Any) -> None:
         """Brings something in this process alone, as in a notebook. Raises PluginError: the name is taken."""
         if name in self._own():

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradcodec.plugins import PluginError, Plugins, misfit
+from gradcodec.plugins import Plugins
 from strategies.errors import FederationError
 
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedmedian", "fedtrimmedavg")
@@ -32,7 +32,8 @@ class StrategySettings:
 
 def check_strategy(settings: StrategySettings) -> None:
     """Raises ValueError naming the first key that cannot be served."""
-    _check_name(settings)
+    if refusal := PLUGINS.refusal(settings.name, settings.options, "strategy", "strategies"):
+        raise FederationError(refusal)
     if not (settings.lr > 0 and math.isfinite(settings.lr)):
         raise FederationError(f"strategy.lr={settings.lr} must be greater than 0")
     for key in ("momentum", "beta_2"):
@@ -44,20 +45,3 @@ def check_strategy(settings: StrategySettings) -> None:
         ratio = getattr(settings, key)
         if ratio is not None and not (ratio >= 1 and math.isfinite(ratio)):
             raise FederationError(f"strategy.{key}={ratio} must be at least 1, or null")
-
-
-def _check_name(settings: StrategySettings) -> None:
-    if settings.name not in STRATEGIES:
-        try:
-            wrong = misfit(PLUGINS.load(settings.name), settings.options)
-        except KeyError:
-            known = ", ".join((*STRATEGIES, *PLUGINS.names))
-            raise FederationError(
-                f"strategy.name={settings.name!r} is none of {known}, the strategies that are installed here"
-            ) from None
-        except PluginError as error:
-            raise FederationError(f"strategy.name: {error}") from error
-        if wrong:
-            raise FederationError(f"strategy.options.{wrong}")
-    elif settings.options:
-        raise FederationError(f"strategy.options.{min(settings.options)}: the strategy {settings.name} has no options")

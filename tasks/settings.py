@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapters.plugins import PluginError, Plugins, misfit
+from adapters.plugins import Plugins
 from adapters.settings import check_seed
 
 EXAMS = ("ceval", "mmlu")
@@ -79,7 +79,8 @@ def has_fields(name: str) -> bool:
 
 def check_task(settings: TaskSettings) -> None:
     """Raises ValueError naming the first key that cannot be served."""
-    _check_name(settings)
+    if refusal := PLUGINS.refusal(settings.name, settings.options, "task", "tasks"):
+        raise ValueError(refusal)
     of_a_path = settings.name in TASKS or settings.partition == "local"  # else a plug-in says what it needs
     if settings.name != "stdlib" and settings.path is None and of_a_path:
         raise ValueError(f"task.name={settings.name} needs task.path: the file or folder to read")
@@ -104,23 +105,6 @@ def check_task(settings: TaskSettings) -> None:
             "dirichlet and column need a column, iid and local have none"
         )
     _check_numbers(settings)
-
-
-def _check_name(settings: TaskSettings) -> None:
-    if settings.name not in TASKS:
-        try:
-            wrong = misfit(PLUGINS.load(settings.name), settings.options)
-        except KeyError:
-            known = ", ".join((*TASKS, *PLUGINS.names))
-            raise ValueError(
-                f"task.name={settings.name!r} is none of {known}, the tasks that are installed here"
-            ) from None
-        except PluginError as error:
-            raise ValueError(f"task.name: {error}") from error
-        if wrong:
-            raise ValueError(f"task.options.{wrong}")
-    elif settings.options:
-        raise ValueError(f"task.options.{min(settings.options)}: the task {settings.name} has no options")
 
 
 def _check_numbers(settings: TaskSettings) -> None:

@@ -63,7 +63,8 @@ class _Client:
         self._turn = turn
         self.memory = memory
         self._device = device
-        self._arrays = memory.arrays if turn.arrays is None else turn.arrays
+        self._known = memory.arrays
+        self._arrays = self._known if turn.arrays is None else turn.arrays
 
     @property
     def arrays(self) -> AppArrays:
@@ -76,7 +77,7 @@ class _Client:
             raise LacksError("")
         turn, layout = self._turn, self._arrays.layout
         bundle = from_one_array(content, turn.arrays_key, BUNDLE, BUNDLE_TYPE)
-        if self.memory.arrays != self._arrays and DEFLATED_AT_MOST * len(bundle) < 4 * layout.rank * layout.num_columns:
+        if self._known != self._arrays and DEFLATED_AT_MOST * len(bundle) < 4 * layout.rank * layout.num_columns:
             raise CodecError("the server names arrays that this client does not know, and does not send them")
         self._codec_at = codec_of_rounds(turn.settings, layout, self._device)
         self._end = ClientEnd(self._codec_at, layout, turn.settings, turn.run_id)
