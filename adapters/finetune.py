@@ -8,7 +8,7 @@ optimizer runs on the server (Reddi et al. 2021). ``delta``: AdamW here, averagi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from peft import PeftModel
@@ -56,25 +56,47 @@ def finetune(
     """
     assert len(windows) > 0, "empty client data is refused before training starts"
     set_adapter(model, adapter)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = _gradients(model, windows, settings, seed, team)
+    loss = descend(model, gradients, settings, num_steps(settings, len(windows)), seed + team.rank, on_step)
+    return subtract(get_adapter(model), adapter), loss
+
+
+def trained_parameters(model: PeftModel) -> list[torch.nn.Parameter]:
+    """The adapter's, in the model's order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def descend(
+    model: PeftModel,
+    gradients: Iterable[float],
+    settings: TrainSettings,
+    steps: int,
+    seed: int,
+    on_step: Callable[[int], None] | None = None,
+) -> float:
+    """Takes a step for every loss that comes, along the gradient that came with it, and gives the mean of the losses.
+
+    Args:
+        model: from whose adapter training goes on.
+        gradients: gives a step's loss once the step's gradient lies in the parameters; ``steps`` of them.
+        settings: optimizer, learning rate, schedule and bound of a gradient.
+        steps: over which the schedule runs.
+        seed: of dropout.
+        on_step: called after each step with the steps done; may evaluate the model.
+
+    Raises:
+        DivergedError: a loss is not finite.
+    """
+    parameters = trained_parameters(model)
     optimizer = _optimizer(parameters, settings)
-    steps = num_steps(settings, len(windows))
     device = parameters[0].device
     total_loss = 0.0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed + team.rank)
-        for step, picked in enumerate(_batches(len(windows), settings, seed)):
-            model.train()
-            batch, step_loss = windows[picked], 0.0
-            for micro_batch in team.share(list(batch.split(settings.micro_batch_size))):
-                share = micro_batch.num_counted / batch.num_counted
-                loss = next_token_loss(model, micro_batch.trimmed().to(device)) * share
-                loss.backward()
-                step_loss += float(loss.detach())
-            step_loss = team.add_up(parameters, step_loss)
-            if not math.isfinite(step_loss):
-                raise DivergedError(f"training diverged: the loss is {step_loss} in step {step + 1}: lower train.lr")
-            total_loss += step_loss
+        torch.manual_seed(seed)
+        for step, loss in enumerate(gradients):
+            if not math.isfinite(loss):
+                raise DivergedError(f"training diverged: the loss is {loss} in step {step + 1}: lower train.lr")
+            total_loss += loss
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * _schedule(settings, step, steps)
@@ -82,7 +104,22 @@ def finetune(
             optimizer.zero_grad()
             if on_step is not None:
                 on_step(step + 1)
-    return subtract(get_adapter(model), adapter), total_loss / steps
+    return total_loss / steps
+
+
+def _gradients(model: PeftModel, windows: Windows, settings: TrainSettings, seed: int, team: Team) -> Iterator[float]:
+    """Of the mean over all tokens of a batch that count, step by step; gives that mean."""
+    parameters = trained_parameters(model)
+    device = parameters[0].device
+    for picked in _batches(len(windows), settings, seed):
+        model.train()
+        batch, loss = windows[picked], 0.0
+        for micro_batch in team.share(list(batch.split(settings.micro_batch_size))):
+            share = micro_batch.num_counted / batch.num_counted
+            part = next_token_loss(model, micro_batch.trimmed().to(device)) * share
+            part.backward()
+            loss += float(part.detach())
+        yield team.add_up(parameters, loss)
 
 
 def _batches(num_windows: int, settings: TrainSettings, seed: int) -> Iterator[Tensor]:

@@ -17,7 +17,9 @@ class PrivacySettings:
     """What of the clients' data a run may give away. docs/privacy.md says what each protects, and what none does."""
 
     name: str = "none"  # none | client_dp: all data of a client | record_dp: one training window (DP-SGD)
-    epsilon: float | None = 8.0  # of the whole run, retries and resumes included; null: no bound, noise_multiplier counts
+    epsilon: float | None = (
+        8.0  # of the whole run, retries and resumes included; null: no bound, noise_multiplier counts
+    )
     delta: float = 1e-5
     noise_multiplier: float | None = None  # standard deviation over clip; null: the least that keeps epsilon
     clip: float = 1.0  # largest L2 norm: of a client's update (client_dp), of one window's gradient (record_dp)

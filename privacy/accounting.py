@@ -1,0 +1,158 @@
+"""How much noise a budget asks for, and what noise gives away: epsilon and delta of a whole run, both ways.
+
+Neighbours are data sets of which one holds nothing in the place of one unit (a training window or a client) of the
+other: its gradient or update counts as zero ("zero-out", Kairouz et al. 2021, "Practical and Private (Deep) Learning
+without Sampling or Shuffling", definition 1.1). So how many units there are is no secret, and a sum clipped to ``clip``
+has sensitivity ``clip``. Replacing a unit by another one costs at most what noise of half the multiplier would.
+
+All figures are ``dp-accounting``'s: privacy loss distributions (Doroshenko et al. 2022, "Connect the Dots") or Renyi
+divergences (Mironov, Talwar, Zhang 2019). Loads that library, which takes a second: settings do not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import dp_accounting as dp
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+
+from privacy.errors import PrivacyError
+
+MAX_RELEASES = 1 << 20
+MAX_NOISE = 1e6
+_TOLERANCE = 1e-4
+_ZERO_OUT = dp.NeighboringRelation.REPLACE_SPECIAL
+_REPLACED = dp.NeighboringRelation.REPLACE_ONE
+
+
+@dataclass(frozen=True)
+class Release:
+    """What one message of a client gives away of one unit by itself, ``steps`` times in a row.
+
+    ``sampling`` is the probability with which a unit takes part in a step (Poisson), secretly; 1: it always does.
+    """
+
+    noise_multiplier: float  # standard deviation over sensitivity
+    sampling: float = 1.0
+    steps: int = 1
+
+    def event(self, releases: int) -> dp.DpEvent:
+        """Of so many such messages, each of which may depend on those before."""
+        once = dp.GaussianDpEvent(self.noise_multiplier)
+        if self.sampling < 1:
+            once = dp.PoissonSampledDpEvent(self.sampling, once)
+        return dp.SelfComposedDpEvent(once, self.steps * releases) if releases else dp.NoOpDpEvent()
+
+
+def epsilon_of(release: Release, releases: int, delta: float, accountant: str = "pld") -> float:
+    """What so many messages give away, at least 0; infinite where no bound is known."""
+    return _epsilon(release.event(releases), delta, accountant)
+
+
+def epsilon_if_replaced(release: Release, releases: int, delta: float) -> float | None:
+    """The same for neighbours of which one holds another unit in the place of one; None: no bound is known here, as
+    steps are sampled."""
+    if release.sampling < 1:
+        return None
+    return _epsilon(Release(release.noise_multiplier / 2, 1.0, release.steps).event(releases), delta, "pld")
+
+
+def epsilon_of_secret_rounds(noise_multiplier: float, rounds: Sequence[tuple[int, int]], delta: float) -> float:
+    """Of sums of which only the result is seen, and never who took part: amplification by sampling a fixed number
+    without replacement (Wang, Balle, Kasiviswanathan 2019), by Renyi divergences.
+
+    Args:
+        noise_multiplier: of the sum, over ``clip``.
+        rounds: of every one how many clients were drawn, of how many.
+
+    Returns:
+        The bound for a client replaced by another, which holds for one replaced by nothing as well.
+    """
+    events = [
+        dp.SampledWithoutReplacementDpEvent(pool, drawn, dp.GaussianDpEvent(noise_multiplier / 2))
+        if drawn < pool
+        else dp.GaussianDpEvent(noise_multiplier / 2)
+        for drawn, pool in rounds
+    ]
+    return _epsilon(dp.ComposedDpEvent(events), delta, "rdp", _REPLACED)
+
+
+def epsilon_of_concentrated(rho: float, releases: int, delta: float) -> float:
+    """Of so many messages, each of which is ``rho``-zero-concentrated (Bun and Steinke 2016)."""
+    return _epsilon(dp.SelfComposedDpEvent(dp.ZCDpEvent(rho), releases), delta, "rdp") if releases else 0.0
+
+
+def noise_for(
+    epsilon: float, delta: float, releases: int, sampling: float = 1.0, steps: int = 1, accountant: str = "pld"
+) -> float:
+    """The least noise multiplier of which so many messages stay within epsilon at delta; inverse of ``epsilon_of``, to
+    the safe side.
+
+    Raises:
+        PrivacyError: none does.
+    """
+
+    def spent(noise_multiplier: float) -> float:
+        return epsilon_of(Release(noise_multiplier, sampling, steps), releases, delta, accountant)
+
+    return least_noise(lambda noise: spent(noise) <= epsilon, f"epsilon={epsilon:g} at delta={delta:g}")
+
+
+def releases_within(release: Release, epsilon: float, delta: float, accountant: str = "pld") -> int:
+    """How many such messages stay within epsilon at delta, ``MAX_RELEASES`` at most; 0: not even one."""
+    low, high = 0, 1
+    while high < MAX_RELEASES and epsilon_of(release, high, delta, accountant) <= epsilon:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if epsilon_of(release, middle, delta, accountant) <= epsilon:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def least_noise(fits: Callable[[float], bool], what: str) -> float:
+    """The least noise multiplier, to one part in 10,000, for which something holds that holds for all larger ones.
+
+    Args:
+        fits: whether it does.
+        what: names what was asked for, in an error.
+
+    Raises:
+        PrivacyError: it holds for none.
+    """
+    high = 1.0
+    while not fits(high):
+        high *= 2
+        if high > MAX_NOISE:
+            raise PrivacyError(f"no noise is enough for {what}")
+    low = high / 2
+    while low > 1 / MAX_NOISE and fits(low):
+        low, high = low / 2, low
+    while high - low > _TOLERANCE * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+def _epsilon(event: dp.DpEvent, delta: float, accountant: str, relation: dp.NeighboringRelation = _ZERO_OUT) -> float:
+    with _orders_that_fail_left_out():
+        found = (PLDAccountant if accountant == "pld" else RdpAccountant)(neighboring_relation=relation)
+        found.compose(event)
+        return max(0.0, float(found.get_epsilon(delta)))
+
+
+@contextmanager
+def _orders_that_fail_left_out() -> Iterator[None]:
+    """Renyi orders that cannot be computed are left out of a minimum, which stays a bound: no warning for each."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
