@@ -14,9 +14,10 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -33,6 +34,8 @@ from adapters.settings import LoraSettings
 from adapters.text import one_line
 
 CARD = "README.md"
+Sections = Mapping[str, Sequence[str]]
+"""Of a model card, beside its table: title -> paragraphs of plain text."""
 
 
 def save_adapter(
@@ -42,6 +45,7 @@ def save_adapter(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     served_by_vllm: bool = True,
+    sections: Sections = MappingProxyType({}),
 ) -> None:
     """Writes the adapter as a PEFT directory with a model card; its files' modes follow the umask.
 
@@ -52,6 +56,7 @@ def save_adapter(
         folder: made where it is not there; files of the same names in it are replaced.
         tokenizer: of the base model, written beside the adapter; None: there is none at hand.
         served_by_vllm: as ``served_by_vllm`` says; else the card warns.
+        sections: of the card, title -> paragraphs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.copy(config)
@@ -65,7 +70,7 @@ def save_adapter(
     base = one_line(config.base_model_name_or_path)
     vllm = _VLLM.format(base=shlex.quote(base), rank=config.r) if served_by_vllm else _NO_VLLM
     how = _LOAD_ADAPTER.format(base=json.dumps(base, ensure_ascii=False)) + vllm
-    _card("LoRA adapter", base, "peft", facts, how).save(folder / CARD)
+    _card("LoRA adapter", base, "peft", facts, _text_of(sections) + how).save(folder / CARD)
     _follow_umask(folder)
 
 
@@ -117,7 +122,13 @@ def load_start(folder: Path, model: PeftModel) -> Adapter:
     return {name: adapter[name] for name in own}
 
 
-def save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, str], folder: Path) -> None:
+def save_merged(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Mapping[str, str],
+    folder: Path,
+    sections: Sections = MappingProxyType({}),
+) -> None:
     """Writes the base model with the adapter merged in, in the dtype of its weights, with its tokenizer and a card.
 
     The model is left merged.
@@ -134,7 +145,7 @@ def save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, facts: Map
     merged = model.merge_and_unload()
     merged.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
-    _card("Merged LoRA", base_name, "transformers", facts, _LOAD_MERGED).save(folder / CARD)
+    _card("Merged LoRA", base_name, "transformers", facts, _text_of(sections) + _LOAD_MERGED).save(folder / CARD)
     _follow_umask(folder)
 
 
@@ -266,6 +277,11 @@ def _card(title: str, base: str, library: str, facts: Mapping[str, str], how: st
     return ModelCard(
         f"---\n{header.to_yaml()}\n---\n\n# {title} for {_escaped(base)}\n\n| | |\n|---|---|\n{rows}\n{how}"
     )
+
+
+def _text_of(sections: Sections) -> str:
+    parts = (f"## {_escaped(title)}\n\n" + "\n\n".join(map(_escaped, texts)) for title, texts in sections.items())
+    return "".join(f"{part}\n\n" for part in parts)
 
 
 def _escaped(text: str) -> str:

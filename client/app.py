@@ -6,7 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -59,7 +59,9 @@ def answer_roll_call(message: Message, context: Context) -> Message:
     partition = int(context.node_config[PARTITION])
     refusal = ""
     try:
-        _trainer(unfold(message.content), context).check(partition)
+        content = unfold(message.content)
+        memory = _memory_root(context) / _folder_name(_settings(content)["run_id"])
+        _trainer(content, context).check(partition, memory)
     except ValueError as error:
         refusal = str(error)
     answer = RecordDict({METRICS: MetricRecord({PARTITION: partition}), CONFIG: ConfigRecord({REFUSAL: refusal})})
@@ -71,6 +73,7 @@ def train(message: Message, context: Context) -> Message:
     """One round: the global adapter in, this client's payload (or dense adapter) out."""
     content = unfold(message.content)
     config = config_of(content)
+    settings = _settings(content)
     partition = int(context.node_config[PARTITION])
     trainer = _trainer(content, context)
     side = content.array_records.get(SIDE)
@@ -81,7 +84,7 @@ def train(message: Message, context: Context) -> Message:
         partition=partition,
         server_round=int(str(config[SERVER_ROUND])),
         accepted=str(config.get(ACCEPTED, "")),
-        memory=_memory_root(context) / _folder_name(json.loads(str(config[SETTINGS]))["run_id"]),
+        memory=_memory_root(context) / _folder_name(settings["run_id"]),
         broadcast=None if bundle is None else Broadcast(bundle, str(config[HELD_BEFORE]), str(config[HELD])),
     )
     done = trainer.train(work)
@@ -97,11 +100,12 @@ def train(message: Message, context: Context) -> Message:
             NUM_EXAMPLES: done.num_examples,
             PARTITION: partition,
             SERVER_ROUND: work.server_round,
-            TRAIN_LOSS: done.train_loss,
             SECONDS_TRAIN: done.seconds_train,
             SECONDS_ENCODE: done.seconds_encode,
         }
     )
+    if settings["privacy"]["name"] == "none":
+        metrics[TRAIN_LOSS] = done.train_loss
     return Message(fold(RecordDict({ARRAYS: arrays, METRICS: metrics})), reply_to=message)
 
 
@@ -110,6 +114,11 @@ def _trainer(content: RecordDict, context: Context) -> Trainer | ResidentTrainer
     socket = context.node_config.get(TRAINER_SOCKET)
     path = Path(str(socket)) if socket else None
     return trainer_at(path, str(config_of(content)[SETTINGS]), own)
+
+
+def _settings(content: RecordDict) -> dict[str, Any]:
+    """The run's, of which this process needs a few alone."""
+    return dict(json.loads(str(config_of(content)[SETTINGS])))
 
 
 def _folder_name(run_id: object) -> str:

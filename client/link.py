@@ -50,9 +50,9 @@ class ResidentTrainer:
         self._settings_json = settings_json
         self._overrides = overrides
 
-    def check(self, partition: int) -> None:
+    def check(self, partition: int, memory: Path | None = None) -> None:
         """As ``Trainer.check``."""
-        self._ask({"verb": "check", "partition": partition}, b"")
+        self._ask({"verb": "check", "partition": partition, "memory": None if memory is None else str(memory)}, b"")
 
     def train(self, work: Work) -> Trained:
         """As ``Trainer.train``."""
@@ -116,6 +116,7 @@ def pack_work(work: Work) -> tuple[dict[str, Any], bytes]:
         "names": None if work.adapter is None else list(work.adapter),
         "accepted": work.accepted,
         "memory": str(work.memory),
+        "secret": work.secret.hex(),  # to the node's own trainer, over a socket that its owner alone can open
         "held": None if work.broadcast is None else [work.broadcast.held_before, work.broadcast.held],
     }
     return head, save(arrays)
@@ -131,6 +132,7 @@ def unpack_work(head: Mapping[str, Any], body: bytes) -> Work:
         server_round=int(head["server_round"]),
         accepted=str(head["accepted"]),
         memory=Path(str(head["memory"])),
+        secret=bytes.fromhex(str(head["secret"])),
         broadcast=None if head["held"] is None else Broadcast(arrays[BUNDLE].tobytes(), *map(str, head["held"])),
     )
 

@@ -116,11 +116,13 @@ def _work_on(head: dict[str, Any], body: bytes, team: Team) -> tuple[dict[str, A
             return pack_trained(Trained.nothing(error.holds))
         own, body = pack_work(work)
         head = {**head, **own}
+    if head["verb"] == "train":
+        _trainer(head).allow(unpack_work(head, body))  # before the team begins what must not be done
     team.tell(json.dumps(head).encode())
     team.tell(body)
     trainer = _trainer(head)
     if head["verb"] == "check":
-        trainer.check(int(head["partition"]))
+        trainer.check(int(head["partition"]), Path(head["memory"]) if head["memory"] else None)
         note("asked by a run: ready")
         return {}, b""
     return pack_trained(trainer.train(unpack_work(head, body), team))

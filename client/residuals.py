@@ -15,7 +15,6 @@ import hashlib
 import logging
 import math
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,8 @@ from gradcodec.layout import Layout
 _LOG = logging.getLogger(__name__)
 KEEP_DAYS = 30
 """Memory of other runs that nobody touched for so long is removed."""
+COUNTS = "privacy-"
+"""How files begin that count what was released of a partition (``private.py``)."""
 
 
 @dataclass(frozen=True)
@@ -139,4 +140,13 @@ def _prune(folder: Path) -> None:
         for other in folder.parent.iterdir():
             files = list(other.glob("partition-*")) if other.is_dir() and other != folder else []
             if files and max(file.stat().st_mtime for file in files) < oldest:
-                shutil.rmtree(other, ignore_errors=True)
+                _empty(other)
+
+
+def _empty(folder: Path) -> None:
+    """Keeps what a budget is counted by: the run may be taken up again."""
+    for file in folder.iterdir():
+        if not file.name.startswith(COUNTS):
+            file.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()

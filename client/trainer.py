@@ -28,6 +28,7 @@ from adapters.settings import is_hub_name, num_examples
 from adapters.team import Team
 from client.console import note, round_line
 from client.memory import DiskMemory
+from client.private import Guard, secret_of
 from client.work import TRUST, Arrays, Overrides, Trained, Work
 from conf.basis import codecs_of
 from conf.footprint import client_memory
@@ -66,6 +67,7 @@ class Trainer:
         self.settings = settings
         self.own_data = own_data
         self._shards: dict[int, Shard] = {}
+        self._guards: dict[int, Guard] = {}
         self._source = _source_of(settings)
         self._given: _Loaded | None = None
 
@@ -119,9 +121,25 @@ class Trainer:
                     _LOG.warning(warning)
         return self._shards[partition]
 
-    def check(self, partition: int) -> None:
-        """Loads everything that training needs. Raises ValueError: something is missing or does not fit."""
+    def guard(self, partition: int, memory: Path) -> Guard | None:
+        """What hides this partition's data; None: the run asks for nothing of the kind."""
+        if not self.settings.privacy.is_private:
+            return None
+        if partition not in self._guards:
+            self._guards[partition] = Guard(self.settings, len(self.shard(partition).train), memory, partition)
+        return self._guards[partition]
+
+    def allow(self, work: Work) -> None:
+        """Counts this answer against the client's privacy budget, once. Raises BudgetSpentError: it is spent."""
+        if (guard := self.guard(work.partition, work.memory)) is not None:
+            guard.spend(work.server_round, self._secret(work))
+
+    def check(self, partition: int, memory: Path | None = None) -> None:
+        """Loads everything that training needs. Raises ValueError: something is missing or does not fit, or nobody
+        knows what was released of the partition, as the run's ``memory`` says."""
         self.shard(partition)
+        if memory is not None:
+            self.guard(partition, memory)
         if "model" not in self.__dict__:  # once it is in use, its memory is no longer free
             needed = client_memory(self.settings)
             if self._given is not None:
@@ -143,7 +161,10 @@ class Trainer:
             return Trained.nothing(error.holds)
         assert work.adapter is not None
         start = time.perf_counter()
+        self.allow(work)
         update, loss = self.finetune(work, team or Team())
+        if settings.privacy.name == "client_dp" and (guard := self.guard(work.partition, work.memory)) is not None:
+            update = guard.hidden(update, self._secret(work))  # before coding, so that no residual holds anything else
         trained = time.perf_counter()
         payload = self._encode(update, work) if settings.arm == "coded" else None
         new: Arrays | None = None
@@ -152,7 +173,7 @@ class Trainer:
         done = Trained(
             adapter=new,
             payload=payload,
-            num_examples=num_examples(settings.train, len(self.shard(work.partition).train)),
+            num_examples=self._weight(work.partition),
             train_loss=loss,
             seconds_train=trained - start,
             seconds_encode=time.perf_counter() - trained,
@@ -183,14 +204,25 @@ class Trainer:
         torch.set_num_threads(self.settings.train.threads)
         assert work.adapter is not None
         self.model.zero_grad()  # a message that failed within a step left its gradients
-        return finetune(
-            self.model,
-            {name: torch.from_numpy(array) for name, array in work.adapter.items()},
-            self.shard(work.partition).train,
-            self.settings.train,
-            training_seed(self.settings.seed, work.server_round, work.partition),
-            team=team,
-        )
+        adapter = {name: torch.from_numpy(array) for name, array in work.adapter.items()}
+        windows, training = self.shard(work.partition).train, self.settings.train
+        seed = training_seed(self.settings.seed, work.server_round, work.partition)
+        guard = self.guard(work.partition, work.memory)
+        if guard is not None and self.settings.privacy.name == "record_dp":
+            from adapters.private import finetune_privately  # loads Opacus, which takes seconds
+
+            protection = guard.protection(self._secret(work))
+            return finetune_privately(self.model, adapter, windows, training, protection, seed, team)
+        return finetune(self.model, adapter, windows, training, seed, team=team)
+
+    def _secret(self, work: Work) -> bytes:
+        return secret_of(self.settings, work.server_round, work.partition, work.secret)
+
+    def _weight(self, partition: int) -> int:
+        """In the mean. How much data a client has is its secret, if all of them are."""
+        if self.settings.privacy.name == "client_dp":
+            return 1
+        return num_examples(self.settings.train, len(self.shard(partition).train))
 
     def _encode(self, update: Adapter, work: Work) -> bytes:
         assert work.adapter is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import secrets
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ class Work:
     accepted: str  # digest of this client's last payload that the server took
     memory: Path  # folder of this run's residuals, and of what the client holds
     broadcast: Broadcast | None = None
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)  # all noise comes from it
 
 
 @dataclass(frozen=True)

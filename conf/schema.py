@@ -33,8 +33,9 @@ from gradcodec.errors import ArtifactError, CodecError
 from gradcodec.registry import PLUGINS as CODECS
 from gradcodec.registry import entry_of
 from gradcodec.settings import CodecSettings, FitSettings, check_codec
+from privacy.settings import PrivacySettings, check_privacy
+from strategies.settings import OF_THE_MEAN, StrategySettings, check_strategy
 from strategies.settings import PLUGINS as STRATEGIES
-from strategies.settings import StrategySettings, check_strategy
 from tasks.settings import PLUGINS as TASKS
 from tasks.settings import TaskSettings, check_task
 from tasks.settings import is_hub_name as is_hub_dataset
@@ -97,6 +98,7 @@ class Settings:
     strategy: StrategySettings = field(default_factory=StrategySettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
     backend: BackendSettings = field(default_factory=BackendSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -191,6 +193,7 @@ def check_settings(settings: Settings) -> None:
     check_training(settings.train)
     check_task(settings.task)
     check_strategy(settings.strategy)
+    check_privacy(settings.privacy)
     if settings.arm == "coded":
         _check_codec_group(settings.codec)
     if settings.backend.name == "simulation" and settings.arm in ("dense", "coded"):
@@ -235,6 +238,29 @@ def _check_together(settings: Settings) -> None:
         raise ValueError(f"resume=... needs arm=dense or arm=coded, not arm={settings.arm}")
     if settings.record is not None and settings.arm != "dense":
         raise ValueError(f"record=... needs arm=dense, not arm={settings.arm}: payloads are no updates")
+    if settings.privacy.is_private or settings.privacy.secure_aggregation:
+        _check_private_run(settings)
+
+
+def _check_private_run(settings: Settings) -> None:
+    """What privacy needs of the rest."""
+    privacy, secure = settings.privacy, settings.privacy.secure_aggregation
+    if settings.arm not in ("dense", "coded"):
+        raise ValueError(
+            f"privacy.name={privacy.name} needs arm=dense or arm=coded: arm={settings.arm} asks no clients"
+        )
+    if privacy.noise == "sum" and not secure and settings.arm == "coded":
+        raise ValueError(
+            "privacy.noise=sum needs codes that add up, as the noise of one client alone hides little: give "
+            "privacy.secure_aggregation=true, or arm=dense, or privacy.noise=local"
+        )
+    if secure and settings.arm != "coded":
+        raise ValueError(f"privacy.secure_aggregation=true needs arm=coded, not arm={settings.arm}")
+    if secure and settings.strategy.name not in OF_THE_MEAN:
+        raise ValueError(
+            f"privacy.secure_aggregation=true and strategy={settings.strategy.name} do not go together: the server "
+            f"sees a sum and no client's own update; choose one of {', '.join(OF_THE_MEAN)}"
+        )
 
 
 def _check_numbers(settings: Any, head: str = "") -> None:

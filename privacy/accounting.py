@@ -12,6 +12,8 @@ divergences (Mironov, Talwar, Zhang 2019). Loads that library, which takes a sec
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +52,8 @@ class Release:
 
 def epsilon_of(release: Release, releases: int, delta: float, accountant: str = "pld") -> float:
     """What so many messages give away, at least 0; infinite where no bound is known."""
+    if release.sampling == 1 and releases:  # Gaussians compose to a Gaussian, of which all is known (Balle, Wang 2018)
+        return float(dp.get_epsilon_gaussian(release.noise_multiplier / math.sqrt(release.steps * releases), delta))
     return _epsilon(release.event(releases), delta, accountant)
 
 
@@ -58,7 +62,7 @@ def epsilon_if_replaced(release: Release, releases: int, delta: float) -> float 
     steps are sampled."""
     if release.sampling < 1:
         return None
-    return _epsilon(Release(release.noise_multiplier / 2, 1.0, release.steps).event(releases), delta, "pld")
+    return epsilon_of(Release(release.noise_multiplier / 2, 1.0, release.steps), releases, delta)
 
 
 def epsilon_of_secret_rounds(noise_multiplier: float, rounds: Sequence[tuple[int, int]], delta: float) -> float:
@@ -72,11 +76,10 @@ def epsilon_of_secret_rounds(noise_multiplier: float, rounds: Sequence[tuple[int
     Returns:
         The bound for a client replaced by another, which holds for one replaced by nothing as well.
     """
+    sums = dp.GaussianDpEvent(noise_multiplier / 2)
     events = [
-        dp.SampledWithoutReplacementDpEvent(pool, drawn, dp.GaussianDpEvent(noise_multiplier / 2))
-        if drawn < pool
-        else dp.GaussianDpEvent(noise_multiplier / 2)
-        for drawn, pool in rounds
+        dp.SelfComposedDpEvent(dp.SampledWithoutReplacementDpEvent(pool, drawn, sums) if drawn < pool else sums, count)
+        for (drawn, pool), count in Counter(rounds).items()
     ]
     return _epsilon(dp.ComposedDpEvent(events), delta, "rdp", _REPLACED)
 

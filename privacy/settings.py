@@ -24,6 +24,7 @@ class PrivacySettings:
     noise_multiplier: float | None = None  # standard deviation over clip; null: the least that keeps epsilon
     clip: float = 1.0  # largest L2 norm: of a client's update (client_dp), of one window's gradient (record_dp)
     noise: str = "local"  # client_dp. local: each message is private by itself | sum: only the sum of a round's is
+    releases: int | None = None  # how often one client may answer; null: as often as the rounds ask it
     secret_sampling: bool = False  # sum: who takes part is drawn secretly and told to nobody, and counted as such
     accountant: str = "pld"  # pld | rdp
     noise_seed: int | None = None  # for experiments alone: noise that can be repeated protects nothing
@@ -39,11 +40,21 @@ class PrivacySettings:
 
 def check_privacy(settings: PrivacySettings) -> None:
     """Raises PrivacyError naming the first key that cannot be served."""
+    _check_values(settings)
+    if settings.is_private and settings.epsilon is None and settings.noise_multiplier is None:
+        raise PrivacyError("privacy.epsilon=null needs privacy.noise_multiplier=NUMBER: one of them gives the noise")
+    if settings.noise == "sum" and settings.name != "client_dp":
+        raise PrivacyError(f"privacy.noise=sum needs privacy=client_dp, not privacy={settings.name}")
+    if settings.secret_sampling and settings.noise != "sum":
+        raise PrivacyError(
+            "privacy.secret_sampling=true needs privacy.noise=sum: whoever sees single messages sees who sent them"
+        )
+
+
+def _check_values(settings: PrivacySettings) -> None:
     for key, known in (("name", NAMES), ("noise", NOISES), ("accountant", ACCOUNTANTS)):
         if getattr(settings, key) not in known:
             raise PrivacyError(f"privacy.{key}={getattr(settings, key)!r} is none of {', '.join(known)}")
-    if settings.is_private and settings.epsilon is None and settings.noise_multiplier is None:
-        raise PrivacyError("privacy.epsilon=null needs privacy.noise_multiplier=NUMBER: one of them gives the noise")
     for key in ("epsilon", "noise_multiplier", "clip"):
         value = getattr(settings, key)
         if value is not None and not value > 0:
@@ -51,11 +62,7 @@ def check_privacy(settings: PrivacySettings) -> None:
     for key in ("delta", "threshold"):
         if not 0 < getattr(settings, key) < 1:
             raise PrivacyError(f"privacy.{key}={getattr(settings, key)} must lie between 0 and 1")
-    if settings.noise == "sum" and settings.name != "client_dp":
-        raise PrivacyError(f"privacy.noise=sum needs privacy=client_dp, not privacy={settings.name}")
-    if settings.secret_sampling and settings.noise != "sum":
-        raise PrivacyError(
-            "privacy.secret_sampling=true needs privacy.noise=sum: whoever sees single messages sees who sent them"
-        )
+    if settings.releases is not None and settings.releases < 1:
+        raise PrivacyError(f"privacy.releases={settings.releases} must be at least 1, or null")
     if not (3 <= settings.levels <= MAX_LEVELS and settings.levels % 2):
         raise PrivacyError(f"privacy.levels={settings.levels} must be odd, from 3 to {MAX_LEVELS}")

@@ -67,7 +67,7 @@ def _run(settings: Settings, output: Path, events: EventLog) -> RunResults:
     results.seconds = time.monotonic() - start
     kept = f"after round {len(results.heldout_loss) - 1} of {federation.rounds}"
     facts = results.facts() | ({"diverged": f"this adapter is that {kept}"} if diverged is not None else {})
-    evaluator.save(pooled.adapter, facts, output / "adapter")
+    evaluator.save(pooled.adapter, facts, output / "adapter", results.notes())
     write_json(results.to_json(), output / "results.json")
     if diverged is not None:
         raise DivergedError(f"{diverged}; the adapter {kept} and the results until then are in {output}")

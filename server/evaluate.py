@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from adapters.base import check_vocabulary, load_config, load_tokenizer, max_positions, resolve_device
-from adapters.export import load_start, save_adapter, served_by_vllm, what_to_know
+from adapters.export import Sections, load_start, save_adapter, served_by_vllm, what_to_know
 from adapters.finetune import DivergedError, finetune
 from adapters.footprint import check_fits, estimate_memory, free_bytes
 from adapters.model import Adapter, adapter_shapes, get_adapter, load_model, on_host, set_adapter
@@ -88,10 +88,10 @@ class Evaluator:
         except DivergedError:
             return None
 
-    def save(self, adapter: Mapping[str, Tensor], facts: Mapping[str, str], folder: Path) -> None:
+    def save(self, adapter: Mapping[str, Tensor], facts: Mapping[str, str], folder: Path, sections: Sections) -> None:
         """Writes the adapter as a PEFT directory, its card telling the facts of the run."""
         config = self.model.peft_config["default"]
-        save_adapter(adapter, config, facts, folder, self.tokenizer, self.served_by_vllm)
+        save_adapter(adapter, config, facts, folder, self.tokenizer, self.served_by_vllm, sections)
 
 
 def _giving_way(work: Callable[[], float]) -> float:

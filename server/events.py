@@ -198,6 +198,9 @@ class RunStatus:
         finite = isinstance(loss, float) or -LARGEST < loss < LARGEST
         self.heldout_loss = [*self.heldout_loss[:done], float(loss) if finite else math.inf]
 
+    def _spend(self, event: Event) -> None:
+        self.reason = printable(event["reason"])
+
     def _finish(self, event: Event) -> None:
         self.state = "finished"
 
@@ -219,6 +222,7 @@ _CHANGES: dict[str, Callable[[RunStatus, Event], None]] = {
     "fault": RunStatus._take_fault,
     "round_finished": RunStatus._finish_round,
     "evaluated": RunStatus._evaluate,
+    "budget_spent": RunStatus._spend,
     "run_finished": RunStatus._finish,
     "run_failed": RunStatus._fail,
     "run_stopped": RunStatus._stop,

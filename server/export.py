@@ -58,21 +58,21 @@ def export(path: str, output: Path, merged: bool, overrides: list[str]) -> None:
     trained = read_trained(path, overrides)
     if any(open_output(output).iterdir()):
         raise ValueError(f"--output {output} holds files already: give an empty or new folder")
-    facts = trained.results.facts() if trained.results is not None else {}
+    facts, notes = (trained.results.facts(), trained.results.notes()) if trained.results is not None else ({}, {})
     if merged:
-        save_merged(trained.load_model(), load_tokenizer(trained.settings.model), facts, output)
+        save_merged(trained.load_model(), load_tokenizer(trained.settings.model), facts, output, notes)
     else:
         try:
             trained.config.base_model_name_or_path = model_folder(trained.settings.model)
             tokenizer, config = load_tokenizer(trained.settings.model), load_config(trained.settings.model)
         except ValueError as error:
             print(f"no tokenizer is written beside the adapter: {one_line(error)}", file=sys.stderr)
-            save_adapter(trained.adapter, trained.config, facts, output)
+            save_adapter(trained.adapter, trained.config, facts, output, sections=notes)
             return
         by_vllm = served_by_vllm(config, trained.adapter)
         if not by_vllm:
             print("vLLM does not apply this adapter by its names: use --merged for it", file=sys.stderr)
-        save_adapter(trained.adapter, trained.config, facts, output, tokenizer, by_vllm)
+        save_adapter(trained.adapter, trained.config, facts, output, tokenizer, by_vllm, notes)
 
 
 if __name__ == "__main__":

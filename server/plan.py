@@ -18,7 +18,7 @@ from adapters.base import empty_base, load_config, max_positions
 from adapters.export import what_to_know
 from adapters.footprint import MemoryEstimate
 from adapters.model import adapter_parts, adapter_shapes, empty_model
-from adapters.settings import num_steps
+from adapters.settings import TrainSettings, num_steps
 from conf.console import bytes_text, printable
 from conf.footprint import client_memory, server_memory
 from conf.schema import Settings, check_settings
@@ -26,6 +26,7 @@ from gradcodec.build import payload_bytes
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
 from server.account import NOTHING, Account, CodecCost, transfer_seconds
+from server.private import promise
 from strategies.sampling import Sampling
 from tasks.settings import check_window
 from tasks.shards import client_records
@@ -49,6 +50,7 @@ class Plan:
     layout: Layout
     num_records: int | None  # of all clients; None: neither the data nor their number are known
     records_here: bool  # counted, not said by ``task.expected_records``
+    mean_windows: int | None
     steps: int | None
     payload_bytes: int | None  # at most; None: the codec takes what an update needs
     step_bytes: int | None  # of a coded broadcast, at most; None: the adapter goes down as it is
@@ -146,13 +148,15 @@ def plan_of(settings: Settings) -> Plan:
     layout = Layout.of(adapter_shapes(model), adapter_parts(model))
     dense = 4 * layout.num_parameters
     num_records, here = _count_records(settings)
+    windows = _mean_windows(settings, num_records)
     return Plan(
         settings=settings,
         num_base_parameters=sum(prod(p.shape) for p in empty_base(settings.model).parameters()),
         layout=layout,
         num_records=num_records,
         records_here=here,
-        steps=_mean_steps(settings, num_records),
+        mean_windows=windows,
+        steps=_mean_steps(settings.train, windows),
         payload_bytes=payload_bytes(settings.codec, layout) if settings.arm == "coded" else dense,
         step_bytes=_step_bytes(settings, layout),
         codec_cost=_codec_cost(settings),
@@ -182,15 +186,20 @@ def _count_records(settings: Settings) -> tuple[int | None, bool]:
     return sum(len(records_of(client)) for client in range(num_clients)), True
 
 
-def _mean_steps(settings: Settings, num_records: int | None) -> int | None:
-    task, training = settings.task, settings.train
-    if training.epochs is None:
-        return training.steps
+def _mean_windows(settings: Settings, num_records: int | None) -> int | None:
+    """Of a client, if a record is a window; None: not known."""
+    task = settings.task
     if num_records is None or task.packing:
         return None
     share = {"tgap": task.tgap_fraction, "faf": 1 - task.tgap_fraction, "all": 1.0}[task.split]
     windows = num_records / settings.federation.num_clients * (1 - task.heldout_fraction) * share
-    return num_steps(training, max(1, round(min(windows, task.max_windows))))
+    return max(1, round(min(windows, task.max_windows)))
+
+
+def _mean_steps(training: TrainSettings, windows: int | None) -> int | None:
+    if training.epochs is None:
+        return training.steps
+    return None if windows is None else num_steps(training, windows)
 
 
 def print_plan(plan: Plan) -> None:
@@ -228,6 +237,7 @@ def _lines(plan: Plan) -> dict[str, str]:
     return {
         **lines,
         "codec": _codec_line(settings),
+        "privacy": promise(settings, plan.mean_windows),
         "bytes up": f"{_up(plan)}; dense: {_traffic(plan, plan.dense_bytes)}",
         "bytes down": _down(plan),
         **_exchange_lines(plan),

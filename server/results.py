@@ -9,10 +9,12 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from conf.output import provenance
 from conf.schema import Settings
+from privacy.guarantee import in_words
 from server.account import NOTHING, Account, CodecCost, account_of, transfer_seconds
 from strategies.outcomes import KINDS, Downlink, Fault, Uplink
 
@@ -46,6 +48,8 @@ class RunResults:
     refused_nodes: list[NodeRefusal] = field(default_factory=list)
     delivery_bytes: list[int] = field(default_factory=list)  # after each round: to bring every client to its adapter
     codec_cost: CodecCost = NOTHING
+    privacy: dict[str, Any] = field(default_factory=dict)  # what is promised of the clients' data (privacy.guarantee)
+    ended_early: str = ""  # before its last round, and why
 
     def account(self) -> Account:
         """Of the whole run."""
@@ -117,7 +121,8 @@ class RunResults:
         account = self.account().to_json()
         sent = {
             "rounds": f"{done}, {federation.clients_per_round} of {federation.num_clients} clients drawn for each",
-            **self._who_took_part(),
+            **({"ended early": self.ended_early} if self.ended_early else {}),
+            **({} if settings.privacy.secret_sampling else self._who_took_part()),
             "codec": settings.codec.name if settings.arm == "coded" else "none",
             "bytes up per client and round": f"{self.payload_bytes_per_client_round:,.0f}",
             "bits up per parameter": f"{self.bits_per_parameter:.3f}",
@@ -135,6 +140,10 @@ class RunResults:
             "made with": ", ".join(f"{name} {version}" for name, version in provenance().items()),
         }
 
+    def notes(self) -> dict[str, list[str]]:
+        """Sections of a model card, title -> paragraphs."""
+        return {"Privacy": in_words(self.privacy)} if self.privacy else {}
+
     def state(self) -> dict[str, Any]:
         """What cannot be derived, as JSON."""
         return {
@@ -147,6 +156,8 @@ class RunResults:
             "refused_nodes": [dataclasses.asdict(refusal) for refusal in self.refused_nodes],
             "delivery_bytes": self.delivery_bytes,
             "codec_cost": dataclasses.asdict(self.codec_cost),
+            "privacy": self.privacy,
+            "ended_early": self.ended_early,
         }
 
     @classmethod
@@ -163,6 +174,8 @@ class RunResults:
             [_record(NodeRefusal, refusal) for refusal in _typed(state.get("refused_nodes", []), list)],
             [_typed(size, int) for size in _typed(state["delivery_bytes"], list)],
             _record(CodecCost, state["codec_cost"]),
+            _typed(state.get("privacy", {}), dict),
+            _typed(state.get("ended_early", ""), str),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -205,7 +218,13 @@ def _record(schema: type[T], content: Any) -> T:
     kinds = get_type_hints(schema)
     if not isinstance(content, dict) or not content.keys() <= kinds.keys():
         raise TypeError(f"{str(content)[:60]!r} is no {schema.__name__}")
-    return schema(**{key: _typed(value, kinds[key]) for key, value in content.items()})
+    return schema(**{key: _typed_or_none(value, kinds[key]) for key, value in content.items()})
+
+
+def _typed_or_none(value: Any, kind: Any) -> Any:
+    """As ``_typed``; of what may be missing None is an answer as well."""
+    others = [one for one in get_args(kind) if one is not NoneType]
+    return None if others and value is None else _typed(value, others[0] if others else kind)
 
 
 def load_results(path: Path, settings: Settings) -> RunResults:

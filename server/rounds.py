@@ -35,6 +35,7 @@ from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
 from gradcodec.rounds import codec_at
 from gradcodec.trial import check_budgets
+from privacy.errors import BudgetSpentError
 from server.account import NOTHING, CodecCost
 from server.alive import alive
 from server.checkpoint import Checkpoint, go_back, load_checkpoint, save_checkpoint
@@ -42,6 +43,7 @@ from server.evaluate import Evaluator
 from server.events import EventLog
 from server.journal import Journal
 from server.metrics import serve_metrics
+from server.private import Books
 from server.progress import shown
 from server.results import RunResults
 from strategies.broadcast import CodedBroadcaster, DenseBroadcaster
@@ -116,6 +118,7 @@ def prepare(
     recording = RecordingStrategy(inner, layout) if settings.record is not None else None
     federation = settings.federation
     ways = _ways(settings, layout, evaluator)  # settles the codec's basis, too
+    books = Books(settings, Path(settings.output), goes_on=before is not None)
     config = ConfigRecord({SETTINGS: settings.to_json()})
     strategy = FederatedStrategy(
         recording or inner,
@@ -124,9 +127,10 @@ def prepare(
         Sampling(
             federation.num_clients,
             federation.clients_per_round,
-            settings.seed,
+            books.draws,
             federation.max_failures,
             federation.rest_rounds,
+            books.ledger,
         ),
         NormBound(settings.strategy.clip_norm_ratio, settings.strategy.max_norm_ratio),
         journal,
@@ -134,9 +138,11 @@ def prepare(
             federation.min_replies,
             num_examples(settings.train, settings.task.max_windows),
             federation.wait_seconds,
+            says_loss=not settings.privacy.is_private,
         ),
     )
-    run = Federation(grid, settings, evaluator, strategy, journal, recording)
+    run = Federation(grid, settings, evaluator, strategy, journal, books)
+    run.recording = recording
     if before is not None:
         run.restore(before)
     return run
@@ -178,7 +184,7 @@ class Federation:
         evaluator: Evaluator,
         strategy: FederatedStrategy,
         journal: Journal,
-        recording: RecordingStrategy | None = None,
+        books: Books,
     ) -> None:
         self.grid = grid
         self.settings = settings
@@ -187,7 +193,8 @@ class Federation:
         self.strategy = strategy
         self.journal = journal
         self.results = journal.results
-        self.recording = recording
+        self.books = books
+        self.recording: RecordingStrategy | None = None
         self.adapter: Mapping[str, Tensor] = evaluator.initial
         self.done = 0  # rounds
         self._good: tuple[int, Mapping[str, Tensor]] | None = None  # the last round that was evaluated, and its adapter
@@ -238,9 +245,10 @@ class Federation:
     def _write_results(self) -> None:
         """Raises ValueError: the disk is full or cannot be written; the last checkpoint holds all that is needed."""
         try:
+            self.books.report(self.results)
             if self.recording is not None and self.settings.record is not None:
                 self.recording.save(Path(self.settings.record))
-            self.evaluator.save(self.adapter, self.results.facts(), self.output / "adapter")
+            self._write_adapter(self.adapter)
             write_json(self.results.to_json(), self.output / "results.json")
         except (OSError, OutputError, SafetensorError) as error:
             raise ValueError(
@@ -248,11 +256,21 @@ class Federation:
                 f"resume={self.output} writes them"
             ) from None
 
+    def _write_adapter(self, adapter: Mapping[str, Tensor]) -> None:
+        self.evaluator.save(adapter, self.results.facts(), self.output / "adapter", self.results.notes())
+
     def _run_rounds(self) -> None:
         """What a round gave is evaluated while the clients of the next one train: that is why the checkpoint before
         the last is kept."""
         for server_round in range(self.done + 1, self.settings.federation.rounds + 1):
-            new = from_record(self._round(server_round))
+            try:
+                new = from_record(self._round(server_round))
+            except BudgetSpentError as error:
+                if not self.done:
+                    raise
+                self.results.ended_early = f"after round {self.done} of {self.settings.federation.rounds}: {error}"
+                self.journal.event("budget_spent", server_round=self.done, reason=self.results.ended_early)
+                break
             if not all(bool(tensor.isfinite().all()) for tensor in new.values()):
                 raise Diverged(f"the adapter after round {server_round} holds NaN or infinity")
             self.adapter, self.done = new, server_round
@@ -270,6 +288,7 @@ class Federation:
 
         Raises:
             RoundError: it came to nothing every time.
+            BudgetSpentError: the privacy budget allows no such round.
         """
         federation = self.settings.federation
         for attempt in range(federation.retries + 1):
@@ -316,6 +335,7 @@ class Federation:
         """A checkpoint; where it cannot be written the run goes on, and the next round tries again."""
         checkpoint = Checkpoint(self.settings, self.done, dict(self.adapter), self.results, self.strategy.state())
         try:
+            self.books.report(self.results)
             save_checkpoint(checkpoint, self.output)
         except OutputError as error:
             reason = f"no checkpoint of round {self.done} in output={self.output}: {error}"
@@ -339,5 +359,5 @@ class Federation:
         if good > 0:
             go_back(self.output, good)
             what += f". resume={self.output} goes on from round {good}"
-        self.evaluator.save(adapter, self.results.facts(), self.output / "adapter")
+        self._write_adapter(adapter)
         return f"{what}. The adapter of round {good} is in {self.output / 'adapter'}"

@@ -52,6 +52,7 @@ class Limits:
     min_replies: int = 1  # a round with fewer usable replies comes to nothing
     max_examples: float = float("inf")  # a client's weight is its own word: this bounds it
     wait_seconds: float = 180.0  # for one of a round's nodes to be connected
+    says_loss: bool = True  # clients say their training loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +100,10 @@ class FederatedStrategy(AdapterStrategy):
 
         Raises:
             RoundError: none of them was within ``limits.wait_seconds``.
+            BudgetSpentError: the run's privacy budget allows no such round.
         """
         begin_round(self.inner)
-        chosen = self.sampling.sample(server_round)
+        chosen = self.sampling.sample(server_round, self.limits.min_replies)
         self._nodes = self._present(chosen)
         for partition in chosen:
             if partition not in self._nodes:
@@ -111,6 +113,7 @@ class FederatedStrategy(AdapterStrategy):
                 f"round {server_round}: none of the nodes of its {len(chosen)} clients was connected within "
                 f"{self.limits.wait_seconds:.0f} s (federation.wait_seconds)"
             )
+        self.sampling.asked(server_round, self._nodes)
         # Flower's sampling waits for ever for nodes to come: it is shown those that are there, and takes them all
         partition_of = {node: partition for partition, node in self._nodes.items()}
         shown = cast(Grid, SimpleNamespace(get_node_ids=lambda: sorted(partition_of)))
@@ -287,9 +290,8 @@ class FederatedStrategy(AdapterStrategy):
         """The replies that are whole and are what they say, by ascending partition; all others are noted."""
         seen: dict[str, int] = {}  # digest -> the partition that it first came from
         for partition, reply in in_order(sorted(self._nodes), self._partition_of, replies):
-            found = receive(
-                reply, Asked(server_round, partition, self.limits.max_examples), self.receiver, self.current
-            )
+            asked = Asked(server_round, partition, self.limits.max_examples, self.limits.says_loss)
+            found = receive(reply, asked, self.receiver, self.current)
             if isinstance(found, Decoded) and found.uplink.update_norm > 0:
                 first = seen.setdefault(found.uplink.payload_digest, partition)
                 if first != partition:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradcodec.flower.wrapping import WrappingStrategy
 from strategies.tensors import moved_to_record
-from strategies.wire import ARRAYS, METRICS, NUM_EXAMPLES, REPLY_METRICS, metric
+from strategies.wire import ARRAYS, METRICS, NUM_EXAMPLES, metric
 
 
 class MeanStrategy(WrappingStrategy):
@@ -28,16 +28,17 @@ class MeanStrategy(WrappingStrategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         sums: dict[str, Tensor] = {}
-        metrics = dict.fromkeys(REPLY_METRICS, 0.0)
+        metrics: dict[str, float] = {}
         examples, last = 0.0, None
         for reply in replies:
-            weight = metric(reply.content.metric_records[METRICS], NUM_EXAMPLES)
+            said = reply.content.metric_records[METRICS]
+            weight = metric(said, NUM_EXAMPLES)
             record = reply.content.array_records[ARRAYS]
             for name in list(record):  # used up, a tensor at a time: Flower's records are cycles, which live on
                 tensor = torch.from_numpy(np.asarray(record.pop(name).numpy(), np.float32))
                 sums.setdefault(name, torch.zeros_like(tensor)).add_(tensor, alpha=weight)
-            for key in metrics:
-                metrics[key] += weight * metric(reply.content.metric_records[METRICS], key)
+            for key in said:
+                metrics[key] = metrics.get(key, 0.0) + weight * metric(said, key)
             examples += weight
             last = reply
         if last is None:

@@ -19,7 +19,7 @@ class Uplink:
     partition: int
     payload_bytes: int
     payload_digest: str
-    train_loss: float
+    train_loss: float | None  # None: withheld, as it is not private
     seconds_train: float
     seconds_encode: float
     update_norm: float = 0.0  # L2, of the whole decoded update

@@ -28,6 +28,7 @@ from strategies.wire import (
     METRICS,
     NUM_EXAMPLES,
     PARTITION,
+    PRIVATE_METRICS,
     REPLY_METRICS,
     SECONDS_ENCODE,
     SECONDS_TRAIN,
@@ -46,6 +47,7 @@ class Asked:
     server_round: int
     partition: int
     max_examples: float  # a client's weight in the mean is its own word: this bounds it
+    says_loss: bool = True  # else the loss is withheld
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,10 @@ def _metrics_of(content: RecordDict, asked: Asked) -> MetricRecord:
     if not arrays or metrics is None or len(content) != 2:
         names = ", ".join(sorted(str(name)[:20] for name in content)[:8])
         raise ValueError(f"its reply holds no arrays, no metrics, or more: {names}")
-    values = [metric(metrics, key) for key in REPLY_METRICS]
+    keys = REPLY_METRICS if asked.says_loss else PRIVATE_METRICS
+    values = [metric(metrics, key) for key in keys]
     if len(metrics) != len(values) or not all(map(math.isfinite, values)):
-        raise ValueError(f"its metrics are not the finite numbers {', '.join(REPLY_METRICS)}")
+        raise ValueError(f"its metrics are not the finite numbers {', '.join(keys)}")
     examples = metric(metrics, NUM_EXAMPLES)
     if not 1 <= examples <= asked.max_examples:
         raise ValueError(f"it says {examples:g} examples: between 1 and {asked.max_examples:g} are expected")
@@ -161,7 +164,7 @@ def _uplink_of(content: RecordDict, metrics: MetricRecord, asked: Asked) -> Upli
         asked.partition,
         sum(map(len, data)),
         digest_of(data[0] if len(data) == 1 else b"".join(data)),
-        metric(metrics, TRAIN_LOSS),
+        metric(metrics, TRAIN_LOSS) if asked.says_loss else None,
         metric(metrics, SECONDS_TRAIN),
         metric(metrics, SECONDS_ENCODE),
     )

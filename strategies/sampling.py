@@ -7,9 +7,12 @@ the same clients in every run and on every back end.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
 from gradcodec.state import pairs, table_of
+from privacy.errors import BudgetSpentError
+from privacy.ledger import Ledger
 from strategies.errors import FederationError
 
 
@@ -21,8 +24,19 @@ class Sampling:
     """
 
     def __init__(
-        self, num_partitions: int, clients_per_round: int, seed: int, max_failures: int = 3, rest_rounds: int = 5
+        self,
+        num_partitions: int,
+        clients_per_round: int,
+        seed: int | str,
+        max_failures: int = 3,
+        rest_rounds: int = 5,
+        ledger: Ledger | None = None,
     ) -> None:
+        """
+        Args:
+            seed: of the draws. A text that nobody else knows makes them secret.
+            ledger: counts who was asked how often; who has spent a privacy budget is not asked again. None: no budget.
+        """
         if not 1 <= clients_per_round <= num_partitions:
             raise FederationError(
                 f"federation.clients_per_round={clients_per_round} of {num_partitions} clients: "
@@ -33,15 +47,35 @@ class Sampling:
         self.seed = seed
         self.max_failures = max_failures
         self.rest_rounds = rest_rounds
+        self.ledger = ledger
+        self._drawn = 0, 0  # how many were drawn last, of how many
         self.failures: dict[int, int] = {}  # partition -> failures in a row
         self.resting: dict[int, int] = {}  # partition -> the last round that it is left out of
 
-    def sample(self, server_round: int) -> list[int]:
-        """The partitions of a round, ascending; depends on seed, round and who rests. All rest: all are awake."""
-        everyone = range(self.num_partitions)
-        awake = [p for p in everyone if self.resting.get(p, 0) < server_round] or list(everyone)
+    def sample(self, server_round: int, least: int = 1) -> list[int]:
+        """The partitions of a round, ascending; depends on seed, round, who rests and who has spent its budget. All
+        rest: all are awake.
+
+        Raises:
+            BudgetSpentError: of fewer than ``least`` the privacy budget allows another answer.
+        """
+        everyone = [p for p in range(self.num_partitions) if self.ledger is None or not self.ledger.is_spent(p)]
+        if len(everyone) < least:
+            raise BudgetSpentError(
+                f"round {server_round}: the privacy budget allows {len(everyone)} of {self.num_partitions} clients "
+                f"another answer, and a round needs {least}"
+            )
+        awake = [p for p in everyone if self.resting.get(p, 0) < server_round] or everyone
         order = random.Random(f"{self.seed}/{server_round}")
-        return sorted(order.sample(awake, min(self.clients_per_round, len(awake))))
+        chosen = sorted(order.sample(awake, min(self.clients_per_round, len(awake))))
+        self._drawn = len(chosen), len(awake)
+        return chosen
+
+    def asked(self, server_round: int, partitions: Iterable[int]) -> None:
+        """These are asked now, of those that were drawn last: they may answer, and that counts. Raises
+        BudgetSpentError: it is more than the run's budget allows; nobody may be asked."""
+        if self.ledger is not None:
+            self.ledger.spend(server_round, partitions, *self._drawn)
 
     def failed(self, server_round: int, partition: int) -> str:
         """Counts a failure; gives what follows from it in words, nothing if nothing does."""

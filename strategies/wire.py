@@ -36,8 +36,10 @@ SECONDS_ENCODE = "seconds-encode"
 
 SERVER_ROUND = "server-round"
 
-REPLY_METRICS = (NUM_EXAMPLES, PARTITION, SERVER_ROUND, TRAIN_LOSS, SECONDS_TRAIN, SECONDS_ENCODE)
-"""All that a reply must say, and no more: round and partition, too, so that one of an earlier round is noticed."""
+PRIVATE_METRICS = (NUM_EXAMPLES, PARTITION, SERVER_ROUND, SECONDS_TRAIN, SECONDS_ENCODE)
+REPLY_METRICS = (*PRIVATE_METRICS, TRAIN_LOSS)
+"""All that a reply must say, and no more: round and partition, too, so that one of an earlier round is noticed. Where
+the clients' data are protected the loss is withheld: no noise is in it."""
 
 SETTINGS = "settings"  # the run's resolved settings, as JSON
 MEMORY_VARIABLE = "CG_FEDLLM_MEMORY"  # environment: where the clients of a simulation keep residuals

@@ -1,0 +1,139 @@
+"""A client's own part of a run's privacy: how much noise goes into what it sends, and whether it may send at all.
+
+The count of what was sent lies on the node's disk and is written before anything is: whatever a server asks for, a node
+releases no more than the run's budget allows. Beside the count stands what it means, for the node's owner.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.private import Protection, sampling_rate
+from adapters.settings import num_steps
+from client.residuals import COUNTS
+from conf.output import write_json
+from conf.schema import Settings
+from privacy.accounting import Release
+from privacy.budget import allowed_releases, deviation, release_of, spent_epsilon
+from privacy.errors import BudgetSpentError, PrivacyError
+from privacy.ledger import Ledger
+from privacy.mechanism import Normals, clipped, noised
+from privacy.normal import normals
+from privacy.stream import Stream
+
+_LOG = logging.getLogger(__name__)
+_WINDOWS, _NOISE = b"windows", b"noise"
+
+
+class Guard:
+    """Of one partition in one run."""
+
+    def __init__(self, settings: Settings, num_windows: int, folder: Path, partition: int) -> None:
+        """
+        Args:
+            settings: as the server settled them.
+            num_windows: that this client trains on.
+            folder: of this run in the node's memory.
+            partition: of the client.
+
+        Raises:
+            PrivacyError: no noise is enough, or nobody knows what was released before.
+        """
+        self.settings = settings.privacy
+        self.partition = partition
+        self._least_replies = settings.federation.min_replies
+        self._one_by_one = settings.model.gradient_checkpointing or settings.model.compile
+        rate = sampling_rate(settings.train, num_windows)
+        self.release: Release = release_of(self.settings, rate, num_steps(settings.train, num_windows))
+        self._path = folder / f"{COUNTS}{partition}.json"
+        self._last = ""  # which message was counted last
+        self.ledger = Ledger(allowed_releases(self.settings, self.release), self._write)
+        self._load()
+
+    def spend(self, server_round: int, secret: bytes) -> None:
+        """Counts an answer, for good, and the same one once: its noise comes from its secret, so that an answer that is
+        made again is the one before.
+
+        Raises:
+            BudgetSpentError: no more is allowed.
+        """
+        message = hashlib.sha256(secret + b"message").hexdigest()
+        if message == self._last:
+            return
+        if self.ledger.is_spent(self.partition):
+            raise BudgetSpentError(
+                f"the privacy budget of partition {self.partition} in this run is spent: it has answered "
+                f"{self.ledger.most} times"
+            )
+        self._last = message
+        self.ledger.spend(server_round, [self.partition], 1, 1)
+
+    def protection(self, secret: bytes) -> Protection:
+        """DP-SGD's bound and noise, from randomness of this message alone (``record_dp``)."""
+        drawn = Stream(_key(secret, _WINDOWS))
+        return Protection(
+            self.settings.clip,
+            self.release.noise_multiplier,
+            lambda count: torch.from_numpy(drawn.uniforms(count)),
+            _normals(secret),
+            self._one_by_one,
+        )
+
+    def hidden(self, update: Mapping[str, Tensor], secret: bytes) -> dict[str, Tensor]:
+        """The update, clipped and noised (``client_dp``). Raises PrivacyError: it is not finite."""
+        noise = deviation(self.settings, self._least_replies)
+        return noised(clipped(update, self.settings.clip), noise, _normals(secret))
+
+    def _load(self) -> None:
+        if not self._path.is_file():
+            return
+        try:
+            state = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise PrivacyError(f"{self._path}: nobody knows what this client has released: {error}") from None
+        self.ledger.load_state(state)
+        self._last = str(state.get("last", ""))
+
+    def _write(self, state: dict[str, Any]) -> None:
+        settings, most = self.settings, self.ledger.most
+        account: dict[str, Any] = {
+            "unit": settings.name,
+            "noise_multiplier": self.release.noise_multiplier,
+            "sampling": self.release.sampling,
+            "steps": self.release.steps,
+            "delta": settings.delta,
+            "allowed": self.ledger.allowed,
+        }
+        if settings.noise == "local":
+            account["epsilon"] = spent_epsilon(settings, self.release, most)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_json({**state, "last": self._last, "account": account}, self._path)
+
+
+def secret_of(settings: Settings, server_round: int, partition: int, drawn: bytes) -> bytes:
+    """What a message's noise comes from, 32 bytes: what was drawn for it, unless an experiment wants to be repeated.
+
+    Args:
+        drawn: 32 bytes from the operating system, of this message alone.
+    """
+    seed = settings.privacy.noise_seed
+    if seed is None:
+        return drawn
+    return hashlib.sha256(f"noise of an experiment/{seed}/{server_round}/{partition}".encode()).digest()
+
+
+def _normals(secret: bytes) -> Normals:
+    stream = Stream(_key(secret, _NOISE))
+    return lambda shape: torch.from_numpy(normals(tuple(shape), stream)).float()
+
+
+def _key(secret: bytes, purpose: bytes) -> bytes:
+    return hashlib.sha256(secret + purpose).digest()
