@@ -186,6 +186,7 @@ def check_settings(settings: Settings) -> None:
     if settings.backend.name not in BACKENDS:
         raise ValueError(f"backend.name={settings.backend.name!r} is none of {', '.join(BACKENDS)}")
     _check_federation(settings.federation)
+    check_privacy(settings.privacy)
     _check_together(settings)
     check_seed(settings.seed)
     check_model(settings.model)
@@ -193,7 +194,6 @@ def check_settings(settings: Settings) -> None:
     check_training(settings.train)
     check_task(settings.task)
     check_strategy(settings.strategy)
-    check_privacy(settings.privacy)
     if settings.arm == "coded":
         _check_codec_group(settings.codec)
     if settings.backend.name == "simulation" and settings.arm in ("dense", "coded"):
@@ -253,6 +253,11 @@ def _check_private_run(settings: Settings) -> None:
         raise ValueError(
             "privacy.noise=sum needs codes that add up, as the noise of one client alone hides little: give "
             "privacy.secure_aggregation=true, or arm=dense, or privacy.noise=local"
+        )
+    if privacy.noise == "sum" and settings.federation.min_replies < 2:
+        raise ValueError(
+            f"privacy.noise=sum needs federation.min_replies=N, the least number of clients that share the noise of a "
+            f"round: with {settings.federation.min_replies} each would add all of it"
         )
     if secure and settings.arm != "coded":
         raise ValueError(f"privacy.secure_aggregation=true needs arm=coded, not arm={settings.arm}")

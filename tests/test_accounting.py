@@ -29,7 +29,7 @@ def moments_accountant(release: Release, releases: int) -> float:
         np.array([1 + x / 10 for x in range(1, 600)]), dp.NeighboringRelation.ADD_OR_REMOVE_ONE
     ).compose(release.event(releases))
     return min(
-        rdp + math.log(1 / DELTA) / (order - 1)
+        float(rdp) + math.log(1 / DELTA) / (order - 1)
         for order, rdp in zip(accountant.orders, accountant.rdp, strict=True)
         if math.isfinite(rdp)
     )
@@ -86,7 +86,7 @@ def test_releases_within_a_budget() -> None:
 def test_replacing_costs_at_most_twice_the_sensitivity() -> None:
     one, other = epsilon_of(Release(4.0), 3, DELTA), epsilon_if_replaced(Release(4.0), 3, DELTA)
     assert other == pytest.approx(epsilon_of(Release(2.0), 3, DELTA))
-    assert one < other
+    assert other is not None and one < other
     assert epsilon_if_replaced(Release(4.0, 0.1), 3, DELTA) is None
 
 

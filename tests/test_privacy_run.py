@@ -1,12 +1,12 @@
-"""Federations with differential privacy, on an in-process Grid over the real ClientApp: what is counted, what is noised,
-what is withheld, and what a run says of it."""
+"""Federations with differential privacy, on an in-process Grid over the real ClientApp: what is counted, noised and
+withheld, and what a run says of it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,10 +18,12 @@ from test_federation import run, settings_for
 
 import client.private as private
 from conf.schema import Settings, check_settings
+from gradcodec.client import ClientEnd
 from gradcodec.exchange import decode_blocks
 from gradcodec.transfers import context_of
 from privacy.accounting import Release, epsilon_of
 from privacy.errors import BudgetSpentError, PrivacyError
+from privacy.mechanism import clipped
 from server.federate import resumed
 from server.private import LEDGER, REPORT, promise
 from strategies.wire import METRICS, NUM_EXAMPLES, SERVER_ROUND, TRAIN_LOSS
@@ -38,7 +40,7 @@ def private_settings(folder: Path, run: str, kind: str = "client_dp", **changes:
 class Watched(InProcessGrid):
     """Keeps what the clients sent."""
 
-    replies: list[Message] = []
+    replies: ClassVar[list[Message]] = []
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -58,7 +60,7 @@ def noises(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, torch.Tensor
 
     def watched(guard: private.Guard, update: Any, secret: bytes) -> dict[str, torch.Tensor]:
         hidden = true(guard, update, secret)
-        seen.append((private.clipped(update, guard.settings.clip), hidden))
+        seen.append((clipped(update, guard.settings.clip), hidden))
         return hidden
 
     monkeypatch.setattr(private.Guard, "hidden", watched)
@@ -72,7 +74,7 @@ def values(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_the_noise_is_as_stated_on_every_message(
     tmp_path: Path, noises: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]
 ) -> None:
-    """Variance and independence at 99.9 % confidence each, on all messages of a run, of its resume and of its retries."""
+    """Variance and independence at 99.9 % confidence each, on all messages of a run and of its resume."""
     settings = private_settings(tmp_path, "run", clip=0.5, epsilon=4.0)
     settings.federation.rounds = 2
     run(settings, tmp_path)
@@ -183,10 +185,8 @@ def settings_with_noise(settings: Settings) -> Settings:
 def test_residuals_hold_nothing_without_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What error feedback carries over is a function of noised updates alone: payload and residual add up to the noised
     update and the residual before, to rounding."""
-    import client.trainer as trainer
-
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    true = trainer.ClientEnd.encode
+    true = ClientEnd.encode
 
     def watched(end: Any, update: Any, memory: Any, place: Any) -> bytes:
         payload = true(end, update, memory, place)
@@ -196,7 +196,7 @@ def test_residuals_hold_nothing_without_noise(tmp_path: Path, monkeypatch: pytes
         seen.append((end.layout.to_blocks(update), decoded + residual.error_RC))
         return payload
 
-    monkeypatch.setattr(trainer.ClientEnd, "encode", watched)
+    monkeypatch.setattr(ClientEnd, "encode", watched)
     settings = private_settings(tmp_path, "run", epsilon=8.0)
     settings.arm, settings.codec.name, settings.federation.rounds = "coded", "rotated", 1
     run(settings, tmp_path)
@@ -253,11 +253,13 @@ def test_sums_and_secret_draws(tmp_path: Path) -> None:
 )
 def test_settings_that_cannot_be_served(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        check_settings(private_settings(tmp_path, "run", **{"kind": "client_dp", **changes}))
+        check_settings(private_settings(tmp_path, "run", "client_dp", **changes))
 
 
 def test_noise_in_the_sum_needs_a_code_that_adds_up(tmp_path: Path) -> None:
     settings = private_settings(tmp_path, "run", noise="sum")
+    with pytest.raises(ValueError, match="needs federation.min_replies=N"):
+        check_settings(settings)
     settings.arm = "coded"
     with pytest.raises(ValueError, match="needs codes that add up"):
         check_settings(settings)
