@@ -34,7 +34,7 @@ class Protection:
 
     clip: float  # largest L2 norm of a window's gradient, over all of the adapter's tensors
     noise_multiplier: float  # standard deviation of the noise in the sum, over ``clip``
-    uniforms: Callable[[int], Tensor]  # so many numbers from 0 to 1, the same on every process of a team
+    uniforms: Callable[[int], Tensor]  # so many numbers in (0, 1], the same on every process of a team
     normals: Callable[[torch.Size], Tensor]  # standard normals of a shape, float32; asked for by the first of a team
     one_by_one: bool = False  # a pass for every window: where layers run twice or are compiled, hooks see no windows
 
@@ -84,7 +84,7 @@ def _private_gradients(
     rate = sampling_rate(settings, len(windows))
     for _ in range(num_steps(settings, len(windows))):
         model.train()
-        picked = (protection.uniforms(len(windows)) < rate).nonzero().flatten()
+        picked = (protection.uniforms(len(windows)) <= rate).nonzero().flatten()
         sums, loss = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters], 0.0
         size = 1 if protection.one_by_one else settings.micro_batch_size
         for micro_batch in team.share(list(windows[picked].split(size)) if len(picked) else []):

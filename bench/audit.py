@@ -111,7 +111,7 @@ def record_level(stream: Stream) -> Answers:
         protection = Protection(
             clip=1e-3,  # far below the gradient's norm: the canary is as long as it may be
             noise_multiplier=noise,
-            uniforms=lambda count: torch.full((count,), 0.0 if there else 1.0, dtype=torch.float64),
+            uniforms=lambda count: torch.full((count,), 0.0 if there else 2.0, dtype=torch.float64),
             normals=lambda shape: torch.from_numpy(normals(tuple(shape), stream)).float(),
             one_by_one=True,
         )

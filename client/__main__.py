@@ -11,6 +11,7 @@ End it with Ctrl-C or SIGTERM: it frees the GPUs.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -79,6 +80,7 @@ def _node_config(args: argparse.Namespace, private: Path) -> NodeConfig:
         resident_trainer=not args.no_trainer,
         trust_remote_code=args.trust_remote_code,
         trust_server_code=args.trust_server_code,
+        max_epsilon=args.max_epsilon,
     )
 
 
@@ -149,6 +151,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run whatever app the server sends; default: only one that is this checkout's own, file by file",
     )
+    parser.add_argument(
+        "--max-epsilon",
+        type=float,
+        metavar="E",
+        help="take part in runs with differential privacy alone, and only until their epsilons add up to E",
+    )
     parser.add_argument("--memory", type=Path, help="where residuals are kept (default ~/.cache/cg-fedllm/memory)")
     parser.add_argument("--logs", type=Path, help="where logs go (default: a new folder below the temporary one)")
     parser.add_argument("--no-trainer", action="store_true", help="load model and data anew for every message")
@@ -171,6 +179,8 @@ def _checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[
         parser.error(
             f"--gpus-per-client {args.gpus_per_client}: at least 1, and more than 1 needs the resident trainer"
         )
+    if args.max_epsilon is not None and not 0 < args.max_epsilon < math.inf:
+        parser.error(f"--max-epsilon {args.max_epsilon:g} must be a number greater than 0")
     if not args.insecure:
         _check_keys(parser, args, len(partitions))
     for key in ("model_path", "task_path", "codec_artifact"):

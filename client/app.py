@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.link import ResidentTrainer, trainer_at
-from client.work import TRUST, Work
+from client.work import MAX_EPSILON, TRUST, Work
 from gradcodec.transfers import Broadcast
 from strategies.folding import fold, unfold
 from strategies.wire import (
@@ -44,8 +44,8 @@ from strategies.wire import (
 if TYPE_CHECKING:
     from client.trainer import Trainer
 
-NODE_KEYS = ("model-path", "task-path", "codec-artifact", TRUST)
-"""Keys of a node's config by which it says where its own copies lie, and whom it trusts."""
+NODE_KEYS = ("model-path", "task-path", "codec-artifact", TRUST, MAX_EPSILON)
+"""Keys of a node's config by which it says where its own copies lie, whom it trusts, and what it gives away."""
 
 TRAINER_SOCKET = "trainer-socket"
 """Where the node's resident trainer listens."""

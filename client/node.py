@@ -12,7 +12,7 @@ from pathlib import Path
 
 from client.console import PartitionConsole, print_event
 from client.own_app import APP_VARIABLE, CHECKOUT
-from client.work import TRUST
+from client.work import MAX_EPSILON, TRUST
 from conf.processes import Child, path_with_binaries
 
 ENVIRONMENT = {
@@ -41,6 +41,7 @@ class NodeConfig:
     resident_trainer: bool = True
     trust_remote_code: bool = False  # a model's own Python code
     trust_server_code: bool = False  # any app that the server sends
+    max_epsilon: float | None = None  # of all runs on this node's data together; None: its owner sets no bound
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def _supernode(node: NodeConfig, own: PartitionConfig, environment: dict[str, st
     config += [f'{key}="{path.absolute()}"' for key, path in node.paths.items()]
     if node.trust_remote_code:
         config.append(f'{TRUST}="true"')
+    if node.max_epsilon is not None:
+        config.append(f'{MAX_EPSILON}="{node.max_epsilon}"')
     if node.resident_trainer:
         config.append(f'trainer-socket="{_socket(node, own.partition)}"')
     trust = ["--insecure"]

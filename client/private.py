@@ -33,6 +33,58 @@ _LOG = logging.getLogger(__name__)
 _WINDOWS, _NOISE = b"windows", b"noise"
 
 
+class Owner:
+    """What a node's owner allows of a partition's data over all runs: their epsilons, and their deltas, add up (Dwork
+    and Roth 2014, theorem 3.16)."""
+
+    def __init__(self, memory: Path, partition: int, max_epsilon: float | None) -> None:
+        """
+        Args:
+            memory: the node's, of all runs.
+            partition: whose data they are.
+            max_epsilon: None: the owner sets no bound, and nothing is kept.
+        """
+        self.max_epsilon = max_epsilon
+        self._path = memory / f"spent-{partition}.json"
+
+    def check(self, settings: Settings) -> None:
+        """Raises PrivacyError: the owner does not allow for this run."""
+        if self.max_epsilon is None:
+            return
+        privacy = settings.privacy
+        if not privacy.is_private or privacy.epsilon is None or privacy.noise_seed is not None:
+            what = f"privacy.name={privacy.name}, privacy.epsilon={privacy.epsilon}, no noise that can be repeated"
+            raise PrivacyError(f"this node takes part in runs with a privacy budget alone (--max-epsilon), not {what}")
+        if privacy.noise == "sum":
+            raise PrivacyError(
+                "this node's owner bounds what the server itself learns (--max-epsilon), and privacy.noise=sum does not"
+            )
+        others = sum(spent for run, spent in self._spent().items() if run != settings.run_id)
+        if others + privacy.epsilon > self.max_epsilon:
+            raise PrivacyError(
+                f"this run wants an epsilon of {privacy.epsilon:g}, and of the {self.max_epsilon:g} that this node's "
+                f"owner allows for all runs (--max-epsilon) {others:g} are spent"
+            )
+
+    def enter(self, settings: Settings) -> None:
+        """Counts a run's whole budget, once, before it releases anything."""
+        self.check(settings)
+        spent = self._spent() if self.max_epsilon is not None else {}
+        if self.max_epsilon is not None and settings.run_id not in spent:
+            assert settings.privacy.epsilon is not None
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json({**spent, settings.run_id: settings.privacy.epsilon}, self._path)
+
+    def _spent(self) -> dict[str, float]:
+        """Run -> its epsilon."""
+        if not self._path.is_file():
+            return {}
+        try:
+            return {str(run): float(spent) for run, spent in json.loads(self._path.read_text()).items()}
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise PrivacyError(f"{self._path}: nobody knows what earlier runs have spent: {error}") from None
+
+
 class Guard:
     """Of one partition in one run."""
 

@@ -28,8 +28,8 @@ from adapters.settings import is_hub_name, num_examples
 from adapters.team import Team
 from client.console import note, round_line
 from client.memory import DiskMemory
-from client.private import Guard, secret_of
-from client.work import TRUST, Arrays, Overrides, Trained, Work
+from client.private import Guard, Owner, secret_of
+from client.work import MAX_EPSILON, TRUST, Arrays, Overrides, Trained, Work
 from conf.basis import codecs_of
 from conf.footprint import client_memory
 from conf.remedies import COPY_IT, codec_remedies
@@ -61,11 +61,13 @@ class _Loaded:
 class Trainer:
     """One per process and settings; serves any partition."""
 
-    def __init__(self, settings: Settings, own_data: bool = False) -> None:
-        """With ``own_data`` the task's file or folder is this client's alone and is not dealt out."""
+    def __init__(self, settings: Settings, own_data: bool = False, max_epsilon: float | None = None) -> None:
+        """With ``own_data`` the task's file or folder is this client's alone and is not dealt out; ``max_epsilon`` is
+        what the node's owner allows of all runs together."""
         check_settings(settings)
         self.settings = settings
         self.own_data = own_data
+        self.max_epsilon = max_epsilon
         self._shards: dict[int, Shard] = {}
         self._guards: dict[int, Guard] = {}
         self._source = _source_of(settings)
@@ -130,7 +132,13 @@ class Trainer:
         return self._guards[partition]
 
     def allow(self, work: Work) -> None:
-        """Counts this answer against the client's privacy budget, once. Raises BudgetSpentError: it is spent."""
+        """Counts this answer against the client's privacy budget, once.
+
+        Raises:
+            BudgetSpentError: it is spent.
+            PrivacyError: the node's owner does not allow for this run.
+        """
+        Owner(work.memory.parent, work.partition, self.max_epsilon).enter(self.settings)
         if (guard := self.guard(work.partition, work.memory)) is not None:
             guard.spend(work.server_round, self._secret(work))
 
@@ -139,6 +147,7 @@ class Trainer:
         knows what was released of the partition, as the run's ``memory`` says."""
         self.shard(partition)
         if memory is not None:
+            Owner(memory.parent, partition, self.max_epsilon).check(self.settings)
             self.guard(partition, memory)
         if "model" not in self.__dict__:  # once it is in use, its memory is no longer free
             needed = client_memory(self.settings)
@@ -288,7 +297,8 @@ def _new_trainer(settings_json: str, own: dict[str, str]) -> Trainer:
     settings.task = dataclasses.replace(settings.task, path=own.get("task-path", settings.task.path))
     settings.codec = dataclasses.replace(settings.codec, artifact=artifact)
     settings.strategy = StrategySettings()  # the server's alone: a node need not have what it names
-    return Trainer(settings, own_data="task-path" in own)
+    limit = own.get(MAX_EPSILON)
+    return Trainer(settings, own_data="task-path" in own, max_epsilon=None if limit is None else float(limit))
 
 
 def _in_this_checkout(path: str) -> str:

@@ -13,10 +13,12 @@ from gradcodec.transfers import Broadcast
 
 Arrays = dict[str, NDArray[np.float32]]
 Overrides = tuple[tuple[str, str], ...]
-"""What a node says by its node config: its own paths (``model-path``, ``task-path``, ``codec-artifact``), and
-``TRUST``."""
+"""What a node says by its node config: its own paths (``model-path``, ``task-path``, ``codec-artifact``), ``TRUST``
+and ``MAX_EPSILON``."""
 TRUST = "trust-remote-code"
 """``true`` if the node's owner lets a model's own Python code run: a server alone cannot."""
+MAX_EPSILON = "max-epsilon"
+"""What all runs together may give away of a partition's data, by the node's owner."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import dp_accounting as dp
 import numpy as np
@@ -25,11 +26,10 @@ DELTA = 1e-5
 
 def moments_accountant(release: Release, releases: int) -> float:
     """As the papers of 2016 to 2020 have it: Renyi divergence plus log(1 / delta) / (order - 1), the least of them."""
-    accountant = RdpAccountant(
-        np.array([1 + x / 10 for x in range(1, 600)]), dp.NeighboringRelation.ADD_OR_REMOVE_ONE
-    ).compose(release.event(releases))
+    orders = np.array([1 + x / 10 for x in range(1, 600)])
+    accountant: Any = RdpAccountant(orders, dp.NeighboringRelation.ADD_OR_REMOVE_ONE).compose(release.event(releases))
     return min(
-        float(rdp) + math.log(1 / DELTA) / (order - 1)
+        float(rdp + math.log(1 / DELTA) / (order - 1))
         for order, rdp in zip(accountant.orders, accountant.rdp, strict=True)
         if math.isfinite(rdp)
     )

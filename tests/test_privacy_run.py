@@ -17,6 +17,7 @@ from scipy import stats
 from test_federation import run, settings_for
 
 import client.private as private
+from client.app import app as client_app
 from conf.schema import Settings, check_settings
 from gradcodec.client import ClientEnd
 from gradcodec.exchange import decode_blocks
@@ -26,6 +27,7 @@ from privacy.errors import BudgetSpentError, PrivacyError
 from privacy.mechanism import clipped
 from server.federate import resumed
 from server.private import LEDGER, REPORT, promise
+from server.rounds import run_federation
 from strategies.wire import METRICS, NUM_EXAMPLES, SERVER_ROUND, TRAIN_LOSS
 
 
@@ -258,7 +260,7 @@ def test_settings_that_cannot_be_served(tmp_path: Path, changes: dict[str, objec
 
 def test_noise_in_the_sum_needs_a_code_that_adds_up(tmp_path: Path) -> None:
     settings = private_settings(tmp_path, "run", noise="sum")
-    with pytest.raises(ValueError, match="needs federation.min_replies=N"):
+    with pytest.raises(ValueError, match=r"needs federation\.min_replies=N"):
         check_settings(settings)
     settings.arm = "coded"
     with pytest.raises(ValueError, match="needs codes that add up"):
@@ -266,3 +268,21 @@ def test_noise_in_the_sum_needs_a_code_that_adds_up(tmp_path: Path) -> None:
     settings.arm = "centralised"
     with pytest.raises(ValueError, match="asks no clients"):
         check_settings(settings)
+
+
+def test_an_owner_bounds_all_runs_together(tmp_path: Path) -> None:
+    grid_config = {"memory": str(tmp_path / "memory"), "max-epsilon": "10"}
+
+    def attempt(settings: Settings) -> None:
+        run_federation(InProcessGrid(client_app, settings.federation.num_clients, grid_config), settings)
+
+    attempt(private_settings(tmp_path, "one", epsilon=8.0, clip=1e-3))
+    again = resumed(tmp_path / "one", ["federation.rounds=4"])
+    attempt(again)  # the same run: its budget was counted
+    with pytest.raises(ValueError, match=r"of the 10 that this node's owner allows for all runs .* 8 are spent"):
+        attempt(private_settings(tmp_path, "other", epsilon=4.0))
+    with pytest.raises(ValueError, match="takes part in runs with a privacy budget alone"):
+        attempt(settings_for(tmp_path, "open", arm="dense"))
+    attempt(private_settings(tmp_path, "small", epsilon=2.0, clip=1e-3))
+    for spent in (tmp_path / "memory").glob("spent-*.json"):
+        assert sum(json.loads(spent.read_text()).values()) <= 10
