@@ -3,8 +3,7 @@
 Levels, energies in steps of 1.5 dB, as integers: they decide what is sent and in which steps, so both ends must have
 the same to the bit, which floats of two machines are not. Knows numbers; must not know layouts.
 
-    size                      field
-    one a row and one a band  int8 each, deflated together
+    rows, classes of columns and bands: int8 each, deflated together
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from gradcodec.errors import CodecError
 from gradcodec.learned.spectrum import LEVELS_PER_OCTAVE
 
-Bytes = NDArray[np.int8]
+Levels = NDArray[np.int8]
 Doubles = NDArray[np.float64]
 
 LOWEST, HIGHEST = -128, 127
@@ -27,20 +26,21 @@ LOWEST, HIGHEST = -128, 127
 
 @dataclass(frozen=True)
 class Announcement:
-    """Levels int8: what is added to the expected level of every row of every block ``[N]``, and that of the
-    coordinates of every band ``[B]`` of the sum over all clients."""
+    """Levels int8: what is added to the tables' level of every row of every block ``[N]`` and of every class of columns
+    ``[G]``, and that of the coordinates of every band ``[B]`` of the sum over all clients."""
 
-    rows_N: Bytes
-    bands_B: Bytes
+    rows_N: Levels
+    columns_G: Levels
+    bands_B: Levels
 
     def pack(self) -> bytes:
-        """At most about a byte a level; about half of it in practice, since levels of neighbours are alike."""
-        return zlib.compress(self.rows_N.tobytes() + self.bands_B.tobytes(), 9)
+        """At most about a byte a level; half of it in practice, since neighbours are alike."""
+        return zlib.compress(b"".join(part.tobytes() for part in (self.rows_N, self.columns_G, self.bands_B)), 9)
 
     @classmethod
-    def unpack(cls, data: bytes, num_rows: int, num_bands: int) -> Announcement:
+    def unpack(cls, data: bytes, num_rows: int, num_classes: int, num_bands: int) -> Announcement:
         """Inverse of ``pack``. Raises CodecError: these are no bytes of such an announcement."""
-        expected = num_rows + num_bands
+        expected = num_rows + num_classes + num_bands
         unpacker = zlib.decompressobj()
         try:
             levels = unpacker.decompress(data, expected + 1)
@@ -48,19 +48,21 @@ class Announcement:
             raise CodecError(f"an announcement cannot be read: {error}") from None
         if len(levels) != expected or not unpacker.eof or unpacker.unused_data:
             raise CodecError(
-                f"an announcement of {len(levels)} levels: {num_rows} rows and {num_bands} bands are expected; both "
-                "ends need the same model, rank and target modules"
+                f"an announcement of {len(levels)} levels: {expected} are expected; both ends need the same model, "
+                "rank and target modules"
             )
-        values = np.frombuffer(levels, np.int8)
-        return cls(values[:num_rows].copy(), values[num_rows:].copy())
+        rows_N, columns_G, bands_B = np.split(np.frombuffer(levels, np.int8), [num_rows, num_rows + num_classes])
+        return cls(rows_N, columns_G, bands_B)
 
 
-def levels_of(energies: Doubles) -> Bytes:
+def levels_of(energies: Doubles) -> Levels:
     """Energies, at least 0 -> the nearest levels that there are."""
-    levels = np.rint(LEVELS_PER_OCTAVE * np.log2(np.maximum(energies, 2.0**-64)))
-    return np.clip(levels, LOWEST, HIGHEST).astype(np.int8)
+    exact = LEVELS_PER_OCTAVE * np.log2(np.maximum(energies, 2.0**-64))
+    levels: Levels = np.clip(np.rint(exact), LOWEST, HIGHEST).astype(np.int8)
+    return levels
 
 
-def energies_of(levels: NDArray[np.integer]) -> Doubles:
-    """Inverse of ``levels_of``."""
-    return np.exp2(levels / LEVELS_PER_OCTAVE)
+def energies_of(levels: NDArray[np.signedinteger]) -> Doubles:
+    """Inverse of ``levels_of``, for integers of any width."""
+    energies: Doubles = np.exp2(levels / LEVELS_PER_OCTAVE)
+    return energies

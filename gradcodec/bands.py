@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradcodec.announcement import Bytes
+from gradcodec.announcement import Levels
 from gradcodec.lattice import step_of
 from gradcodec.learned.spectrum import LEVELS_PER_OCTAVE
 from gradcodec.residues import Integers
@@ -60,7 +60,7 @@ def gains_of(levels: int, coherence: float, most_digits: int) -> list[int]:
     return gains
 
 
-def allocate(bands_B: Bytes, edges: Sequence[int], num_integers: int, gains: Sequence[int]) -> list[Share]:
+def allocate(bands_B: Levels, edges: Sequence[int], num_integers: int, gains: Sequence[int]) -> list[Share]:
     """Which coordinates get how many digits, so that all of them are ``num_integers``: always the next digit where it
     takes the most from the error.
 

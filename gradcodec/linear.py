@@ -15,7 +15,6 @@ Knows neither masks nor noise. Shape suffixes: R rank, C columns, N coefficients
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradcodec.announcement import Announcement, Bytes, Doubles, energies_of, levels_of
+from gradcodec.announcement import Announcement, Doubles, Levels, energies_of, levels_of
 from gradcodec.bands import Share, allocate, edges_of, gains_of
 from gradcodec.errors import BudgetError, CodecError
+from gradcodec.expected import FEW, MOST_FALL, NUM_CLASSES, QUIETEST, Basis, number_of, order_of
 from gradcodec.lattice import (
     bounded,
     centred,
@@ -39,23 +39,15 @@ from gradcodec.lattice import (
     to_digits,
     total_dither,
 )
-from gradcodec.layout import Layout
-from gradcodec.learned.spectrum import Spectrum
-from gradcodec.learned.tables import LearnedTables
 from gradcodec.peers.eden import rotate_randomly, unrotate_randomly
 from gradcodec.residues import Integers, most_residues, pack_residues, unpack_residues
-from gradcodec.transform import Transform
+
+__all__ = ["Announcement", "Basis", "LinearCode", "Terms", "announce_first"]
 
 MAX_LEVELS = 255
 _MOST_DIGITS = 8
-ALIKE = 0.1
+_ALIKE = 0.1
 """Correlation of two clients' coefficients that steps are made for. Recorded updates have 0.1 to 0.25."""
-_FEW = 32.0
-"""A row's own energies count as much as what was expected of it once it has so many."""
-_MOST_FALL = 16.0
-"""By how much what is announced may fall in a round: a sum may be nearly nothing by chance."""
-_MOST_APART = 2.0**12
-"""By how much rows may differ from the usual one."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +73,7 @@ class Terms:
     @property
     def coherence(self) -> float:
         """Energy of the sum over that of as many independent updates, as it is assumed."""
-        return 1 + (self.clients - 1) * ALIKE
+        return _coherence(self.clients)
 
     def check(self) -> None:
         """Raises CodecError naming what cannot be served."""
@@ -94,44 +86,6 @@ class Terms:
                 f"sums modulo {self.modulus}: {self.clients} clients with {self.levels} levels need at least "
                 f"{self.least_modulus}"
             )
-
-
-class Basis:
-    """Coefficients of one round: both ends build it from the same tables and side information."""
-
-    def __init__(self, layout: Layout, tables: LearnedTables, side: Tensor | None) -> None:
-        """
-        Args:
-            layout: of the adapter.
-            tables: with the round's directions (``LearnedTables.for_directions``), or without any.
-            side: the principal axes of the last global update, ``[B, R, R]``, or None.
-        """
-        self.layout = layout
-        self._side = side
-        self._transform = Transform(layout, tables.leading)
-        self._spectrum = Spectrum(layout, tables.expected, tables.any_rows)
-        self.row_of_N = np.repeat(
-            np.arange(self.num_rows), [block.width for block in layout.blocks for _ in range(block.rank)]
-        )
-
-    @property
-    def num_rows(self) -> int:
-        return self._spectrum.num_rows
-
-    def analyse(self, blocks_RC: Tensor) -> Tensor:
-        """Blocks ``[R, C]`` -> coefficients float32 ``[N]``."""
-        return self.layout.flatten(self._transform.analyse(blocks_RC.cpu(), self._side))
-
-    def synthesise(self, coefficients_N: Tensor) -> Tensor:
-        """Inverse of ``analyse``."""
-        return self._transform.synthesise(self.layout.unflatten(coefficients_N), self._side)
-
-    def levels(self, rows_N: Integers) -> Integers:
-        """The expected level of every coefficient ``[N]``: the tables', and what is announced of its row."""
-        corrections = self._spectrum.nothing()
-        corrections.rows[:] = rows_N
-        levels_RC = torch.stack([*self._spectrum.levels(corrections)])
-        return self.layout.flatten(levels_RC).numpy().astype(np.int64)
 
 
 class LinearCode:
@@ -155,18 +109,17 @@ class LinearCode:
         self.modulus = terms.modulus or terms.least_modulus
         self._basis, self._announced, self._seed = basis, announcement, seed
         self._edges = edges_of(num)
-        if len(announcement.rows_N) != basis.num_rows or len(announcement.bands_B) != len(self._edges) - 1:
-            raise CodecError(
-                f"an announcement of {len(announcement.rows_N)} rows and {len(announcement.bands_B)} bands: "
-                f"{basis.num_rows} and {len(self._edges) - 1} are expected"
-            )
+        found = len(announcement.rows_N), len(announcement.columns_G), len(announcement.bands_B)
+        if found != (wanted := (basis.num_rows, NUM_CLASSES, len(self._edges) - 1)):
+            raise CodecError(f"an announcement of {found} rows, classes of columns and bands: {wanted} are expected")
         room = most_residues(terms.max_bytes, self.modulus)
         if room < 1:
             raise BudgetError(f"{terms.max_bytes} bytes hold no residue modulo {self.modulus}")
         gains = gains_of(terms.levels, terms.coherence, 1 if terms.radius is not None else _MOST_DIGITS)
         self._shares = allocate(announcement.bands_B, self._edges, room, gains)
         self.num_integers = sum(int(share.num_digits_K.sum()) for share in self._shares)
-        self._order_N = _order_of(basis.levels(announcement.rows_N.astype(np.int64)), seed)
+        self._levels_N = basis.levels(announcement.rows_N.astype(np.int64), announcement.columns_G.astype(np.int64))
+        self._order_N = order_of(self._levels_N, seed)
         self._num_digits_K = np.concatenate([share.num_digits_K for share in self._shares])
         self._band_K = np.concatenate([np.full(len(s.num_digits_K), s.band) for s in self._shares])
         self._energy_K = energies_of(announcement.bands_B)[self._band_K]
@@ -234,44 +187,36 @@ class LinearCode:
         """
         coordinates_K = self._coordinates(total_S, clients)
         noise_K = len(clients) * self._noise_K + added_variance * np.square(self._step_K)
-        missing = self._energy_of(self.terms.clients) / self._energy_of(len(clients))
+        num, agreed = len(clients), self.terms.clients
+        missing = agreed * self.terms.coherence / (num * _coherence(num))
         bands_B = self._bands_after((np.square(coordinates_K) - noise_K) * missing)
-        rows_N = self._rows_after(coordinates_K, noise_K, missing)
-        return Announcement(rows_N, bands_B)
+        places_M, energies_M = self._found(coordinates_K, noise_K)
+        start = energies_of(self._announced.rows_N), energies_of(self._announced.columns_G)
+        rows_N, columns_G = self._basis.fit(start, places_M, energies_M * missing) if len(places_M) else start
+        return Announcement(levels_of(rows_N), levels_of(columns_G), bands_B)
 
-    def _energy_of(self, num_clients: int) -> float:
-        """Energy of a sum over that of one client's."""
-        return num_clients * (1 + (num_clients - 1) * ALIKE)
-
-    def _bands_after(self, energy_K: Doubles) -> Bytes:
+    def _bands_after(self, energy_K: Doubles) -> Levels:
         num_bands = len(self._edges) - 1
-        expected_N = energies_of(self._basis.levels(self._announced.rows_N.astype(np.int64)))[self._order_N]
+        expected_N = energies_of(self._levels_N)[self._order_N]
         expected_B = np.add.reduceat(expected_N, self._edges[:-1]) / np.diff(self._edges)
         before_B = energies_of(self._announced.bands_B)
         count_B = np.bincount(self._band_K, minlength=num_bands)
         sums_B = np.bincount(self._band_K, energy_K, minlength=num_bands)
-        found_B = np.maximum((_FEW * before_B + sums_B) / (_FEW + count_B), before_B / _MOST_FALL)
+        found_B = np.maximum((FEW * before_B + sums_B) / (FEW + count_B), before_B / MOST_FALL)
         weakest = int(np.flatnonzero(count_B)[-1])
         unsent_B = expected_B * (found_B[weakest] / expected_B[weakest])
         return levels_of(np.where(count_B > 0, found_B, unsent_B))
 
-    def _rows_after(self, coordinates_K: Doubles, noise_K: Doubles, missing: float) -> Bytes:
-        expected_N = energies_of(self._basis.levels(self._announced.rows_N.astype(np.int64)))
-        found_N = self._unmixed(coordinates_K).numpy().astype(np.float64)
-        num_rows, places, ratios, stop = self._basis.num_rows, [], [], 0
+    def _found(self, coordinates_K: Doubles, noise_K: Doubles) -> tuple[Integers, Doubles]:
+        """Coefficients of bands that were sent whole, and their energies less that of noise."""
+        found_N = self._unmixed(coordinates_K).double().numpy()
+        places, energies, stop = [np.zeros(0, np.int64)], [np.zeros(0)], 0
         for share in self._shares:
             start, stop = stop, stop + len(share.num_digits_K)
             if share.is_whole:
-                here = self._order_N[share.start : share.stop]
-                places.append(self._basis.row_of_N[here])
-                ratios.append((np.square(found_N[here]) - noise_K[start:stop].mean()) * missing / expected_N[here])
-        if not places:
-            return self._announced.rows_N
-        rows_M, ratio_M = np.concatenate(places), np.concatenate(ratios)
-        return levels_of(
-            energies_of(self._announced.rows_N)
-            * _beside(max(float(ratio_M.mean()), 1 / _MOST_FALL), rows_M, ratio_M, num_rows)
-        )
+                places.append(self._order_N[share.start : share.stop])
+                energies.append(np.square(found_N[places[-1]]) - noise_K[start:stop].mean())
+        return np.concatenate(places), np.concatenate(energies)
 
     def _coordinates(self, total_S: Integers, clients: Sequence[int]) -> Doubles:
         total_S = np.asarray(total_S, np.int64)
@@ -279,11 +224,12 @@ class LinearCode:
             raise CodecError(f"a sum over {len(clients)} clients: 1 to {self.terms.clients} were agreed")
         if total_S.shape != (self.num_integers,):
             raise CodecError(f"a sum of {total_S.size} integers: {self.num_integers} are expected")
-        if not (0 <= int(total_S.min()) and int(total_S.max()) < self.modulus):
+        if not (int(total_S.min()) >= 0 and int(total_S.max()) < self.modulus):
             raise CodecError(f"a sum with integers out of 0 to {self.modulus - 1}")
         offset = len(clients) * ((self.levels - 1) // 2)
         integers_K = of_digits(centred(total_S, self.modulus, offset), self._num_digits_K, self.levels)
-        return restore(integers_K, total_dither(len(integers_K), self._seed, clients)) * self._step_K
+        coordinates_K: Doubles = restore(integers_K, total_dither(len(integers_K), self._seed, clients)) * self._step_K
+        return coordinates_K
 
     def _mixed(self, coefficients_N: Tensor) -> Doubles:
         parts = [
@@ -306,7 +252,7 @@ class LinearCode:
         return torch.from_numpy(self._order_N[share.start : share.stop])
 
     def _mixing(self, share: Share) -> int:
-        return _number_of(self._seed + b"/band/" + str(share.band).encode())
+        return number_of(self._seed + b"/band/" + str(share.band).encode())
 
 
 def announce_first(basis: Basis, terms: Terms, rehearsal_RC: Tensor, seed: bytes, ratio: float = 1.0) -> Announcement:
@@ -321,24 +267,12 @@ def announce_first(basis: Basis, terms: Terms, rehearsal_RC: Tensor, seed: bytes
             moves as far (AdamW).
     """
     energy_N = np.square(basis.analyse(rehearsal_RC).double().numpy() * ratio) * (terms.clients * terms.coherence)
-    relative_N = energy_N / energies_of(basis.levels(np.zeros(basis.num_rows, np.int64)))
-    rows_N = levels_of(_beside(float(relative_N.mean()), basis.row_of_N, relative_N, basis.num_rows))
-    order_N, edges = _order_of(basis.levels(rows_N.astype(np.int64)), seed), edges_of(len(energy_N))
-    return Announcement(rows_N, levels_of(np.add.reduceat(energy_N[order_N], edges[:-1]) / np.diff(edges)))
+    start = np.full(basis.num_rows, QUIETEST), np.ones(NUM_CLASSES)
+    rows_N, columns_G = map(levels_of, basis.fit(start, np.arange(len(energy_N)), energy_N))
+    order_N = order_of(basis.levels(rows_N.astype(np.int64), columns_G.astype(np.int64)), seed)
+    edges = edges_of(len(energy_N))
+    return Announcement(rows_N, columns_G, levels_of(np.add.reduceat(energy_N[order_N], edges[:-1]) / np.diff(edges)))
 
 
-def _beside(usual: float, rows_M: Integers, ratios_M: Doubles, num_rows: int) -> Doubles:
-    """Each row's mean ratio ``[N]``, drawn towards the usual one the more, the fewer of its values are known."""
-    count_N = np.bincount(rows_M, minlength=num_rows)
-    sums_N = np.bincount(rows_M, ratios_M, minlength=num_rows)
-    return np.clip((_FEW * usual + sums_N) / (_FEW + count_N), usual / _MOST_APART, usual * _MOST_APART)
-
-
-def _order_of(levels_N: Integers, seed: bytes) -> Integers:
-    """Places of coefficients from the highest level to the lowest, equal ones in an order of the round's own."""
-    ties_N = np.random.PCG64(_number_of(seed + b"/order")).random_raw(-(-len(levels_N) // 4)).astype("<u8").view("<u2")
-    return np.argsort((-levels_N << 16) + ties_N[: len(levels_N)], kind="stable")
-
-
-def _number_of(seed: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(seed).digest()[:4], "little")
+def _coherence(num_clients: int) -> float:
+    return 1 + (num_clients - 1) * _ALIKE

@@ -1,12 +1,11 @@
 """Residues: integers modulo a small number <-> bytes, near the logarithm of the modulus each.
 
-What secure aggregation sends is uniform over the residues, so no entropy code makes it smaller. As many base-``modulus``
-digits as fit into 63 bits make a word; the last, shorter word takes the bytes that it needs. Knows integers alone.
+What secure aggregation sends is uniform over the residues, so no entropy code makes it smaller. Base-``modulus`` digits
+make words of at most 8 bytes, as many as take the fewest bits each; the last, shorter word takes the bytes that it
+needs. Knows integers alone.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,7 +80,7 @@ def unpack_residues(data: bytes, modulus: int, count: int) -> Integers:
 
 
 def _checked(values: Integers, modulus: int) -> Integers:
-    if len(values) and not (0 <= int(values.min()) and int(values.max()) < modulus):
+    if len(values) and not (int(values.min()) >= 0 and int(values.max()) < modulus):
         raise CodecError(f"residues from {values.min()} to {values.max()}: 0 to {modulus - 1} are expected")
     return values
 
