@@ -19,6 +19,8 @@ from gradcodec.codec import Codec
 from gradcodec.errors import CodecError
 from gradcodec.exchange import Residual, encode_update
 from gradcodec.layout import Layout
+from gradcodec.linear import LinearCode
+from gradcodec.residues import Integers
 from gradcodec.rounds import CodecAt
 from gradcodec.settings import CodecSettings
 from gradcodec.transfers import Broadcast, broadcast_context, context_of
@@ -105,22 +107,46 @@ class ClientEnd:
             CodecError: the update is not finite, or does not fit the layout.
             BudgetError: no payload of so few bytes can be made.
         """
-        layout, feedback = self.layout, self.settings.feedback
-        carried = None
-        if feedback > 0 and (old := memory.load_residual(layout, place.server_round)) is not None:
-            carried = old.carried(place.accepted, feedback)
+        layout = self.layout
         payload, residual = encode_update(
             update,
-            carried,
+            self._carried(memory, place),
             codec=place.codec,
             max_bytes=byte_budget(self.settings, layout),
             snr_db=self.settings.snr_db,
             side=place.side,
             context=context_of(self.run_id, place.server_round, place.client),
         )
-        if feedback > 0:
+        if self.settings.feedback > 0:
             memory.save_residual(layout, place.server_round, residual)
         return payload
+
+    def encode_for_sum(
+        self, update: Mapping[str, Tensor], memory: Memory, place: Place, code: LinearCode, identity: str
+    ) -> Integers:
+        """The same into integers ``[S]`` that add up with other clients': ``code`` stands for ``place.codec``.
+
+        Args:
+            identity: how the server will name the sum, should this be in it.
+
+        Raises:
+            CodecError: the update is not finite, or does not fit the layout.
+        """
+        target_RC = self.layout.to_blocks(update).cpu()
+        if (carried_RC := self._carried(memory, place)) is not None:
+            target_RC += carried_RC.cpu()
+        integers_S = code.encode(target_RC, place.client)
+        if self.settings.feedback > 0:
+            left_RC = target_RC - code.decode_own(integers_S, place.client)
+            memory.save_residual(self.layout, place.server_round, Residual(target_RC, left_RC, identity))
+        return integers_S
+
+    def _carried(self, memory: Memory, place: Place) -> Tensor | None:
+        """What earlier rounds left to this one."""
+        feedback = self.settings.feedback
+        if feedback <= 0 or (old := memory.load_residual(self.layout, place.server_round)) is None:
+            return None
+        return old.carried(place.accepted, feedback)
 
 
 def take_in(broadcast: Broadcast, held: Held, layout: Layout, codec_at: CodecAt, context: bytes) -> Held:

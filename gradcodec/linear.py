@@ -56,7 +56,8 @@ class Terms:
 
     ``modulus`` of the sums: None takes the least that no sum exceeds. ``radius``: the L2 norm, in integers, that no
     client's contribution exceeds, for a mechanism that adds noise to the sum; None: no bound. With it every integer is
-    a coordinate of its own (one digit).
+    a coordinate of its own (one digit), and ``clip``, the norm that it stands for, makes all steps equal: noise of
+    equal integers then hides all directions alike. ``added_variance``: of that noise in the sum, in squared integers.
     """
 
     clients: int
@@ -64,6 +65,8 @@ class Terms:
     levels: int = 3
     modulus: int | None = None
     radius: float | None = None
+    clip: float = 1.0
+    added_variance: float = 0.0
 
     @property
     def least_modulus(self) -> int:
@@ -125,11 +128,15 @@ class LinearCode:
         self._energy_K = energies_of(announcement.bands_B)[self._band_K]
         steps = {int(d): step_of(terms.levels ** int(d))[0] for d in np.unique(self._num_digits_K)}
         of_normal_K = np.array([steps[int(d)] for d in self._num_digits_K])
-        self._step_K = of_normal_K * np.sqrt(self._energy_K / (terms.clients * terms.coherence))
+        if terms.radius is None:
+            self._step_K = of_normal_K * np.sqrt(self._energy_K / (terms.clients * terms.coherence))
+        else:
+            self._step_K = np.full(len(of_normal_K), terms.clip / terms.radius)
         self._half_K = half_of(self._num_digits_K, terms.levels)
         self._noise_K = np.square(self._step_K) / 12  # what rounding leaves of each client's
         # the sum's estimate of least squared error (Wiener); the same for every sum, so that parts add up
-        self._gain_K = self._energy_K / (self._energy_K + terms.clients * self._noise_K)
+        noise_K = terms.clients * self._noise_K + terms.added_variance * np.square(self._step_K)
+        self._gain_K = self._energy_K / (self._energy_K + noise_K)
 
     def encode(self, blocks_RC: Tensor, client: int) -> Integers:
         """A client's target -> integers ``[S]`` in 0..levels-1, to be masked and summed modulo ``modulus``.
@@ -173,20 +180,19 @@ class LinearCode:
         """Inverse of ``pack``. Raises CodecError: these are no such bytes."""
         return unpack_residues(data, self.modulus, self.num_integers)
 
-    def announce_next(self, total_S: Integers, clients: Sequence[int], added_variance: float = 0.0) -> Announcement:
+    def announce_next(self, total_S: Integers, clients: Sequence[int]) -> Announcement:
         """The next round's announcement, from what the server sees of this one.
 
         Args:
             total_S: as for ``decode_sum``.
             clients: whose sum it is.
-            added_variance: of noise that is in the integers, for privacy, in squared integers.
 
         Returns:
             The energies of the decoded sum, less what rounding adds to it: of bands, each from its own coordinates,
             and where none were sent from the weakest that was; of rows, beside what was expected of them.
         """
         coordinates_K = self._coordinates(total_S, clients)
-        noise_K = len(clients) * self._noise_K + added_variance * np.square(self._step_K)
+        noise_K = len(clients) * self._noise_K + self.terms.added_variance * np.square(self._step_K)
         num, agreed = len(clients), self.terms.clients
         missing = agreed * self.terms.coherence / (num * _coherence(num))
         bands_B = self._bands_after((np.square(coordinates_K) - noise_K) * missing)

@@ -13,6 +13,7 @@ from gradcodec.codec import Codec
 from gradcodec.layout import Layout
 from gradcodec.learned.basis import Prior
 from gradcodec.learned.codec import LearnedCodec
+from gradcodec.learned.tables import LearnedTables
 
 
 class Codecs(Protocol):
@@ -21,6 +22,10 @@ class Codecs(Protocol):
     def at(self, adapter: Mapping[str, Tensor]) -> Codec:
         """The codec of the round that starts from this global adapter, PEFT tensor name -> tensor; the same on every
         machine, to rounding."""
+        ...
+
+    def tables_at(self, adapter: Mapping[str, Tensor]) -> LearnedTables | None:
+        """The tables of that round's codec, its directions among them; None: it has none."""
         ...
 
 
@@ -42,6 +47,9 @@ class SameCodec:
     def at(self, adapter: Mapping[str, Tensor]) -> Codec:
         return self.codec
 
+    def tables_at(self, adapter: Mapping[str, Tensor]) -> LearnedTables | None:
+        return self.codec.tables if isinstance(self.codec, LearnedCodec) else None
+
 
 class DerivedCodecs:
     """The learned codec, its directions derived from the base model and from how the global adapter moved."""
@@ -59,12 +67,18 @@ class DerivedCodecs:
         self._last: tuple[Tensor | None, LearnedCodec] | None = None
 
     def at(self, adapter: Mapping[str, Tensor]) -> Codec:
-        moved_RC = None if self._start_RC is None else self._codec.layout.to_blocks(adapter).cpu() - self._start_RC
+        moved_RC = self._moved(adapter)
         if self._last is not None and _equal(self._last[0], moved_RC):  # a round's payloads have one
             return self._last[1]
         self._last = None  # its directions' memory is needed
         self._last = moved_RC, self._codec.starting_from(self._priors, moved_RC)
         return self._last[1]
+
+    def tables_at(self, adapter: Mapping[str, Tensor]) -> LearnedTables:
+        return self._codec.tables_from(self._priors, self._moved(adapter))
+
+    def _moved(self, adapter: Mapping[str, Tensor]) -> Tensor | None:
+        return None if self._start_RC is None else self._codec.layout.to_blocks(adapter).cpu() - self._start_RC
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:

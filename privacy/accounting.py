@@ -107,15 +107,18 @@ def noise_for(
 
 def releases_within(release: Release, epsilon: float, delta: float, accountant: str = "pld") -> int:
     """How many such messages stay within epsilon at delta, ``MAX_RELEASES`` at most; 0: not even one."""
+    return most_releases(lambda releases: epsilon_of(release, releases, delta, accountant) <= epsilon)
+
+
+def most_releases(fits: Callable[[int], bool]) -> int:
+    """The largest number, ``MAX_RELEASES`` at most, for which something holds that holds for all smaller ones; 0: not
+    even for 1."""
     low, high = 0, 1
-    while high < MAX_RELEASES and epsilon_of(release, high, delta, accountant) <= epsilon:
+    while high < MAX_RELEASES and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        if epsilon_of(release, middle, delta, accountant) <= epsilon:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 

@@ -37,6 +37,11 @@ class PrivacySettings:
         """Whether noise is added."""
         return self.name != "none"
 
+    @property
+    def is_discrete(self) -> bool:
+        """Whether the noise is added to integers, in a masked sum."""
+        return self.noise == "sum" and self.secure_aggregation
+
 
 def check_privacy(settings: PrivacySettings) -> None:
     """Raises PrivacyError naming the first key that cannot be served."""
@@ -45,6 +50,11 @@ def check_privacy(settings: PrivacySettings) -> None:
         raise PrivacyError("privacy.epsilon=null needs privacy.noise_multiplier=NUMBER: one of them gives the noise")
     if settings.noise == "sum" and settings.name != "client_dp":
         raise PrivacyError(f"privacy.noise=sum needs privacy=client_dp, not privacy={settings.name}")
+    if settings.secret_sampling and settings.secure_aggregation:
+        raise PrivacyError(
+            "privacy.secret_sampling=true and privacy.secure_aggregation=true do not go together: the clients of a "
+            "masked sum know each other"
+        )
     if settings.secret_sampling and settings.noise != "sum":
         raise PrivacyError(
             "privacy.secret_sampling=true needs privacy.noise=sum: whoever sees single messages sees who sent them"

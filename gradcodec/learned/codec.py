@@ -92,11 +92,16 @@ class LearnedCodec:
     def starting_from(self, priors: Mapping[str, Prior], moved_RC: Tensor | None) -> LearnedCodec:
         """The codec of one round, its directions along the width derived (``basis.py``); those of the artifact are
         not used. Raises CodecError: a prior is not this layout's."""
-        leading = derive(self.layout, priors, moved_RC)
-        tables = self.tables.for_directions(leading, {block.name: block.transposed for block in self.layout.blocks})
-        codec = LearnedCodec(self.layout, tables, self._weights_digest + sketch(leading), self._transform.device)
+        tables = self.tables_from(priors, moved_RC)
+        identity = self._weights_digest + sketch(tables.leading)
+        codec = LearnedCodec(self.layout, tables, identity, self._transform.device)
         codec.tables = self.tables  # its transform holds the directions, in half the memory
         return codec
+
+    def tables_from(self, priors: Mapping[str, Prior], moved_RC: Tensor | None) -> LearnedTables:
+        """The tables of that codec. Raises CodecError: a prior is not this layout's."""
+        leading = derive(self.layout, priors, moved_RC)
+        return self.tables.for_directions(leading, {block.name: block.transposed for block in self.layout.blocks})
 
     def side_information(self, global_update_RC: Tensor) -> Tensor | None:
         """Principal axes of the last global update, ``[B, R, R]`` float32."""
