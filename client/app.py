@@ -12,27 +12,36 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.link import ResidentTrainer, trainer_at
-from client.work import MAX_EPSILON, TRUST, Work
+from client.sums import Member
+from client.work import MAX_EPSILON, NODE_KEY, TRUST, Summed, Work
 from gradcodec.transfers import Broadcast
+from privacy.secagg import Invitation
 from strategies.folding import fold, unfold
 from strategies.wire import (
     ACCEPTED,
+    ANNOUNCED,
     ARRAYS,
     CONFIG,
     HELD,
     HELD_BEFORE,
+    INVITATION,
     LACKS,
     MEMORY_VARIABLE,
     METRICS,
     NUM_EXAMPLES,
     PARTITION,
+    PUBLISHED,
     REFUSAL,
+    REQUEST,
+    RUN_ID,
     SECONDS_ENCODE,
     SECONDS_TRAIN,
     SERVER_ROUND,
     SETTINGS,
     SIDE,
     TRAIN_LOSS,
+    UNMASK,
+    UNMASKED,
     arrays_of,
     config_of,
     unwrap_adapter,
@@ -57,15 +66,29 @@ app = ClientApp()
 def answer_roll_call(message: Message, context: Context) -> Message:
     """Loads what training will need, and says which partition this node holds, or why it cannot take part."""
     partition = int(context.node_config[PARTITION])
-    refusal = ""
+    refusal, published = "", b""
     try:
         content = unfold(message.content)
-        memory = _memory_root(context) / _folder_name(_settings(content)["run_id"])
-        _trainer(content, context).check(partition, memory)
+        settings = _settings(content)
+        _trainer(content, context).check(partition, _memory(settings["run_id"], context))
+        if settings["privacy"]["secure_aggregation"]:
+            published = _member(settings["run_id"], context).publish(_node_key(context))
     except ValueError as error:
         refusal = str(error)
-    answer = RecordDict({METRICS: MetricRecord({PARTITION: partition}), CONFIG: ConfigRecord({REFUSAL: refusal})})
+    config = ConfigRecord({REFUSAL: refusal, **({PUBLISHED: published} if published else {})})
+    answer = RecordDict({METRICS: MetricRecord({PARTITION: partition}), CONFIG: config})
     return Message(fold(answer), reply_to=message)
+
+
+@app.query(UNMASK.partition(".")[2])
+def help_to_open(message: Message, context: Context) -> Message:
+    """What opens a round's sum: this client's shares of others' seeds, once."""
+    config = config_of(unfold(message.content))
+    request = config.get(REQUEST)
+    if not isinstance(request, bytes):
+        raise ValueError("a message that asks to open a sum and does not say which")
+    answer = ConfigRecord({UNMASKED: _member(str(config[RUN_ID]), context).answer(request)})
+    return Message(fold(RecordDict({CONFIG: answer})), reply_to=message)
 
 
 @app.train()
@@ -78,19 +101,23 @@ def train(message: Message, context: Context) -> Message:
     trainer = _trainer(content, context)
     side = content.array_records.get(SIDE)
     bundle = unwrap_bundle(content)
+    invitation = _invitation(config) if settings["privacy"]["secure_aggregation"] else None
     work = Work(
         adapter=unwrap_adapter(content) if bundle is None else None,
         side=arrays_of(side)[SIDE] if side else None,
         partition=partition,
         server_round=int(str(config[SERVER_ROUND])),
         accepted=str(config.get(ACCEPTED, "")),
-        memory=_memory_root(context) / _folder_name(settings["run_id"]),
+        memory=_memory(settings["run_id"], context),
         broadcast=None if bundle is None else Broadcast(bundle, str(config[HELD_BEFORE]), str(config[HELD])),
+        sum=None if invitation is None else _summed(config, invitation),
     )
     done = trainer.train(work)
     if done.lacks is not None:
         return Message(fold(RecordDict({CONFIG: ConfigRecord({LACKS: done.lacks})})), reply_to=message)
-    if done.payload is not None:
+    if done.payload is not None and invitation is not None:
+        arrays = wrap_payload(_member(settings["run_id"], context).contribute(done.payload, invitation))
+    elif done.payload is not None:
         arrays = wrap_payload(done.payload)
     else:
         assert done.adapter is not None
@@ -104,7 +131,7 @@ def train(message: Message, context: Context) -> Message:
             SECONDS_ENCODE: done.seconds_encode,
         }
     )
-    if settings["privacy"]["name"] == "none":
+    if settings["privacy"]["name"] == "none" and invitation is None:
         metrics[TRAIN_LOSS] = done.train_loss
     return Message(fold(RecordDict({ARRAYS: arrays, METRICS: metrics})), reply_to=message)
 
@@ -126,6 +153,34 @@ def _folder_name(run_id: object) -> str:
     if not isinstance(run_id, str) or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", run_id) is None:
         raise ValueError(f"run_id {run_id!r} is no name for a folder")
     return run_id
+
+
+def _memory(run_id: object, context: Context) -> Path:
+    """Where this node keeps what it must remember of a run."""
+    return _memory_root(context) / _folder_name(run_id)
+
+
+def _member(run_id: object, context: Context) -> Member:
+    return Member(_memory(run_id, context), str(run_id), int(context.node_config[PARTITION]))
+
+
+def _node_key(context: Context) -> Path | None:
+    path = context.node_config.get(NODE_KEY)
+    return None if path is None else Path(str(path))
+
+
+def _invitation(config: ConfigRecord) -> Invitation:
+    packed = config.get(INVITATION)
+    if not isinstance(packed, bytes):
+        raise ValueError("the run asks for masked sums, and this message holds no invitation to one")
+    return Invitation.unpack(packed)
+
+
+def _summed(config: ConfigRecord, invitation: Invitation) -> Summed:
+    announced = config.get(ANNOUNCED)
+    if not isinstance(announced, bytes):
+        raise ValueError("the message does not say how strong the sum is expected to be")
+    return Summed(announced, len(invitation.members), invitation.tag.hex())
 
 
 def _memory_root(context: Context) -> Path:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from client.work import Overrides, Trained, Work
+from client.work import Overrides, Summed, Trained, Work
 from gradcodec.transfers import Broadcast
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def pack_work(work: Work) -> tuple[dict[str, Any], bytes]:
         "names": None if work.adapter is None else list(work.adapter),
         "accepted": work.accepted,
         "memory": str(work.memory),
+        "sum": None if work.sum is None else [work.sum.announced.hex(), work.sum.clients, work.sum.identity],
         "secret": work.secret.hex(),  # to the node's own trainer, over a socket that its owner alone can open
         "held": None if work.broadcast is None else [work.broadcast.held_before, work.broadcast.held],
     }
@@ -132,6 +133,7 @@ def unpack_work(head: Mapping[str, Any], body: bytes) -> Work:
         server_round=int(head["server_round"]),
         accepted=str(head["accepted"]),
         memory=Path(str(head["memory"])),
+        sum=None if head["sum"] is None else Summed(bytes.fromhex(head["sum"][0]), *head["sum"][1:]),
         secret=bytes.fromhex(str(head["secret"])),
         broadcast=None if head["held"] is None else Broadcast(arrays[BUNDLE].tobytes(), *map(str, head["held"])),
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from client.console import PartitionConsole, print_event
 from client.own_app import APP_VARIABLE, CHECKOUT
-from client.work import MAX_EPSILON, TRUST
+from client.work import MAX_EPSILON, NODE_KEY, TRUST
 from conf.processes import Child, path_with_binaries
 
 ENVIRONMENT = {
@@ -106,6 +106,7 @@ def _supernode(node: NodeConfig, own: PartitionConfig, environment: dict[str, st
     if node.ca is not None:
         trust = ["--root-certificates", str(node.ca.absolute())]
         trust += ["--auth-supernode-private-key", str(own.key.absolute())] if own.key is not None else []
+        config += [f'{NODE_KEY}="{own.key.absolute()}"'] if own.key is not None else []
     command = [
         *(sys.executable, "-m", "client.supernode", "--superlink", node.server, *trust),
         *("--host", "127.0.0.1", "--port", str(own.port), "--node-config", " ".join(config)),

@@ -21,8 +21,12 @@ from adapters.settings import num_steps
 from client.residuals import COUNTS
 from conf.output import write_json
 from conf.schema import Settings
+from conf.sums import noise_deviation
+from gradcodec.linear import Terms
+from gradcodec.residues import Integers
 from privacy.accounting import Release
 from privacy.budget import allowed_releases, deviation, release_of, spent_epsilon
+from privacy.discrete import discrete_gaussians
 from privacy.errors import BudgetSpentError, PrivacyError
 from privacy.ledger import Ledger
 from privacy.mechanism import Normals, clipped, noised
@@ -168,6 +172,15 @@ class Guard:
             account["epsilon"] = spent_epsilon(settings, self.release, most)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_json({**state, "last": self._last, "account": account}, self._path)
+
+
+def with_noise(residues: Integers, settings: Settings, terms: Terms, secret: bytes) -> Integers:
+    """A client's residues with its share of a sum's noise (``privacy.noise=sum``), modulo the sum's modulus."""
+    assert terms.radius is not None and terms.modulus is not None
+    share = noise_deviation(settings, terms.radius)
+    noise = discrete_gaussians(residues.shape, share, Stream(_key(secret, _NOISE)))
+    found: Integers = (residues + noise) % terms.modulus
+    return found
 
 
 def secret_of(settings: Settings, server_round: int, partition: int, drawn: bytes) -> bytes:

@@ -28,17 +28,19 @@ from adapters.settings import is_hub_name, num_examples
 from adapters.team import Team
 from client.console import note, round_line
 from client.memory import DiskMemory
-from client.private import Guard, Owner, secret_of
-from client.work import MAX_EPSILON, TRUST, Arrays, Overrides, Trained, Work
+from client.private import Guard, Owner, secret_of, with_noise
+from client.work import MAX_EPSILON, TRUST, Arrays, Overrides, Summed, Trained, Work
 from conf.basis import codecs_of
 from conf.footprint import client_memory
 from conf.remedies import COPY_IT, codec_remedies
 from conf.schema import Settings, check_settings
+from conf.sums import terms_of
 from gradcodec.build import byte_budget
 from gradcodec.client import ClientEnd, LacksError, Place
 from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
 from gradcodec.rounds import Codecs, codec_at
+from gradcodec.sums import PublicRound, basis_at
 from strategies.settings import StrategySettings
 from strategies.wire import TRUST_VARIABLE
 from tasks.settings import check_window
@@ -109,7 +111,10 @@ class Trainer:
 
     @cached_property
     def end(self) -> ClientEnd:
-        return ClientEnd(codec_at(self.codecs, self.layout), self.layout, self.settings.codec, self.settings.run_id)
+        settings = self.settings.codec
+        if self.settings.privacy.noise == "sum":  # what is left behind would have no noise in it
+            settings = dataclasses.replace(settings, feedback=0.0)
+        return ClientEnd(codec_at(self.codecs, self.layout), self.layout, settings, self.settings.run_id)
 
     def shard(self, partition: int) -> Shard:
         if partition not in self._shards:
@@ -172,7 +177,8 @@ class Trainer:
         start = time.perf_counter()
         self.allow(work)
         update, loss = self.finetune(work, team or Team())
-        if settings.privacy.name == "client_dp" and (guard := self.guard(work.partition, work.memory)) is not None:
+        noised_here = settings.privacy.name == "client_dp" and not settings.privacy.is_discrete
+        if noised_here and (guard := self.guard(work.partition, work.memory)) is not None:
             update = guard.hidden(update, self._secret(work))  # before coding, so that no residual holds anything else
         trained = time.perf_counter()
         payload = self._encode(update, work) if settings.arm == "coded" else None
@@ -228,8 +234,8 @@ class Trainer:
         return secret_of(self.settings, work.server_round, work.partition, work.secret)
 
     def _weight(self, partition: int) -> int:
-        """In the mean. How much data a client has is its secret, if all of them are."""
-        if self.settings.privacy.name == "client_dp":
+        """In the mean. How much data a client has is its secret, if all of them are; in a sum each counts alike."""
+        if self.settings.privacy.name == "client_dp" or self.settings.privacy.secure_aggregation:
             return 1
         return num_examples(self.settings.train, len(self.shard(partition).train))
 
@@ -243,7 +249,21 @@ class Trainer:
             work.accepted,
         )
         with codec_remedies(COPY_IT):
+            if work.sum is not None:
+                return self._encode_for_sum(update, work, work.sum, place)
             return self.end.encode(update, _memory_of(work), place)
+
+    def _encode_for_sum(self, update: Adapter, work: Work, summed: Summed, place: Place) -> bytes:
+        """Residues, not masked yet."""
+        assert work.adapter is not None
+        adapter = {name: torch.from_numpy(array) for name, array in work.adapter.items()}
+        terms = terms_of(self.settings, self.layout, summed.clients)
+        public = PublicRound(work.server_round, terms, summed.announced)
+        code = public.code(basis_at(self.codecs, adapter, self.layout, place.side), self.settings.run_id)
+        residues = self.end.encode_for_sum(update, _memory_of(work), place, code, summed.identity)
+        if terms.radius is not None:
+            residues = with_noise(residues, self.settings, terms, self._secret(work))
+        return code.pack(residues)
 
 
 def _memory_of(work: Work) -> DiskMemory:

@@ -17,8 +17,19 @@ Overrides = tuple[tuple[str, str], ...]
 and ``MAX_EPSILON``."""
 TRUST = "trust-remote-code"
 """``true`` if the node's owner lets a model's own Python code run: a server alone cannot."""
+NODE_KEY = "node-key"
+"""Where the node's own key lies, with which it signs its clients' keys for masked sums."""
 MAX_EPSILON = "max-epsilon"
 """What all runs together may give away of a partition's data, by the node's owner."""
+
+
+@dataclass(frozen=True)
+class Summed:
+    """What the integers of a masked sum depend on, beside settings, adapter and round."""
+
+    announced: bytes  # ``gradcodec.announcement``
+    clients: int  # that are invited to the sum
+    identity: str  # how the server will name the sum
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class Work:
     accepted: str  # digest of this client's last payload that the server took
     memory: Path  # folder of this run's residuals, and of what the client holds
     broadcast: Broadcast | None = None
+    sum: Summed | None = None  # the update goes into a sum
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)  # all noise comes from it
 
 

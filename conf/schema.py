@@ -33,7 +33,7 @@ from gradcodec.errors import ArtifactError, CodecError
 from gradcodec.registry import PLUGINS as CODECS
 from gradcodec.registry import entry_of
 from gradcodec.settings import CodecSettings, FitSettings, check_codec
-from privacy.settings import PrivacySettings, check_privacy
+from privacy.settings import MIN_CLIENTS, PrivacySettings, check_privacy
 from strategies.settings import OF_THE_MEAN, StrategySettings, check_strategy
 from strategies.settings import PLUGINS as STRATEGIES
 from tasks.settings import PLUGINS as TASKS
@@ -261,6 +261,21 @@ def _check_private_run(settings: Settings) -> None:
         )
     if secure and settings.arm != "coded":
         raise ValueError(f"privacy.secure_aggregation=true needs arm=coded, not arm={settings.arm}")
+    if secure and settings.codec.name != "learned":
+        raise ValueError(
+            f"privacy.secure_aggregation=true needs codec=learned, whose tables say which values to send, not "
+            f"codec.name={settings.codec.name}"
+        )
+    if secure and (settings.codec.bits is None or not settings.federation.rehearsal_steps):
+        raise ValueError(
+            "privacy.secure_aggregation=true needs codec.bits=NUMBER, as masked integers have no rate of their own, "
+            "and federation.rehearsal_steps above 0, from which the first round's steps come"
+        )
+    if secure and settings.federation.clients_per_round < MIN_CLIENTS:
+        raise ValueError(
+            f"privacy.secure_aggregation=true needs federation.clients_per_round of at least {MIN_CLIENTS}: of a sum "
+            "of two, each of the two knows the other's part"
+        )
     if secure and settings.strategy.name not in OF_THE_MEAN:
         raise ValueError(
             f"privacy.secure_aggregation=true and strategy={settings.strategy.name} do not go together: the server "

@@ -10,6 +10,8 @@ NAMES = ("none", "client_dp", "record_dp")
 NOISES = ("local", "sum")
 ACCOUNTANTS = ("pld", "rdp")
 MAX_LEVELS = 255
+MIN_CLIENTS = 3
+"""Of a masked sum: of a sum of two, each of the two can take its own away and has the other's."""
 
 
 @dataclass
@@ -36,6 +38,11 @@ class PrivacySettings:
     def is_private(self) -> bool:
         """Whether noise is added."""
         return self.name != "none"
+
+    @property
+    def protects(self) -> bool:
+        """Whether anything of the clients' is kept from the server or from others."""
+        return self.is_private or self.secure_aggregation
 
     @property
     def is_discrete(self) -> bool:

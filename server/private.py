@@ -54,12 +54,20 @@ class Books:
         self.settings = settings
         self._output = output
         self._secret = secrets.token_hex(32)
-        self.ledger = self._ledger(goes_on) if settings.privacy.is_private else None
+        self._sums = 0  # that clients were invited to
+        self.ledger = self._ledger(goes_on) if settings.privacy.protects else None
 
     @property
     def draws(self) -> int | str:
         """The seed of who is asked: clients know the run's, and this server alone the other."""
         return self._secret if self.settings.privacy.secret_sampling else self.settings.seed
+
+    def next_sum(self) -> int:
+        """The number of another masked sum, written down: clients take part in each number once, from round to round
+        and over resumes."""
+        self._sums += 1
+        self._write({} if self.ledger is None else self.ledger.state())
+        return self._sums
 
     def report(self, results: RunResults) -> None:
         """Puts down what is promised by now, in the results and in a file of its own. Raises OutputError."""
@@ -80,13 +88,13 @@ class Books:
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             ledger.load_state(state["ledger"])
-            self._secret = str(state["secret"])
+            self._secret, self._sums = str(state["secret"]), int(state["sums"])
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise PrivacyError(f"{path}: nobody knows what this run has released: {error!r}") from None
         return ledger
 
     def _write(self, state: dict[str, Any]) -> None:
-        write_json({"ledger": state, "secret": self._secret}, self._output / LEDGER)
+        write_json({"ledger": state, "secret": self._secret, "sums": self._sums}, self._output / LEDGER)
         (self._output / LEDGER).chmod(0o600)
 
 

@@ -26,6 +26,7 @@ from conf.basis import codecs_of
 from conf.output import OutputError, open_output, write_json
 from conf.remedies import TRAIN_ONE, codec_remedies
 from conf.schema import Settings, check_settings
+from conf.sums import terms_of
 from gradcodec.artifact import load_artifact
 from gradcodec.build import artifact_folder, broadcast_budget, byte_budget
 from gradcodec.delivery import Delivery
@@ -34,6 +35,7 @@ from gradcodec.intake import Intake
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
 from gradcodec.rounds import codec_at
+from gradcodec.sums import SumIntake
 from gradcodec.trial import check_budgets
 from privacy.errors import BudgetSpentError
 from server.account import NOTHING, CodecCost
@@ -57,6 +59,7 @@ from strategies.norms import NormBound
 from strategies.recording import RecordingStrategy
 from strategies.roll import Roll, call_roll
 from strategies.sampling import Sampling
+from strategies.secure import SecureStrategy, SumReceiver
 from strategies.tensors import from_record, to_record
 from strategies.wire import SETTINGS
 
@@ -117,10 +120,10 @@ def prepare(
     journal = Journal(results, events)
     recording = RecordingStrategy(inner, layout) if settings.record is not None else None
     federation = settings.federation
-    ways = _ways(settings, layout, evaluator)  # settles the codec's basis, too
     books = Books(settings, Path(settings.output), goes_on=before is not None)
+    ways = _ways(settings, layout, evaluator, books)  # settles the codec's basis, too
     config = ConfigRecord({SETTINGS: settings.to_json()})
-    strategy = FederatedStrategy(
+    strategy = (SecureStrategy if settings.privacy.secure_aggregation else FederatedStrategy)(
         recording or inner,
         ways,
         Roll(grid, federation.num_clients, config, journal, federation.wait_seconds, bound),
@@ -138,7 +141,7 @@ def prepare(
             federation.min_replies,
             num_examples(settings.train, settings.task.max_windows),
             federation.wait_seconds,
-            says_loss=not settings.privacy.is_private,
+            says_loss=not settings.privacy.protects,
         ),
     )
     run = Federation(grid, settings, evaluator, strategy, journal, books)
@@ -148,7 +151,7 @@ def prepare(
     return run
 
 
-def _ways(settings: Settings, layout: Layout, evaluator: Evaluator) -> Ways:
+def _ways(settings: Settings, layout: Layout, evaluator: Evaluator, books: Books) -> Ways:
     if settings.arm != "coded":
         return Ways(DenseBroadcaster(), DenseReceiver())
     with codec_remedies(TRAIN_ONE):
@@ -159,8 +162,15 @@ def _ways(settings: Settings, layout: Layout, evaluator: Evaluator) -> Ways:
         raise BudgetError(f"codec.{error}") from None
     clients, budget = range(settings.federation.num_clients), byte_budget(settings.codec, layout)
     down = settings.codec.down_bits is not None
-    intake = Intake(codecs.at(evaluator.seeded), settings.run_id, clients, budget)
-    receiver = CodedReceiver(intake, codecs, sends_side=not down)
+    receiver: CodedReceiver | SumReceiver
+    if settings.privacy.secure_aggregation:
+        terms_of(settings, layout, settings.federation.clients_per_round)  # refused before anybody trains
+        sums = SumIntake(codecs.at(evaluator.seeded), settings.run_id)
+        terms = partial(terms_of, settings, layout)
+        receiver = SumReceiver(sums, codecs, terms, books.next_sum, settings.privacy.threshold, sends_side=not down)
+    else:
+        intake = Intake(codecs.at(evaluator.seeded), settings.run_id, clients, budget)
+        receiver = CodedReceiver(intake, codecs, sends_side=not down)
     if not down:
         return Ways(DenseBroadcaster(), receiver)
     budget, known = broadcast_budget(settings.codec, layout), settings.lora.start is None

@@ -114,6 +114,7 @@ class FederatedStrategy(AdapterStrategy):
                 f"{self.limits.wait_seconds:.0f} s (federation.wait_seconds)"
             )
         self.sampling.asked(server_round, self._nodes)
+        self._begin(server_round, arrays, grid)
         # Flower's sampling waits for ever for nodes to come: it is shown those that are there, and takes them all
         partition_of = {node: partition for partition, node in self._nodes.items()}
         shown = cast(Grid, SimpleNamespace(get_node_ids=lambda: sorted(partition_of)))
@@ -126,10 +127,14 @@ class FederatedStrategy(AdapterStrategy):
             own_config = ConfigRecord({**message.content.config_records[CONFIG], **of_adapter, **entries})
             message.content = RecordDict({**message.content, **records, ARRAYS: adapter, CONFIG: own_config})
             side_bytes = sum(len(array.data) for array in records.array_records.get(SIDE, {}).values())
+            side_bytes += sum(len(value) for value in entries.values() if isinstance(value, bytes))
             self.observer.downlink(dataclasses.replace(sent, server_round=server_round, side_bytes=side_bytes))
         self._messages, self._asked = messages, {}
         self._repaired = set()
         return messages
+
+    def _begin(self, server_round: int, arrays: ArrayRecord, grid: Grid) -> None:
+        """Before the messages are made: the adapter and the nodes are known. Raises RoundError: they will not do."""
 
     def again(self, server_round: int, reply: Message) -> Message | None:
         """What a client is sent that could not take in what it was sent: once a round. None: the reply is an answer."""

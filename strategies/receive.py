@@ -115,6 +115,23 @@ def receive(
     reply: Message | None, asked: Asked, receiver: Receiver, current: Mapping[str, Tensor]
 ) -> Decoded | Refused:
     """Judges one reply; None: there was none in the round's time."""
+    metrics = checked(reply, asked)
+    if isinstance(metrics, Refused):
+        return metrics
+    assert reply is not None
+    try:
+        started = time.perf_counter()
+        adapter = receiver.adapter_of(reply.content, asked, current)
+        seconds_decode = time.perf_counter() - started
+    except (CodecError, ValueError) as error:
+        return Refused(REFUSED, clean(error))
+    uplink = uplink_of(reply.content, metrics, asked)
+    uplink = replace(uplink, update_norm=distance(adapter, current), seconds_decode=seconds_decode)
+    return Decoded(asked, reply.content, uplink, adapter)
+
+
+def checked(reply: Message | None, asked: Asked) -> MetricRecord | Refused:
+    """The metrics of a reply that is there, whole, and of this client and round; its arrays are not looked at."""
     if reply is None:
         return Refused(FAILED, "no answer within federation.round_seconds")
     if reply.has_error():
@@ -130,14 +147,9 @@ def receive(
         if (partition, server_round) != (asked.partition, asked.server_round):
             reason = f"it answers for partition {partition:g} and round {server_round:g}"
             return Refused(REFUSED, reason, claims_another=partition != asked.partition)
-        started = time.perf_counter()
-        adapter = receiver.adapter_of(reply.content, asked, current)
-        seconds_decode = time.perf_counter() - started
-    except (CodecError, ValueError) as error:
+    except ValueError as error:
         return Refused(REFUSED, clean(error))
-    uplink = _uplink_of(reply.content, metrics, asked)
-    uplink = replace(uplink, update_norm=distance(adapter, current), seconds_decode=seconds_decode)
-    return Decoded(asked, reply.content, uplink, adapter)
+    return metrics
 
 
 def _metrics_of(content: RecordDict, asked: Asked) -> MetricRecord:
@@ -156,7 +168,8 @@ def _metrics_of(content: RecordDict, asked: Asked) -> MetricRecord:
     return metrics
 
 
-def _uplink_of(content: RecordDict, metrics: MetricRecord, asked: Asked) -> Uplink:
+def uplink_of(content: RecordDict, metrics: MetricRecord, asked: Asked) -> Uplink:
+    """What a reply took and says of itself; its norm and the seconds of its decoding are not known yet."""
     arrays = content.array_records[ARRAYS]
     data = [arrays[name].data for name in sorted(arrays)]
     return Uplink(

@@ -25,7 +25,7 @@ from strategies.errors import FederationError
 from strategies.messages import Mailbox
 from strategies.outcomes import Observer
 from strategies.peer_text import clean
-from strategies.wire import CONFIG, METRICS, PARTITION, REFUSAL, config_of, metric
+from strategies.wire import CONFIG, METRICS, PARTITION, PUBLISHED, REFUSAL, config_of, metric
 
 AGAIN_SECONDS = 5.0
 """A node whose answer was of no use is asked again after so long: it may have been starting, or stopping."""
@@ -69,6 +69,7 @@ class Roll:
         self.connected: set[int] = set()  # at the last update
         self.places: dict[int, int] = {}  # partition -> the connected node that holds it
         self.problems: dict[int, Problem] = {}  # node -> why it holds none
+        self.published: dict[int, bytes] = {}  # node -> the public key that it gave for masked sums
         self._observer = observer
         self._config = config
         self._mailbox = Mailbox(grid)
@@ -120,6 +121,7 @@ class Roll:
                 answer = self._as_bound(node, answer)
             if isinstance(answer, int):
                 self._claims[node] = answer
+                self.published[node] = _published_in(reply)
                 self.problems.pop(node, None)
             else:
                 self._note(node, answer)
@@ -232,3 +234,9 @@ def _answer(reply: Message) -> int | Problem:
     except (ValueError, OverflowError) as error:
         return Problem(clean(f"gives no answer that can be read: {error}"), untrue=True)
     return Problem(clean(f"cannot take part: {refusal!s}")) if refusal else partition
+
+
+def _published_in(reply: Message) -> bytes:
+    """The key for masked sums in an answer; empty: there is none."""
+    published = config_of(reply.content).get(PUBLISHED, b"")
+    return published if isinstance(published, bytes) else b""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 from privacy.errors import PrivacyError
+from privacy.settings import MIN_CLIENTS
 
-MIN_CLIENTS = 3
-"""Of a round, and of a sum: of a sum of two, each of the two can take its own away and has the other's."""
 MAX_CLIENTS = 128
 """Every client deals every other a share of every seed, n^2 in a reply. 64 clients are practical (a reply takes 68 kB
 and the server's work, with a third of them gone, half a minute for a million integers); 128 the most that is served.

@@ -1,0 +1,96 @@
+"""A client's part in secure aggregation, between messages: its key pair and its memory of sums, on the node's disk.
+
+Knows the protocol and files; no torch, so that what a server asks at the end of a round is answered at once.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from numpy.typing import NDArray
+
+from conf.output import replace_file
+from gradcodec.residues import pack_residues, unpack_residues
+from privacy.errors import PrivacyError
+from privacy.secagg import Invitation, KeyPair, Ledger, Party, Request
+
+
+class Member:
+    """One partition in one run."""
+
+    def __init__(self, folder: Path, run_id: str, partition: int) -> None:
+        """``folder`` is the run's, in the node's memory; made when something is kept."""
+        self._run_id = run_id
+        self._partition = partition
+        self._key, self._ledger = folder / f"sum-{partition}.key", folder / f"sum-{partition}.json"
+
+    def publish(self, node_key: Path | None = None) -> bytes:
+        """The public key of this run, signed where the node has a key of its own; a new one where there is none yet.
+
+        Raises:
+            PrivacyError: what is on the disk is damaged, or the node's key cannot be read.
+        """
+        if not self._key.is_file():
+            self._ledger.unlink(missing_ok=True)
+            self._write(self._key, KeyPair.fresh().secret)
+        signing = None if node_key is None else _signing_key(node_key)
+        return self._keys().publish(self._run_id, self._partition, signing).pack()
+
+    def contribute(self, residues: bytes, invitation: Invitation) -> bytes:
+        """A client's integers, masked.
+
+        Args:
+            residues: as ``gradcodec.residues`` packs them, modulo the invitation's modulus.
+            invitation: to the sum.
+
+        Raises:
+            PrivacyError: it is not one that this client may follow, or the integers are not as invited.
+        """
+
+        def pack(masked: NDArray[np.uint32]) -> bytes:
+            return pack_residues(masked.astype(np.int64), invitation.modulus)
+
+        values = unpack_residues(residues, invitation.modulus, invitation.length)
+        return self._party().contribute(values, invitation, invitation.round, pack).pack(invitation)
+
+    def answer(self, request: bytes) -> bytes:
+        """What opens the sum. Raises PrivacyError: this client must not answer, or it did before."""
+        asked = Request.unpack(request)
+        return self._party().answer(asked).pack(asked)
+
+    def _party(self) -> Party:
+        state = self._ledger.read_bytes() if self._ledger.is_file() else b""
+        ledger = Ledger(state, lambda content: self._write(self._ledger, content))
+        return Party(self._run_id, self._partition, self._keys(), ledger)
+
+    def _keys(self) -> KeyPair:
+        try:
+            return KeyPair(self._key.read_bytes())
+        except OSError as error:
+            raise PrivacyError(
+                f"{self._key}: the key of this run is gone ({error.strerror}): the next roll call makes another"
+            ) from None
+
+    def _write(self, path: Path, content: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+        def write(part: Path) -> None:
+            part.unlink(missing_ok=True)
+            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(content)
+
+        replace_file(path, write)
+
+
+def _signing_key(path: Path) -> EllipticCurvePrivateKey:
+    try:
+        key = load_ssh_private_key(path.read_bytes(), None)
+    except (OSError, ValueError) as error:
+        raise PrivacyError(f"{path}: the node's key cannot be read: {error}") from None
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise PrivacyError(f"{path}: it is no key of an elliptic curve, as `python -m server keys` makes them")
+    return key

@@ -1,0 +1,274 @@
+"""Rounds of which the server learns a sum: what clients send is masked, added up, and opened with one trip more.
+
+``federated.py`` has the round, ``privacy.secagg`` the protocol, ``gradcodec.sums`` what the integers mean; here they
+meet. The strategy inside is shown one reply a round: the mean of all that is in the sum, each counted alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from logging import WARNING
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore import log
+from torch import Tensor
+
+from gradcodec.errors import CodecError
+from gradcodec.linear import LinearCode, Terms
+from gradcodec.rounds import Codecs
+from gradcodec.state import State
+from gradcodec.sums import SumIntake, basis_at
+from privacy.errors import PrivacyError
+from privacy.secagg import Contribution, Invitation, LostSumError, Opening, Published, threshold_of, threshold_warning
+from strategies.errors import RoundError
+from strategies.federated import FederatedStrategy
+from strategies.messages import Mailbox, in_order
+from strategies.outcomes import REFUSED, Downlink, Uplink
+from strategies.peer_text import clean
+from strategies.receive import Adapter, Asked, Refused, checked, uplink_of
+from strategies.tensors import from_record, moved_to_record, to_record
+from strategies.wire import (
+    ACCEPTED,
+    ANNOUNCED,
+    ARRAYS,
+    CONFIG,
+    INVITATION,
+    METRICS,
+    NUM_EXAMPLES,
+    REQUEST,
+    RUN_ID,
+    SIDE,
+    UNMASK,
+    UNMASKED,
+    config_of,
+    unwrap_payload,
+)
+
+GRACE_SECONDS = 15.0
+"""Once a sum can be opened, so long is waited for the others: one that is gone is known to be only after a minute."""
+_PAUSE_SECONDS = 0.1
+
+
+class SumReceiver:
+    """What a round's clients are told so that their integers add up, and what becomes of the sum."""
+
+    def __init__(
+        self,
+        intake: SumIntake,
+        codecs: Codecs,
+        terms_of: Callable[[int], Terms],
+        next_number: Callable[[], int],
+        threshold: float,
+        *,
+        sends_side: bool = True,
+    ) -> None:
+        """
+        Args:
+            intake: remembers sums.
+            codecs: of every round; ``learned``, whose tables say where updates are strong.
+            terms_of: the number of clients that are invited -> the terms of their sum.
+            next_number: of a sum, higher than any that clients of this run have seen.
+            threshold: more than this share of the invited must stay to the end.
+            sends_side: clients do not find the codec's side information out by themselves.
+        """
+        self.intake = intake
+        self.codecs = codecs
+        self.sends_side = sends_side
+        self._terms_of = terms_of
+        self._next_number = next_number
+        self._threshold = threshold
+        self._attempt: tuple[int, Invitation] | None = None  # the round's last, which another one of it must follow
+        self._announced = b""
+        self._code: LinearCode | None = None
+        self._opening: Opening | None = None
+
+    @property
+    def side(self) -> Tensor | None:
+        """The codec's side information of the next round."""
+        return self.intake.side
+
+    @side.setter
+    def side(self, side: Tensor | None) -> None:
+        self.intake.side = side
+
+    @property
+    def opening(self) -> Opening:
+        """Of the round's sum."""
+        assert self._opening is not None, "begin() comes first"
+        return self._opening
+
+    def begin(self, server_round: int, members: Mapping[int, Published], current: Mapping[str, Tensor]) -> set[int]:
+        """Invites to a sum; gives the partitions that are.
+
+        A further attempt of a round asks clients of the one before alone, and no fewer must stay: clients insist, as
+        two sums of the same messages could tell one of them apart.
+
+        Raises:
+            PrivacyError: they are too few.
+            CodecError: nothing is known of the updates to come.
+        """
+        before = self._attempt[1] if self._attempt is not None and self._attempt[0] == server_round else None
+        invited = {p: key for p, key in sorted(members.items()) if before is None or p in before.partitions}
+        threshold = max(threshold_of(len(invited), self._threshold), 0 if before is None else before.threshold)
+        basis = basis_at(self.codecs, current, self.intake.layout, self.side)
+        public = self.intake.begin(server_round, self._terms_of(len(invited)), basis)
+        self._code = public.code(basis, self.intake.run_id)
+        self._announced = public.announcement
+        invitation = Invitation(
+            self.intake.run_id,
+            self._next_number() if before is None else before.round,
+            tuple(invited.values()),
+            threshold,
+            self._code.modulus,
+            self._code.num_integers,
+        )
+        if (warning := threshold_warning(len(invited), threshold)) is not None:
+            log(WARNING, "%s (privacy.threshold)", warning)
+        self._attempt, self._opening = (server_round, invitation), Opening(invitation)
+        return set(invited)
+
+    def outgoing(self, partition: int) -> tuple[RecordDict, ConfigRecord]:
+        records = RecordDict()
+        if self.side is not None and self.sends_side:
+            records[SIDE] = to_record({SIDE: self.side})
+        entries: dict[str, str | bytes] = {
+            ACCEPTED: self.intake.accepted.get(partition, ""),
+            INVITATION: self.opening.invitation.pack(),
+            ANNOUNCED: self._announced,
+        }
+        return records, ConfigRecord({**entries})
+
+    def add(self, partition: int, payload: bytes) -> None:
+        """A client's masked integers. Raises PrivacyError or CodecError: they are none."""
+        assert self._code is not None
+        contribution = Contribution.unpack(payload, self.opening.invitation)
+        self.opening.add(partition, contribution, self._code.unpack(contribution.masked))
+
+    def opened(self) -> Adapter:
+        """The mean of all updates in the sum. Raises LostSumError: it stays masked."""
+        assert self._code is not None
+        self._attempt = None  # clients have given what opens it: another attempt is another sum to them
+        return self.intake.opened(self._code, self.opening.total().astype("int64"), self.opening.summed)
+
+    def adapter_of(self, content: RecordDict, asked: Asked, current: Mapping[str, Tensor]) -> Adapter:
+        raise AssertionError("a masked reply stands for no adapter")
+
+    def foresee(self, step: Adapter) -> None:
+        self.intake.foresee(step)
+
+    def averaged(self, uplinks: Iterable[Uplink], step: Adapter) -> None:
+        self.intake.used([uplink.partition for uplink in uplinks], self.opening.invitation.tag.hex(), step)
+
+    def state(self) -> State:
+        return self.intake.state()
+
+    def load_state(self, state: State) -> None:
+        self.intake.load_state(state)
+
+
+class SecureStrategy(FederatedStrategy):
+    """A federated round whose ``ways.up`` is a ``SumReceiver``."""
+
+    receiver: SumReceiver
+
+    def _begin(self, server_round: int, arrays: ArrayRecord, grid: Grid) -> None:
+        self._grid = grid
+        members: dict[int, Published] = {}
+        for partition, node in sorted(self._nodes.items()):
+            try:
+                member = Published.unpack(self.roll.published.get(node, b""))
+                if member.partition != partition:
+                    raise PrivacyError(f"its key for secure aggregation is of partition {member.partition}")
+                members[partition] = member
+            except PrivacyError as error:
+                self._fault(server_round, partition, Refused(REFUSED, clean(error)))
+        try:
+            invited = self.receiver.begin(server_round, members, from_record(arrays))
+        except PrivacyError as error:
+            raise RoundError(f"round {server_round}: {error}") from None
+        self._nodes = {partition: node for partition, node in self._nodes.items() if partition in invited}
+
+    def _usable(
+        self, server_round: int, replies: Iterable[Message], taken: list[Uplink], too_long: list[Uplink]
+    ) -> Iterator[Message]:
+        """One message: the mean of the round's sum. Raises RoundError: there is none, and nothing is averaged."""
+        came: dict[int, Uplink] = {}
+        for partition, reply in in_order(sorted(self._nodes), self._partition_of, replies):
+            found = self._taken_in(Asked(server_round, partition, 1.0, self.limits.says_loss), reply)
+            if isinstance(found, Refused):
+                self._fault(server_round, partition, found)
+            else:
+                self.broadcaster.answered(partition)
+                came[partition] = found
+        if len(came) < self.limits.min_replies:
+            raise RoundError(
+                f"round {server_round}: {len(came)} usable replies, federation.min_replies={self.limits.min_replies}; "
+                "see above"
+            )
+        try:
+            answers = self._asked_to_open(server_round)
+            mean = self.receiver.opened()
+        except LostSumError as error:
+            raise RoundError(f"round {server_round}: {error}") from None
+        for partition, uplink in came.items():
+            taken.append(dataclasses.replace(uplink, payload_bytes=uplink.payload_bytes + answers.get(partition, 0)))
+            self.observer.uplink(taken[-1])
+        adapter = {name: mean[name].add_(tensor) for name, tensor in self.current.items()}
+        if not all(bool(tensor.isfinite().all()) for tensor in adapter.values()):
+            raise RoundError(f"round {server_round}: the sum decodes to NaN or infinity")
+        content = RecordDict({ARRAYS: moved_to_record(adapter), METRICS: MetricRecord({NUM_EXAMPLES: len(came)})})
+        yield Message(content, self._nodes[min(came)], "train")
+
+    def _taken_in(self, asked: Asked, reply: Message | None) -> Uplink | Refused:
+        metrics = checked(reply, asked)
+        if isinstance(metrics, Refused):
+            return metrics
+        assert reply is not None
+        try:
+            self.receiver.add(asked.partition, unwrap_payload(reply.content))
+        except (CodecError, PrivacyError) as error:
+            return Refused(REFUSED, clean(error))
+        return uplink_of(reply.content, metrics, asked)
+
+    def _asked_to_open(self, server_round: int) -> dict[int, int]:
+        """Partition -> bytes of what it gave to open the sum.
+
+        Raises:
+            LostSumError: too few messages came.
+        """
+        opening, mailbox = self.receiver.opening, Mailbox(self._grid)
+        partition_of: dict[str, int] = {}
+        for partition in opening.close():
+            request = opening.request(partition).pack()
+            self.observer.downlink(Downlink(server_round, partition, side_bytes=len(request)))
+            content = RecordDict({CONFIG: ConfigRecord({REQUEST: request, RUN_ID: opening.invitation.run})})
+            mailbox.send([Message(content, self._nodes[partition], UNMASK)])
+            partition_of |= dict.fromkeys(mailbox.unanswered.keys() - partition_of.keys(), partition)
+        sizes, began = dict[int, int](), time.monotonic()
+        while mailbox.unanswered:
+            for reply in mailbox.arrived():
+                partition = partition_of[reply.metadata.reply_to_message_id]
+                if (reason := self._take_answer(partition, reply, sizes)) is not None:
+                    log(WARNING, "partition %s does not help to open the sum: %s", partition, reason)
+            passed = time.monotonic() - began
+            if passed > (GRACE_SECONDS if opening.can_open else self.limits.wait_seconds):
+                break
+            time.sleep(_PAUSE_SECONDS)
+        return sizes
+
+    def _take_answer(self, partition: int, reply: Message, sizes: dict[int, int]) -> str | None:
+        """Takes what a client gave; gives why it is of no use."""
+        if reply.has_error():
+            return clean(reply.error.reason or "") or f"Flower's error {reply.error.code}"
+        try:
+            answer = config_of(reply.content).get(UNMASKED)
+            if not isinstance(answer, bytes):
+                raise PrivacyError("its reply holds nothing that opens a sum")
+            self.receiver.opening.take(partition, answer)
+            sizes[partition] = len(answer)
+        except ValueError as error:
+            return clean(error)
+        return None

@@ -1,0 +1,224 @@
+"""Federations with secure aggregation, on an in-process Grid over the real ClientApp."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import InProcessGrid
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
+from test_federation import run, settings_for
+
+from conf.schema import Settings, check_settings
+from conf.sums import terms_of
+from privacy.secagg import Opening
+from server.federate import resumed
+from strategies.wire import INVITATION, UNMASK
+
+
+def secure_settings(folder: Path, run: str, **changes: Any) -> Settings:
+    settings = settings_for(folder, run, arm="coded")
+    settings.codec.name, settings.codec.bits = "learned", 1.0
+    settings.privacy.secure_aggregation = True
+    settings.federation.num_clients, settings.federation.clients_per_round = 5, 5
+    settings.federation.rounds = 2
+    for key, value in changes.items():
+        setattr(settings.privacy, key, value)
+    return settings
+
+
+class Dropping(InProcessGrid):
+    """Of these partitions no answer comes: to the training, or to the request to open the sum."""
+
+    trained: tuple[int, ...] = ()
+    opened: tuple[int, ...] = ()
+
+    def answer(self, message: Message) -> Message | None:
+        partition = (message.metadata.dst_node_id - 1000) // 7
+        kind = message.metadata.message_type
+        gone = self.opened if kind == UNMASK else self.trained if kind == "train" else ()
+        if partition in gone:
+            return Message(Error(ErrorCode.NODE_UNAVAILABLE, "gone"), reply_to=message)
+        return super().answer(message)
+
+
+@pytest.fixture
+def sums(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    """Every opened sum beside the sum of what went in, unmasked, as the clients' trainers gave it."""
+    from client.sums import Member
+    from gradcodec.residues import unpack_residues
+
+    given: dict[int, Any] = {}
+    seen: list[tuple[Any, Any]] = []
+    contribute, total = Member.contribute, Opening.total
+
+    def watched(member: Member, residues: bytes, invitation: Any) -> bytes:
+        given[member._partition] = unpack_residues(residues, invitation.modulus, invitation.length)
+        return contribute(member, residues, invitation)
+
+    def watched_total(opening: Opening) -> Any:
+        found = total(opening)
+        seen.append((found, sum(given[p] for p in opening.summed) % opening.invitation.modulus))
+        return found
+
+    monkeypatch.setattr(Member, "contribute", watched)
+    monkeypatch.setattr(Opening, "total", watched_total)
+    return seen
+
+
+def test_the_sum_is_exact_and_training_goes_on(tmp_path: Path, sums: list[tuple[Any, Any]]) -> None:
+    settings = secure_settings(tmp_path, "run")
+    results = run(settings, tmp_path)
+    assert len(sums) == 2
+    for opened, true in sums:
+        np.testing.assert_array_equal(opened, true)
+    assert results.heldout_loss[-1] < results.heldout_loss[0]
+    assert all(uplink.train_loss is None and uplink.update_norm == 0 for uplink in results.uplinks)
+    assert results.privacy["secure_aggregation"] is True
+    assert "the sum of a round's updates" in results.notes()["Privacy"][0]
+
+
+@pytest.mark.parametrize(
+    ("trained", "opened"), [((1,), ()), ((), (0, 3)), ((4,), (2,))], ids=["before", "between", "both"]
+)
+def test_drop_outs(
+    tmp_path: Path, sums: list[tuple[Any, Any]], trained: tuple[int, ...], opened: tuple[int, ...]
+) -> None:
+    """Of five clients one or two are gone, at each step of the protocol."""
+
+    class Gone(Dropping):
+        pass
+
+    Gone.trained, Gone.opened = trained, opened
+    results = run(secure_settings(tmp_path, "run"), tmp_path, Gone)
+    assert len(sums) == 2
+    for found, true in sums:
+        np.testing.assert_array_equal(found, true)
+    assert len(results.uplinks) == 2 * (5 - len(trained))
+
+
+def test_too_few_stay(tmp_path: Path) -> None:
+    class Gone(Dropping):
+        opened = (0, 1, 2)
+
+    settings = secure_settings(tmp_path, "run")
+    with pytest.raises(ValueError, match="2 of 5 clients answered; it takes 3: the sum stays masked"):
+        run(settings, tmp_path, Gone)
+
+
+def test_what_was_not_in_a_sum_goes_back_into_the_residual(tmp_path: Path) -> None:
+    """A client whose reply is lost sends more next time: its first target is in the second."""
+    import client.trainer as trainer
+
+    targets: list[tuple[int, int, torch.Tensor]] = []
+    from gradcodec.linear import LinearCode
+
+    true = LinearCode.encode
+
+    def watched(code: LinearCode, blocks_RC: torch.Tensor, client: int) -> Any:
+        targets.append((len(targets), client, blocks_RC.clone()))
+        return true(code, blocks_RC, client)
+
+    class Lost(Dropping):
+        def answer(self, message: Message) -> Message | None:
+            reply = super().answer(message)
+            first = message.metadata.message_type == "train" and len(targets) <= 5
+            partition = (message.metadata.dst_node_id - 1000) // 7
+            if first and partition == 2:
+                return Message(Error(ErrorCode.NODE_UNAVAILABLE, "gone"), reply_to=message)
+            return reply
+
+    assert trainer is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LinearCode, "encode", watched)
+        settings = secure_settings(tmp_path, "run")
+        run(settings, tmp_path, Lost)
+    of_lost = [target for _, client, target in targets if client == 2]
+    of_other = [target for _, client, target in targets if client == 1]
+    inside = float((of_lost[1] * of_lost[0]).sum() / of_lost[0].square().sum())
+    beside = float((of_other[1] * of_other[0]).sum() / of_other[0].square().sum())
+    assert inside > beside + 0.2
+
+
+def test_a_server_that_died_goes_on(tmp_path: Path, sums: list[tuple[Any, Any]]) -> None:
+    """The resumed run takes new numbers for its sums, so that clients take part again."""
+
+    class Dies(InProcessGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            replies = list(super().pull_messages(message_ids))
+            if len(sums) == 1 and any(reply.metadata.message_type == UNMASK for reply in replies):
+                raise KeyboardInterrupt
+            return replies
+
+    settings = secure_settings(tmp_path, "run")
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path, Dies)
+    results = run(resumed(tmp_path / "run", []), tmp_path)
+    assert len(results.heldout_loss) == 3
+    assert json.loads((tmp_path / "run" / "privacy-ledger.json").read_text())["sums"] == 3
+
+
+def test_noise_within_the_sum(tmp_path: Path, sums: list[tuple[Any, Any]]) -> None:
+    settings = secure_settings(tmp_path, "run", name="client_dp", noise="sum", noise_multiplier=1.0, epsilon=None)
+    settings.federation.min_replies, settings.privacy.clip = 4, 0.5
+    results = run(settings, tmp_path)
+    report = results.privacy
+    assert report["epsilon"] is not None and report["releases_most"] == 2
+    assert "a server that keeps to the protocol" in report["protects_from"]
+    for found, true in sums:
+        np.testing.assert_array_equal(found, true)
+
+
+def test_messages_tell_nothing_apart(tmp_path: Path) -> None:
+    """Every client's masked residues are uniform, whatever it sends: chi-square at 99.9 %, corrected for ten tests."""
+    from scipy import stats
+
+    from gradcodec.residues import unpack_residues
+    from privacy.secagg import Contribution
+
+    seen: list[Any] = []
+    true = Opening.add
+
+    def watched(opening: Opening, partition: int, contribution: Contribution, values: Any) -> None:
+        seen.append((opening.invitation.modulus, np.array(values)))
+        true(opening, partition, contribution, values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Opening, "add", watched)
+        run(secure_settings(tmp_path, "run"), tmp_path)
+    assert len(seen) == 10 and unpack_residues is not None
+    for modulus, values in seen:
+        counts = np.bincount(values, minlength=modulus)
+        assert stats.chisquare(counts).pvalue > 0.001 / 10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"codec__name": "rotated"}, "needs codec=learned"),
+        ({"codec__bits": None}, "needs codec.bits=NUMBER"),
+        ({"federation__clients_per_round": 2}, "needs federation.clients_per_round of at least 3"),
+        ({"strategy__name": "fedmedian"}, "do not go together"),
+        ({"privacy__secret_sampling": True}, "do not go together"),
+    ],
+)
+def test_settings_that_cannot_be_served(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    settings = secure_settings(tmp_path, "run")
+    for key, value in change.items():
+        holder, _, attribute = key.partition("__")
+        setattr(getattr(settings, holder), attribute, value)
+    with pytest.raises(ValueError, match=message):
+        check_settings(settings)
+
+
+def test_an_invitation_is_counted(tmp_path: Path) -> None:
+    results = run(secure_settings(tmp_path, "run"), tmp_path)
+    assert INVITATION
+    assert all(one.side_bytes > 0 for one in results.downlinks)
+    assert terms_of is not None
