@@ -38,6 +38,7 @@ from gradcodec.lattice import (
     step_of,
     to_digits,
     total_dither,
+    unsaturated,
 )
 from gradcodec.peers.eden import rotate_randomly, unrotate_randomly
 from gradcodec.residues import Integers, most_residues, pack_residues, unpack_residues
@@ -46,8 +47,8 @@ __all__ = ["Announcement", "Basis", "LinearCode", "Terms", "announce_first"]
 
 MAX_LEVELS = 255
 _MOST_DIGITS = 8
-_ALIKE = 0.1
-"""Correlation of two clients' coefficients that steps are made for. Recorded updates have 0.1 to 0.25."""
+_MOST_HIDDEN = 2.0
+"""Where nearly all values saturate little can be told, and a scale that jumps is worse than one that takes a round more."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,6 @@ class Terms:
     def least_modulus(self) -> int:
         """The number of values that the sum of all clients' integers may have."""
         return self.clients * (self.levels - 1) + 1
-
-    @property
-    def coherence(self) -> float:
-        """Energy of the sum over that of as many independent updates, as it is assumed."""
-        return _coherence(self.clients)
 
     def check(self) -> None:
         """Raises CodecError naming what cannot be served."""
@@ -115,7 +111,7 @@ class LinearCode:
         room = most_residues(terms.max_bytes, self.modulus)
         if room < 1:
             raise BudgetError(f"{terms.max_bytes} bytes hold no residue modulo {self.modulus}")
-        gains = gains_of(terms.levels, terms.coherence, 1 if terms.radius is not None else _MOST_DIGITS)
+        gains = gains_of(terms.levels, 1 if terms.radius is not None else _MOST_DIGITS)
         self._shares = allocate(announcement.bands_B, self._edges, room, gains)
         self.num_integers = sum(int(share.num_digits_K.sum()) for share in self._shares)
         self._levels_N = basis.levels(announcement.rows_N.astype(np.int64), announcement.columns_G.astype(np.int64))
@@ -125,7 +121,8 @@ class LinearCode:
         self._energy_K = energies_of(announcement.bands_B)[self._band_K]
         steps = {int(d): step_of(terms.levels ** int(d))[0] for d in np.unique(self._num_digits_K)}
         of_normal_K = np.array([steps[int(d)] for d in self._num_digits_K])
-        self._step_K = of_normal_K * np.sqrt(self._energy_K / (terms.clients * terms.coherence))
+        # as if clients' updates were independent: where they are alike, each is weaker than that, and none saturates
+        self._step_K = of_normal_K * np.sqrt(self._energy_K / terms.clients)
         self._half_K = half_of(self._num_digits_K, terms.levels)
         self._noise_K = np.square(self._step_K) / 12  # what rounding leaves of each client's
         # the sum's estimate of least squared error (Wiener); the same for every sum, so that parts add up
@@ -187,13 +184,24 @@ class LinearCode:
         """
         coordinates_K = self._coordinates(total_S, clients)
         noise_K = len(clients) * self._noise_K + added_variance * np.square(self._step_K)
-        num, agreed = len(clients), self.terms.clients
-        missing = agreed * self.terms.coherence / (num * _coherence(num))
-        bands_B = self._bands_after((np.square(coordinates_K) - noise_K) * missing)
-        places_M, energies_M = self._found(coordinates_K, noise_K)
+        missing = self.terms.clients / len(clients)
+        seen_K = (np.square(coordinates_K) - noise_K) * missing
+        hidden_B = self._hidden(seen_K)
+        bands_B = self._bands_after(seen_K * hidden_B[self._band_K])
+        places_M, energies_M = self._found(coordinates_K, noise_K, missing * hidden_B)
         start = energies_of(self._announced.rows_N), energies_of(self._announced.columns_G)
-        rows_N, columns_G = self._basis.fit(start, places_M, energies_M * missing) if len(places_M) else start
+        rows_N, columns_G = self._basis.fit(start, places_M, energies_M) if len(places_M) else start
         return Announcement(levels_of(rows_N), levels_of(columns_G), bands_B)
+
+    def _hidden(self, seen_K: Doubles) -> Doubles:
+        """By how much each band's energy is larger than what is seen of it ``[B]``, since clients' values saturate."""
+        hidden_B, stop = np.ones(len(self._edges) - 1), 0
+        for share in self._shares:
+            start, stop = stop, stop + len(share.num_digits_K)
+            seen = float(seen_K[start:stop].mean() / self._energy_K[start])
+            span = self.levels ** int(share.num_digits_K[0])
+            hidden_B[share.band] = np.clip(unsaturated(seen, span) / seen, 1, _MOST_HIDDEN) if seen > 0 else 1.0
+        return hidden_B
 
     def _bands_after(self, energy_K: Doubles) -> Levels:
         num_bands = len(self._edges) - 1
@@ -207,15 +215,16 @@ class LinearCode:
         unsent_B = expected_B * (found_B[weakest] / expected_B[weakest])
         return levels_of(np.where(count_B > 0, found_B, unsent_B))
 
-    def _found(self, coordinates_K: Doubles, noise_K: Doubles) -> tuple[Integers, Doubles]:
-        """Coefficients of bands that were sent whole, and their energies less that of noise."""
+    def _found(self, coordinates_K: Doubles, noise_K: Doubles, factor_B: Doubles) -> tuple[Integers, Doubles]:
+        """Coefficients of bands that were sent whole, and their energies less that of noise, times the bands'."""
         found_N = self._unmixed(coordinates_K).double().numpy()
         places, energies, stop = [np.zeros(0, np.int64)], [np.zeros(0)], 0
         for share in self._shares:
             start, stop = stop, stop + len(share.num_digits_K)
             if share.is_whole:
                 places.append(self._order_N[share.start : share.stop])
-                energies.append(np.square(found_N[places[-1]]) - noise_K[start:stop].mean())
+                seen = np.square(found_N[places[-1]]) - noise_K[start:stop].mean()
+                energies.append(seen * factor_B[share.band])
         return np.concatenate(places), np.concatenate(energies)
 
     def _coordinates(self, total_S: Integers, clients: Sequence[int]) -> Doubles:
@@ -266,13 +275,9 @@ def announce_first(basis: Basis, terms: Terms, rehearsal_RC: Tensor, seed: bytes
         ratio: how much longer a client's update is expected to be: its steps over the rehearsal's, where each step
             moves as far (AdamW).
     """
-    energy_N = np.square(basis.analyse(rehearsal_RC).double().numpy() * ratio) * (terms.clients * terms.coherence)
+    energy_N = np.square(basis.analyse(rehearsal_RC).double().numpy() * ratio) * terms.clients
     start = np.full(basis.num_rows, QUIETEST), np.ones(NUM_CLASSES)
     rows_N, columns_G = map(levels_of, basis.fit(start, np.arange(len(energy_N)), energy_N))
     order_N = order_of(basis.levels(rows_N.astype(np.int64), columns_G.astype(np.int64)), seed)
     edges = edges_of(len(energy_N))
     return Announcement(rows_N, columns_G, levels_of(np.add.reduceat(energy_N[order_N], edges[:-1]) / np.diff(edges)))
-
-
-def _coherence(num_clients: int) -> float:
-    return 1 + (num_clients - 1) * _ALIKE
