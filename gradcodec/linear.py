@@ -15,6 +15,7 @@ Knows neither masks nor noise. Shape suffixes: R rank, C columns, N coefficients
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ __all__ = ["Announcement", "Basis", "LinearCode", "Terms", "announce_first"]
 MAX_LEVELS = 255
 _MOST_DIGITS = 8
 _MOST_HIDDEN = 2.0
-"""Where nearly all values saturate little can be told, and a scale that jumps is worse than one that takes a round more."""
+"""Where nearly all values saturate little can be told: a scale that jumps is worse than one that takes a round more."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Terms:
 
     ``modulus`` of the sums: None takes the least that no sum exceeds. ``radius``: the L2 norm, in integers, that no
     client's contribution exceeds, for a mechanism that adds noise to the sum; None: no bound. With it every integer is
-    a coordinate of its own (one digit).
+    a coordinate of its own (one digit). ``noise_variance``: of the noise that is added to each integer of the sum, in
+    squared integers: what is decoded is drawn towards zero as far as it is noise.
     """
 
     clients: int
@@ -65,6 +67,7 @@ class Terms:
     levels: int = 3
     modulus: int | None = None
     radius: float | None = None
+    noise_variance: float = 0.0
 
     @property
     def least_modulus(self) -> int:
@@ -82,6 +85,8 @@ class Terms:
                 f"sums modulo {self.modulus}: {self.clients} clients with {self.levels} levels need at least "
                 f"{self.least_modulus}"
             )
+        if not 0 <= self.noise_variance < math.inf:
+            raise CodecError(f"noise of variance {self.noise_variance}: a finite number of at least 0 is expected")
 
 
 class LinearCode:
@@ -124,9 +129,8 @@ class LinearCode:
         # as if clients' updates were independent: where they are alike, each is weaker than that, and none saturates
         self._step_K = of_normal_K * np.sqrt(self._energy_K / terms.clients)
         self._half_K = half_of(self._num_digits_K, terms.levels)
-        self._noise_K = np.square(self._step_K) / 12  # what rounding leaves of each client's
         # the sum's estimate of least squared error (Wiener); the same for every sum, so that parts add up
-        self._gain_K = self._energy_K / (self._energy_K + terms.clients * self._noise_K)
+        self._gain_K = self._energy_K / (self._energy_K + self._noise_of(terms.clients))
 
     def encode(self, blocks_RC: Tensor, client: int) -> Integers:
         """A client's target -> integers ``[S]`` in 0..levels-1, to be masked and summed modulo ``modulus``.
@@ -170,20 +174,20 @@ class LinearCode:
         """Inverse of ``pack``. Raises CodecError: these are no such bytes."""
         return unpack_residues(data, self.modulus, self.num_integers)
 
-    def announce_next(self, total_S: Integers, clients: Sequence[int], added_variance: float = 0.0) -> Announcement:
+    def announce_next(self, total_S: Integers, clients: Sequence[int]) -> Announcement:
         """The next round's announcement, from what the server sees of this one.
 
         Args:
             total_S: as for ``decode_sum``.
             clients: whose sum it is.
-            added_variance: of noise that is in the integers, for privacy, in squared integers.
 
         Returns:
-            The energies of the decoded sum, less what rounding adds to it: of bands, each from its own coordinates,
-            and where none were sent from the weakest that was; of rows, beside what was expected of them.
+            The energies of the decoded sum, less what rounding and noise add to it: of bands, each from its own
+            coordinates, and where none were sent from the weakest that was; of rows and classes of columns, beside
+            what was expected of them.
         """
         coordinates_K = self._coordinates(total_S, clients)
-        noise_K = len(clients) * self._noise_K + added_variance * np.square(self._step_K)
+        noise_K = self._noise_of(len(clients))
         missing = self.terms.clients / len(clients)
         seen_K = (np.square(coordinates_K) - noise_K) * missing
         hidden_B = self._hidden(seen_K)
@@ -192,6 +196,11 @@ class LinearCode:
         start = energies_of(self._announced.rows_N), energies_of(self._announced.columns_G)
         rows_N, columns_G = self._basis.fit(start, places_M, energies_M) if len(places_M) else start
         return Announcement(levels_of(rows_N), levels_of(columns_G), bands_B)
+
+    def _noise_of(self, num_clients: int) -> Doubles:
+        """Energy of rounding and noise in each coordinate of a sum ``[K]``."""
+        noise_K: Doubles = np.square(self._step_K) * (num_clients / 12 + self.terms.noise_variance)
+        return noise_K
 
     def _hidden(self, seen_K: Doubles) -> Doubles:
         """By how much each band's energy is larger than what is seen of it ``[B]``, since clients' values saturate."""

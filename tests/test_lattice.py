@@ -298,6 +298,7 @@ def test_one_huge_value_costs_as_much_as_many_small_ones() -> None:
         (Terms(5, 100, levels=4), "odd number"),
         (Terms(5, 100, levels=1), "odd number"),
         (Terms(5, 100, modulus=10), "at least 11"),
+        (Terms(5, 100, noise_variance=math.nan), "variance"),
     ],
 )
 def test_terms_that_cannot_be_served_are_refused(terms: Terms, says: str) -> None:
@@ -336,18 +337,24 @@ def test_with_a_radius_no_client_adds_more_and_noise_may_wrap() -> None:
     torch.testing.assert_close(doubled - noised, noised - plain, rtol=0, atol=1e-4 * float(noised.abs().max()))
 
 
-def test_noise_that_is_told_of_does_not_count_as_energy() -> None:
-    terms = Terms(5, 1500, levels=15, modulus=4093, radius=1e6)
-    code = code_of(terms)
-    sent = total_of(code, [code.encode(blocks(1 + client), client) for client in range(5)])
+def test_noise_that_is_told_of_neither_counts_as_energy_nor_comes_through() -> None:
     deviation = 20.0
-    noise = np.rint(np.random.default_rng(0).standard_normal(code.num_integers) * deviation).astype(np.int64)
-    noised = total_of(code, [sent, noise])
-    quiet = energies_of(code.announce_next(sent, range(5)).bands_B).sum()
-    told = energies_of(code.announce_next(noised, range(5), deviation**2).bands_B).sum()
-    untold = energies_of(code.announce_next(noised, range(5)).bands_B).sum()
-    assert told < 3 * quiet
-    assert untold > 10 * quiet
+    untold = Terms(5, 1500, levels=15, modulus=4093, radius=1e6)
+    told = replace(untold, noise_variance=deviation**2)
+    updates = [blocks(1 + client) for client in range(5)]
+    true = torch.stack(updates).sum(0)
+    energies, errors = {}, {}
+    for terms in (untold, told):
+        code = code_of(terms)
+        sent = total_of(code, [code.encode(update, client) for client, update in enumerate(updates)])
+        noise = np.rint(np.random.default_rng(0).standard_normal(code.num_integers) * deviation).astype(np.int64)
+        noised = total_of(code, [sent, noise])
+        energies[terms] = energies_of(code.announce_next(noised, range(5)).bands_B).sum()
+        errors[terms] = float((code.decode_sum(noised, range(5)) - true).norm() / true.norm())
+    quiet = energies_of(code_of(untold).announce_next(sent, range(5)).bands_B).sum()
+    assert energies[told] < 3 * quiet
+    assert energies[untold] > 10 * quiet
+    assert errors[told] < 1.1 < errors[untold]
 
 
 # over rounds
@@ -400,11 +407,10 @@ def test_a_quiet_client_among_loud_ones_is_left_with_the_dither() -> None:
 def test_what_is_announced_finds_the_scale_from_any_start() -> None:
     ends = []
     for error in (1.0, 0.01, 100.0):
-        terms, announced = Terms(5, 150), None
+        terms, basis = Terms(5, 150), Basis(LAYOUT, TABLES, principal_axes(blocks(0), LAYOUT))
+        announced = announce_first(basis, terms, blocks(0) * error, b"run/0")
         for number in range(8):
-            basis, seed = Basis(LAYOUT, TABLES, principal_axes(blocks(0), LAYOUT)), b"run/%d" % number
-            announced = announced or announce_first(basis, terms, blocks(0) * error, seed)
-            code = LinearCode(basis, terms, announced, seed)
+            code = LinearCode(basis, terms, announced, b"run/%d" % number)
             sent = [code.encode(blocks(100 * number + client), client) for client in range(5)]
             announced = code.announce_next(total_of(code, sent), range(5))
         ends.append(float(energies_of(announced.bands_B).max()))
