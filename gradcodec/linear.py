@@ -23,10 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradcodec.announcement import Announcement, Doubles, Levels, energies_of, levels_of
+from gradcodec.announcement import Announcement as Announcement  # who uses the code needs both
+from gradcodec.announcement import Doubles, Levels, energies_of, levels_of
 from gradcodec.bands import Share, allocate, edges_of, gains_of
 from gradcodec.errors import BudgetError, CodecError
-from gradcodec.expected import FEW, MOST_FALL, NUM_CLASSES, QUIETEST, Basis, number_of, order_of
+from gradcodec.expected import FEW, MOST_FALL, NUM_CLASSES, QUIETEST, number_of, order_of
+from gradcodec.expected import Basis as Basis
 from gradcodec.lattice import (
     bounded,
     centred,
@@ -43,8 +45,6 @@ from gradcodec.lattice import (
 )
 from gradcodec.peers.eden import rotate_randomly, unrotate_randomly
 from gradcodec.residues import Integers, most_residues, pack_residues, unpack_residues
-
-__all__ = ["Announcement", "Basis", "LinearCode", "Terms", "announce_first"]
 
 MAX_LEVELS = 255
 _MOST_DIGITS = 8
