@@ -200,6 +200,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     try:
         rates, levels = rates_of(args.bits), [int(text) for text in args.levels.split(",")]
+        beside = rates if args.open_bits is None else rates_of(args.open_bits)
         recording = load_recording(args.updates)
         fewest = min(len([u for u in recording.updates if u.round == n]) for n in {u.round for u in recording.updates})
         num_clients = args.clients or fewest
@@ -211,7 +212,7 @@ def main() -> None:
         priors = {} if args.model is None else priors_of(model, recording.layout)
         rows = []
         for rate in rates:
-            arms: list[Arm] = [OpenArm(name, learned, priors) for name in OPEN]
+            arms: list[Arm] = [OpenArm(name, learned, priors) for name in OPEN if rate in beside]
             arms += [LinearArm(number, learned, priors) for number in levels]
             for arm in arms:
                 rows.append(follow(recording, arm, num_clients, rate))
@@ -233,6 +234,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--clients", type=int, help="of a round, the first so many (default: as many as all rounds have)"
     )
+    parser.add_argument("--open-bits", help="of --bits those at which the open codecs are measured, too (default: all)")
     parser.add_argument("--levels", default="3,7", help="levels of the linear code, odd")
     return parser
 

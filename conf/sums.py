@@ -49,7 +49,7 @@ def terms_of(settings: Settings, layout: Layout, clients: int) -> Terms:
         )
     modulus = _modulus(radius, clients, share * math.sqrt(clients))
     levels = 2 * int(radius) + 1
-    return Terms(clients, max_bytes, levels, modulus, radius, privacy.clip, added_variance=clients * share**2)
+    return Terms(clients, max_bytes, levels, modulus, radius, privacy.clip, noise_variance=clients * share**2)
 
 
 def noise_deviation(settings: Settings, radius: float) -> float:

@@ -47,14 +47,14 @@ def edges_of(num_coefficients: int) -> list[int]:
     return edges
 
 
-def gains_of(levels: int, coherence: float, most_digits: int) -> list[int]:
-    """By how many levels a digit's worth lies below the band's: what it takes from the error of the sum, over the
-    energy of the sum. ``coherence`` is the energy of a sum over that of as many independent clients' updates."""
+def gains_of(levels: int, most_digits: int) -> list[int]:
+    """By how many levels a digit's worth lies below its band's: what it takes from the error of a coordinate, over the
+    coordinate's energy."""
     gains, before = [], 1.0
     for digits in range(1, most_digits + 1):
         if levels**digits > _MOST_SPAN:
             break
-        after = step_of(levels**digits)[1] / coherence
+        after = step_of(levels**digits)[1]
         gains.append(round(LEVELS_PER_OCTAVE * math.log2(max(before - after, 2.0**-40))))
         before = after
     return gains

@@ -27,7 +27,7 @@ from gradcodec.residues import Integers
 Doubles = NDArray[np.float64]
 
 _SHRINK = 1 - 2.0**-10
-"""What rounding added to the norm is taken away in steps of this; it converges from any start."""
+"""At least so much is taken away where rounding added to the norm."""
 
 
 def dither_of(count: int, seed: bytes) -> Doubles:
@@ -57,30 +57,26 @@ def restore(integers_K: Integers, dither_K: Doubles) -> Doubles:
 def bounded(scaled_K: Doubles, half_K: Integers, dither_K: Doubles, radius: float) -> Integers:
     """As ``quantize``, and the integers' L2 norm is at most ``radius``, exactly: their squares are summed as integers.
 
-    The values are scaled down and rounded again until it holds, so what the bound costs is length, not direction. Where
-    the dithers alone reach the radius, the largest of what is left becomes zero, one by one.
+    The values are scaled down and rounded again until it holds, so what the bound costs is length, not direction. It
+    comes to an end: what is scaled to nothing rounds to zero, whatever the dither.
 
     Args:
-        radius: at least 0, in steps. It is what a client adds at most to the sum, so the sensitivity of a mechanism
+        radius: at least 0, in integers. It is what a client adds at most to the sum, so the sensitivity of a mechanism
             that noises the sum.
 
     Raises:
         CodecError: ``radius`` is negative or not finite.
+        DivergedError: NaN or infinity among the values.
     """
     if not 0 <= radius < math.inf:
         raise CodecError(f"a radius of {radius}: a finite number of at least 0 is expected")
-    limit = math.floor(radius * radius)
+    most = math.floor(radius * radius)
     norm = float(np.linalg.norm(scaled_K))
     scale = min(1.0, radius / norm) if norm > 0 else 1.0
     integers_K = quantize(scaled_K * scale, half_K, dither_K)
-    while _energy(integers_K) > limit and scale > 2.0**-40:
-        excess = math.sqrt(limit / _energy(integers_K))
-        scale *= min(_SHRINK, excess) if excess > 0 else 0.0
+    while (energy := _energy(integers_K)) > most:
+        scale *= min(_SHRINK, math.sqrt(most / energy))
         integers_K = quantize(scaled_K * scale, half_K, dither_K)
-    if (over := _energy(integers_K) - limit) > 0:
-        order = np.argsort(-np.abs(integers_K), kind="stable")
-        removed = np.cumsum(integers_K[order] ** 2)
-        integers_K[order[: int(np.searchsorted(removed, over)) + 1]] = 0
     return integers_K
 
 
@@ -124,23 +120,46 @@ def centred(residues_S: Integers, modulus: int, offset: int) -> Integers:
 def step_of(span: int) -> tuple[float, float]:
     """The step of least squared error for a standard normal value and ``span`` levels, dithered, and that error.
 
-    Numerically, over steps in twentieths of the widest that makes sense: from what rounding and saturation leave.
+    Sought numerically: a coarser step rounds more, a finer one saturates more.
     """
-    values = np.linspace(-6, 6, 2401)
-    weights = np.exp(-values * values / 2)
-    weights /= weights.sum()
-    dithers = (np.arange(32) + 0.5) / 32 - 0.5
-    half = (span - 1) // 2
-
-    def error_of(step: float) -> float:
-        scaled = values[:, None] / step + dithers
-        left = (np.clip(np.rint(scaled), -half, half) - dithers) * step - values[:, None]
-        return float(weights @ np.square(left).mean(1))
-
-    widest = 12 / span
-    errors = {widest * i / 60: error_of(widest * i / 60) for i in range(6, 61)}
+    steps = [12 / span * i / 60 for i in range(6, 61)]
+    errors = {step: _moments(span, step)[0] for step in steps}
     best = min(errors, key=lambda step: errors[step])
     return best, errors[best]
+
+
+def unsaturated(seen: float, span: int) -> float:
+    """The energy of normal values over what was expected, from that of what was decoded: saturation hides a part.
+
+    Args:
+        seen: energy of decoded values, less that of rounding, over the energy that the step was made for.
+        span: levels of the values.
+
+    Returns:
+        At most 64: where nearly all saturate, more cannot be told.
+    """
+    energies, hidden = _saturation(span)
+    return float(np.interp(seen, hidden, energies)) if seen > hidden[0] else max(seen, 0.0)
+
+
+@cache
+def _saturation(span: int) -> tuple[Doubles, Doubles]:
+    """Energies of values, and those that are seen of them, both ascending."""
+    step = step_of(span)[0]
+    energies = np.exp2(np.arange(-6, 6.5, 0.5))
+    seen = [_moments(span, step / math.sqrt(energy))[1] * energy for energy in energies]
+    return energies, np.maximum.accumulate(np.array(seen) - step * step / 12)
+
+
+def _moments(span: int, step: float) -> tuple[float, float]:
+    """Of a standard normal value and what it decodes to: the mean squared error, and the mean square of the latter."""
+    values = np.linspace(-6, 6, 1201)
+    weights = np.exp(-values * values / 2)
+    weights /= weights.sum()
+    dithers = (np.arange(16) + 0.5) / 16 - 0.5
+    half = (span - 1) // 2
+    decoded = (np.clip(np.rint(values[:, None] / step + dithers), -half, half) - dithers) * step
+    return float(weights @ np.square(decoded - values[:, None]).mean(1)), float(weights @ np.square(decoded).mean(1))
 
 
 def total_dither(count: int, seed: bytes, clients: Sequence[int]) -> Doubles:

@@ -15,6 +15,7 @@ Knows neither masks nor noise. Shape suffixes: R rank, C columns, N coefficients
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,10 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradcodec.announcement import Announcement, Doubles, Levels, energies_of, levels_of
+from gradcodec.announcement import Announcement as Announcement  # who uses the code needs both
+from gradcodec.announcement import Doubles, Levels, energies_of, levels_of
 from gradcodec.bands import Share, allocate, edges_of, gains_of
 from gradcodec.errors import BudgetError, CodecError
-from gradcodec.expected import FEW, MOST_FALL, NUM_CLASSES, QUIETEST, Basis, number_of, order_of
+from gradcodec.expected import FEW, MOST_FALL, NUM_CLASSES, QUIETEST, number_of, order_of
+from gradcodec.expected import Basis as Basis
 from gradcodec.lattice import (
     bounded,
     centred,
@@ -38,16 +41,15 @@ from gradcodec.lattice import (
     step_of,
     to_digits,
     total_dither,
+    unsaturated,
 )
 from gradcodec.peers.eden import rotate_randomly, unrotate_randomly
 from gradcodec.residues import Integers, most_residues, pack_residues, unpack_residues
 
-__all__ = ["Announcement", "Basis", "LinearCode", "Terms", "announce_first"]
-
 MAX_LEVELS = 255
 _MOST_DIGITS = 8
-_ALIKE = 0.1
-"""Correlation of two clients' coefficients that steps are made for. Recorded updates have 0.1 to 0.25."""
+_MOST_HIDDEN = 2.0
+"""Where nearly all values saturate little can be told: a scale that jumps is worse than one that takes a round more."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Terms:
     ``modulus`` of the sums: None takes the least that no sum exceeds. ``radius``: the L2 norm, in integers, that no
     client's contribution exceeds, for a mechanism that adds noise to the sum; None: no bound. With it every integer is
     a coordinate of its own (one digit), and ``clip``, the norm that it stands for, makes all steps equal: noise of
-    equal integers then hides all directions alike. ``added_variance``: of that noise in the sum, in squared integers.
+    equal integers then hides all directions alike. ``noise_variance``: of the noise that is added to each integer of the sum, in
+    squared integers: what is decoded is drawn towards zero as far as it is noise.
     """
 
     clients: int
@@ -66,17 +69,12 @@ class Terms:
     modulus: int | None = None
     radius: float | None = None
     clip: float = 1.0
-    added_variance: float = 0.0
+    noise_variance: float = 0.0
 
     @property
     def least_modulus(self) -> int:
         """The number of values that the sum of all clients' integers may have."""
         return self.clients * (self.levels - 1) + 1
-
-    @property
-    def coherence(self) -> float:
-        """Energy of the sum over that of as many independent updates, as it is assumed."""
-        return _coherence(self.clients)
 
     def check(self) -> None:
         """Raises CodecError naming what cannot be served."""
@@ -89,6 +87,8 @@ class Terms:
                 f"sums modulo {self.modulus}: {self.clients} clients with {self.levels} levels need at least "
                 f"{self.least_modulus}"
             )
+        if not 0 <= self.noise_variance < math.inf:
+            raise CodecError(f"noise of variance {self.noise_variance}: a finite number of at least 0 is expected")
 
 
 class LinearCode:
@@ -118,7 +118,7 @@ class LinearCode:
         room = most_residues(terms.max_bytes, self.modulus)
         if room < 1:
             raise BudgetError(f"{terms.max_bytes} bytes hold no residue modulo {self.modulus}")
-        gains = gains_of(terms.levels, terms.coherence, 1 if terms.radius is not None else _MOST_DIGITS)
+        gains = gains_of(terms.levels, 1 if terms.radius is not None else _MOST_DIGITS)
         self._shares = allocate(announcement.bands_B, self._edges, room, gains)
         self.num_integers = sum(int(share.num_digits_K.sum()) for share in self._shares)
         self._levels_N = basis.levels(announcement.rows_N.astype(np.int64), announcement.columns_G.astype(np.int64))
@@ -129,14 +129,13 @@ class LinearCode:
         steps = {int(d): step_of(terms.levels ** int(d))[0] for d in np.unique(self._num_digits_K)}
         of_normal_K = np.array([steps[int(d)] for d in self._num_digits_K])
         if terms.radius is None:
-            self._step_K = of_normal_K * np.sqrt(self._energy_K / (terms.clients * terms.coherence))
+            # as if clients' updates were independent: where they are alike, each is weaker than that, and none saturates
+            self._step_K = of_normal_K * np.sqrt(self._energy_K / terms.clients)
         else:
             self._step_K = np.full(len(of_normal_K), terms.clip / terms.radius)
         self._half_K = half_of(self._num_digits_K, terms.levels)
-        self._noise_K = np.square(self._step_K) / 12  # what rounding leaves of each client's
         # the sum's estimate of least squared error (Wiener); the same for every sum, so that parts add up
-        noise_K = terms.clients * self._noise_K + terms.added_variance * np.square(self._step_K)
-        self._gain_K = self._energy_K / (self._energy_K + noise_K)
+        self._gain_K = self._energy_K / (self._energy_K + self._noise_of(terms.clients))
 
     def encode(self, blocks_RC: Tensor, client: int) -> Integers:
         """A client's target -> integers ``[S]`` in 0..levels-1, to be masked and summed modulo ``modulus``.
@@ -188,18 +187,37 @@ class LinearCode:
             clients: whose sum it is.
 
         Returns:
-            The energies of the decoded sum, less what rounding adds to it: of bands, each from its own coordinates,
-            and where none were sent from the weakest that was; of rows, beside what was expected of them.
+            The energies of the decoded sum, less what rounding and noise add to it: of bands, each from its own
+            coordinates, and where none were sent from the weakest that was; of rows and classes of columns, beside
+            what was expected of them.
         """
         coordinates_K = self._coordinates(total_S, clients)
-        noise_K = len(clients) * self._noise_K + self.terms.added_variance * np.square(self._step_K)
-        num, agreed = len(clients), self.terms.clients
-        missing = agreed * self.terms.coherence / (num * _coherence(num))
-        bands_B = self._bands_after((np.square(coordinates_K) - noise_K) * missing)
-        places_M, energies_M = self._found(coordinates_K, noise_K)
+        noise_K = self._noise_of(len(clients))
+        missing = self.terms.clients / len(clients)
+        seen_K = (np.square(coordinates_K) - noise_K) * missing
+        hidden_B = self._hidden(seen_K)
+        bands_B = self._bands_after(seen_K * hidden_B[self._band_K])
+        places_M, energies_M = self._found(coordinates_K, noise_K, missing * hidden_B)
         start = energies_of(self._announced.rows_N), energies_of(self._announced.columns_G)
-        rows_N, columns_G = self._basis.fit(start, places_M, energies_M * missing) if len(places_M) else start
+        rows_N, columns_G = self._basis.fit(start, places_M, energies_M) if len(places_M) else start
         return Announcement(levels_of(rows_N), levels_of(columns_G), bands_B)
+
+    def _noise_of(self, num_clients: int) -> Doubles:
+        """Energy of rounding and noise in each coordinate of a sum ``[K]``."""
+        noise_K: Doubles = np.square(self._step_K) * (num_clients / 12 + self.terms.noise_variance)
+        return noise_K
+
+    def _hidden(self, seen_K: Doubles) -> Doubles:
+        """By how much each band's energy is larger than what is seen of it ``[B]``, since clients' values saturate."""
+        hidden_B, stop = np.ones(len(self._edges) - 1), 0
+        if self.terms.radius is not None:  # a client's norm is bounded, and hardly ever a single value
+            return hidden_B
+        for share in self._shares:
+            start, stop = stop, stop + len(share.num_digits_K)
+            seen = float(seen_K[start:stop].mean() / self._energy_K[start])
+            span = self.levels ** int(share.num_digits_K[0])
+            hidden_B[share.band] = np.clip(unsaturated(seen, span) / seen, 1, _MOST_HIDDEN) if seen > 0 else 1.0
+        return hidden_B
 
     def _bands_after(self, energy_K: Doubles) -> Levels:
         num_bands = len(self._edges) - 1
@@ -213,15 +231,16 @@ class LinearCode:
         unsent_B = expected_B * (found_B[weakest] / expected_B[weakest])
         return levels_of(np.where(count_B > 0, found_B, unsent_B))
 
-    def _found(self, coordinates_K: Doubles, noise_K: Doubles) -> tuple[Integers, Doubles]:
-        """Coefficients of bands that were sent whole, and their energies less that of noise."""
+    def _found(self, coordinates_K: Doubles, noise_K: Doubles, factor_B: Doubles) -> tuple[Integers, Doubles]:
+        """Coefficients of bands that were sent whole, and their energies less that of noise, times the bands'."""
         found_N = self._unmixed(coordinates_K).double().numpy()
         places, energies, stop = [np.zeros(0, np.int64)], [np.zeros(0)], 0
         for share in self._shares:
             start, stop = stop, stop + len(share.num_digits_K)
             if share.is_whole:
                 places.append(self._order_N[share.start : share.stop])
-                energies.append(np.square(found_N[places[-1]]) - noise_K[start:stop].mean())
+                seen = np.square(found_N[places[-1]]) - noise_K[start:stop].mean()
+                energies.append(seen * factor_B[share.band])
         return np.concatenate(places), np.concatenate(energies)
 
     def _coordinates(self, total_S: Integers, clients: Sequence[int]) -> Doubles:
@@ -272,13 +291,9 @@ def announce_first(basis: Basis, terms: Terms, rehearsal_RC: Tensor, seed: bytes
         ratio: how much longer a client's update is expected to be: its steps over the rehearsal's, where each step
             moves as far (AdamW).
     """
-    energy_N = np.square(basis.analyse(rehearsal_RC).double().numpy() * ratio) * (terms.clients * terms.coherence)
+    energy_N = np.square(basis.analyse(rehearsal_RC).double().numpy() * ratio) * terms.clients
     start = np.full(basis.num_rows, QUIETEST), np.ones(NUM_CLASSES)
     rows_N, columns_G = map(levels_of, basis.fit(start, np.arange(len(energy_N)), energy_N))
     order_N = order_of(basis.levels(rows_N.astype(np.int64), columns_G.astype(np.int64)), seed)
     edges = edges_of(len(energy_N))
     return Announcement(rows_N, columns_G, levels_of(np.add.reduceat(energy_N[order_N], edges[:-1]) / np.diff(edges)))
-
-
-def _coherence(num_clients: int) -> float:
-    return 1 + (num_clients - 1) * _ALIKE
