@@ -8,10 +8,10 @@ from privacy.errors import PrivacyError
 from privacy.settings import MIN_CLIENTS
 
 MAX_CLIENTS = 128
-"""Every client deals every other a share of every seed, n^2 in a reply. 64 clients are practical (a reply takes 68 kB
-and the server's work, with a third of them gone, half a minute for a million integers); 128 the most that is served.
-Beyond, clients would have to be masked in groups (Bell et al., "Secure Single-Server Aggregation with
-(Poly)Logarithmic Overhead", CCS 2020)."""
+"""Every client deals every other a share of every seed, n^2 in a reply, and the server expands a mask for every pair of
+a client that stayed and one that went. Up to 64 clients that is small beside a million integers; 128 are the most that
+are served. Beyond, a client would share masks with some of the others only (Bell et al., "Secure Single-Server
+Aggregation with (Poly)Logarithmic Overhead", CCS 2020)."""
 MIN_THRESHOLD = 2
 
 

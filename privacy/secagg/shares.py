@@ -3,8 +3,8 @@ Share a Secret", CACM 1979, over GF(2^128)). Knows bytes.
 
 pycryptodome deals and combines. Combining is linear: a secret is the sum of its shares times weights which depend on
 nothing but whose shares they are. A round has hundreds of secrets and one set of holders, so the weights are asked of
-pycryptodome once, by combining shares that are 1 and 0, and only the products are done here. For 64 clients of whom a
-third is gone that is a second's work and not half a minute's.
+pycryptodome once, by combining shares that are 1 and 0, and only the products are done here: the inverses that make
+combining slow are computed once a set of holders instead of once a secret.
 """
 
 from __future__ import annotations
