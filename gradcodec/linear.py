@@ -59,8 +59,8 @@ class Terms:
     ``modulus`` of the sums: None takes the least that no sum exceeds. ``radius``: the L2 norm, in integers, that no
     client's contribution exceeds, for a mechanism that adds noise to the sum; None: no bound. With it every integer is
     a coordinate of its own (one digit), and ``clip``, the norm that it stands for, makes all steps equal: noise of
-    equal integers then hides all directions alike. ``noise_variance``: of the noise that is added to each integer of the sum, in
-    squared integers: what is decoded is drawn towards zero as far as it is noise.
+    equal integers then hides all directions alike. ``noise_variance``: of the noise that is added to each integer of
+    the sum, in squared integers: what is decoded is drawn towards zero as far as it is noise.
     """
 
     clients: int
@@ -129,7 +129,7 @@ class LinearCode:
         steps = {int(d): step_of(terms.levels ** int(d))[0] for d in np.unique(self._num_digits_K)}
         of_normal_K = np.array([steps[int(d)] for d in self._num_digits_K])
         if terms.radius is None:
-            # as if clients' updates were independent: where they are alike, each is weaker than that, and none saturates
+            # as if clients were independent: where they are alike, each is weaker than that, and none saturates
             self._step_K = of_normal_K * np.sqrt(self._energy_K / terms.clients)
         else:
             self._step_K = np.full(len(of_normal_K), terms.clip / terms.radius)
