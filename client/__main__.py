@@ -80,6 +80,7 @@ def _node_config(args: argparse.Namespace, private: Path) -> NodeConfig:
         resident_trainer=not args.no_trainer,
         trust_remote_code=args.trust_remote_code,
         trust_server_code=args.trust_server_code,
+        peer_keys=args.peer_keys,
         max_epsilon=args.max_epsilon,
     )
 
@@ -157,6 +158,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="E",
         help="take part in runs with differential privacy alone, and only until their epsilons add up to E",
     )
+    parser.add_argument(
+        "--peer-keys",
+        type=Path,
+        metavar="FOLDER",
+        help="public keys of all nodes, node-0.pub and so on, by which those of masked sums are checked; default: the "
+        "server's word is taken",
+    )
     parser.add_argument("--memory", type=Path, help="where residuals are kept (default ~/.cache/cg-fedllm/memory)")
     parser.add_argument("--logs", type=Path, help="where logs go (default: a new folder below the temporary one)")
     parser.add_argument("--no-trainer", action="store_true", help="load model and data anew for every message")
@@ -183,7 +191,7 @@ def _checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[
         parser.error(f"--max-epsilon {args.max_epsilon:g} must be a number greater than 0")
     if not args.insecure:
         _check_keys(parser, args, len(partitions))
-    for key in ("model_path", "task_path", "codec_artifact"):
+    for key in ("model_path", "task_path", "codec_artifact", "peer_keys"):
         if (path := getattr(args, key)) is not None and not path.exists():
             parser.error(f"--{key.replace('_', '-')} {path} does not exist on this host")
     return partitions

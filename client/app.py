@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 
 from client.link import ResidentTrainer, trainer_at
 from client.sums import Member
-from client.work import MAX_EPSILON, NODE_KEY, TRUST, Summed, Work
+from client.work import MAX_EPSILON, NODE_KEY, PEER_KEYS, TRUST, Summed, Work
 from gradcodec.transfers import Broadcast
 from privacy.secagg import Invitation
 from strategies.folding import fold, unfold
@@ -161,7 +161,9 @@ def _memory(run_id: object, context: Context) -> Path:
 
 
 def _member(run_id: object, context: Context) -> Member:
-    return Member(_memory(run_id, context), str(run_id), int(context.node_config[PARTITION]))
+    peers = context.node_config.get(PEER_KEYS)
+    folder = None if peers is None else Path(str(peers))
+    return Member(_memory(run_id, context), str(run_id), int(context.node_config[PARTITION]), folder)
 
 
 def _node_key(context: Context) -> Path | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from client.console import PartitionConsole, print_event
 from client.own_app import APP_VARIABLE, CHECKOUT
-from client.work import MAX_EPSILON, NODE_KEY, TRUST
+from client.work import MAX_EPSILON, NODE_KEY, PEER_KEYS, TRUST
 from conf.processes import Child, path_with_binaries
 
 ENVIRONMENT = {
@@ -41,6 +41,7 @@ class NodeConfig:
     resident_trainer: bool = True
     trust_remote_code: bool = False  # a model's own Python code
     trust_server_code: bool = False  # any app that the server sends
+    peer_keys: Path | None = None  # all nodes' public keys; None: in masked sums the server's word is taken for them
     max_epsilon: float | None = None  # of all runs on this node's data together; None: its owner sets no bound
 
 
@@ -98,6 +99,8 @@ def _supernode(node: NodeConfig, own: PartitionConfig, environment: dict[str, st
     config += [f'{key}="{path.absolute()}"' for key, path in node.paths.items()]
     if node.trust_remote_code:
         config.append(f'{TRUST}="true"')
+    if node.peer_keys is not None:
+        config.append(f'{PEER_KEYS}="{node.peer_keys.absolute()}"')
     if node.max_epsilon is not None:
         config.append(f'{MAX_EPSILON}="{node.max_epsilon}"')
     if node.resident_trainer:

@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from numpy.typing import NDArray
 
 from conf.output import replace_file
@@ -22,20 +22,32 @@ from privacy.secagg import Invitation, KeyPair, Ledger, Party, Request
 class Member:
     """One partition in one run."""
 
-    def __init__(self, folder: Path, run_id: str, partition: int) -> None:
-        """``folder`` is the run's, in the node's memory; made when something is kept."""
+    def __init__(self, folder: Path, run_id: str, partition: int, peer_keys: Path | None = None) -> None:
+        """
+        Args:
+            folder: of the run, in the node's memory; made when something is kept.
+            run_id: of the run.
+            partition: of the client.
+            peer_keys: a folder with the public keys of all nodes, ``node-<partition>.pub``, that did not come from the
+                server; the others' keys for sums must then be signed by them. None: the server's word is taken.
+        """
+        self._folder = folder
         self._run_id = run_id
         self._partition = partition
+        self._peer_keys = peer_keys
         self._key, self._ledger = folder / f"sum-{partition}.key", folder / f"sum-{partition}.json"
 
     def publish(self, node_key: Path | None = None) -> bytes:
         """The public key of this run, signed where the node has a key of its own; a new one where there is none yet.
+        Keys of other runs are removed then: who got one could read what was sent in them.
 
         Raises:
             PrivacyError: what is on the disk is damaged, or the node's key cannot be read.
         """
         if not self._key.is_file():
             self._ledger.unlink(missing_ok=True)
+            for old in self._folder.parent.glob(f"*/{self._key.name}"):
+                old.unlink()
             self._write(self._key, KeyPair.fresh().secret)
         signing = None if node_key is None else _signing_key(node_key)
         return self._keys().publish(self._run_id, self._partition, signing).pack()
@@ -65,7 +77,8 @@ class Member:
     def _party(self) -> Party:
         state = self._ledger.read_bytes() if self._ledger.is_file() else b""
         ledger = Ledger(state, lambda content: self._write(self._ledger, content))
-        return Party(self._run_id, self._partition, self._keys(), ledger)
+        trusted = None if self._peer_keys is None else _public_keys(self._peer_keys)
+        return Party(self._run_id, self._partition, self._keys(), ledger, trusted)
 
     def _keys(self) -> KeyPair:
         try:
@@ -94,3 +107,20 @@ def _signing_key(path: Path) -> EllipticCurvePrivateKey:
     if not isinstance(key, EllipticCurvePrivateKey):
         raise PrivacyError(f"{path}: it is no key of an elliptic curve, as `python -m server keys` makes them")
     return key
+
+
+def _public_keys(folder: Path) -> dict[int, EllipticCurvePublicKey]:
+    """Partition -> the key of its node. Raises PrivacyError: there are none, or one is none."""
+    found = {}
+    for path in sorted(folder.glob("node-*.pub")):
+        partition = path.stem.removeprefix("node-")
+        try:
+            key = load_ssh_public_key(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise PrivacyError(f"{path}: it cannot be read: {error}") from None
+        if not partition.isdecimal() or not isinstance(key, EllipticCurvePublicKey):
+            raise PrivacyError(f"{path}: node-<partition>.pub with a key of an elliptic curve is expected")
+        found[int(partition)] = key
+    if not found:
+        raise PrivacyError(f"{folder}: it holds no node-<partition>.pub, by which the others' keys are checked")
+    return found

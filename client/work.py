@@ -19,6 +19,8 @@ TRUST = "trust-remote-code"
 """``true`` if the node's owner lets a model's own Python code run: a server alone cannot."""
 NODE_KEY = "node-key"
 """Where the node's own key lies, with which it signs its clients' keys for masked sums."""
+PEER_KEYS = "peer-keys"
+"""A folder with all nodes' public keys, by which the keys of the others in a masked sum are checked."""
 MAX_EPSILON = "max-epsilon"
 """What all runs together may give away of a partition's data, by the node's owner."""
 

@@ -17,6 +17,7 @@ from test_federation import run, settings_for
 
 from conf.schema import Settings, check_settings
 from conf.sums import terms_of
+from gradcodec.residues import pack_residues
 from privacy.secagg import Opening
 from server.federate import resumed
 from strategies.wire import INVITATION, UNMASK
@@ -222,3 +223,30 @@ def test_an_invitation_is_counted(tmp_path: Path) -> None:
     assert INVITATION
     assert all(one.side_bytes > 0 for one in results.downlinks)
     assert terms_of is not None
+
+
+def test_keys_are_signed_and_checked(tmp_path: Path) -> None:
+    """With the nodes' public keys at hand a client follows no invitation to others' keys."""
+    from client.sums import Member
+    from privacy.errors import PrivacyError
+    from privacy.secagg import Invitation, Published
+    from server.keys import make_keys
+
+    make_keys(tmp_path / "keys", [], 3)
+    members = []
+    for partition in range(3):
+        member = Member(tmp_path / f"memory-{partition}" / "run", "run", partition, tmp_path / "keys")
+        members.append(Published.unpack(member.publish(tmp_path / "keys" / f"node-{partition}")))
+    residues = Member(tmp_path / "memory-0" / "run", "run", 0, tmp_path / "keys")
+    packed = pack_residues(np.zeros(10, np.int64), 13)
+    assert residues.contribute(packed, Invitation("run", 1, tuple(members), 2, 13, 10))
+    forged = Published.unpack(Member(tmp_path / "forged" / "run", "run", 2).publish(tmp_path / "keys" / "node-1"))
+    with pytest.raises(PrivacyError, match="the public key of partition 2 is not signed by its node"):
+        residues.contribute(packed, Invitation("run", 2, (*members[:2], forged), 2, 13, 10))
+    with pytest.raises(PrivacyError, match=r"holds no node-<partition>\.pub"):
+        Member(tmp_path / "memory-0" / "run", "run", 0, tmp_path).contribute(
+            packed, Invitation("run", 3, tuple(members), 2, 13, 10)
+        )
+    other = Member(tmp_path / "memory-0" / "next", "next", 0)
+    other.publish()
+    assert not (tmp_path / "memory-0" / "run" / "sum-0.key").exists()
