@@ -6,7 +6,7 @@ their weighted mean (FedAvg, FedAvgM, FedAdam) get one reply from here, which is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -28,27 +28,33 @@ class MeanStrategy(WrappingStrategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         sums: dict[str, Tensor] = {}
-        metrics = dict.fromkeys(REPLY_METRICS, 0.0)
-        examples, last = 0.0, None
+        metrics: list[MetricRecord] = []
+        last = None
         for reply in replies:
             weight = metric(reply.content.metric_records[METRICS], NUM_EXAMPLES)
             record = reply.content.array_records[ARRAYS]
             for name in list(record):  # used up, a tensor at a time: Flower's records are cycles, which live on
                 tensor = torch.from_numpy(np.asarray(record.pop(name).numpy(), np.float32))
                 sums.setdefault(name, torch.zeros_like(tensor)).add_(tensor, alpha=weight)
-            for key in metrics:
-                metrics[key] += weight * metric(reply.content.metric_records[METRICS], key)
-            examples += weight
+            metrics.append(reply.content.metric_records[METRICS])
             last = reply
         if last is None:
             return super().aggregate_train(server_round, [])
+        means = mean_metrics(metrics)
         for tensor in sums.values():
-            tensor.div_(examples)
+            tensor.div_(metric(means, NUM_EXAMPLES))
         mean = moved_to_record(sums)
-        means = MetricRecord({key: value / examples for key, value in metrics.items()})
-        means[NUM_EXAMPLES] = examples
         last.content = RecordDict({ARRAYS: mean, METRICS: means})
         try:
             return super().aggregate_train(server_round, [last])
         finally:
             mean.clear()
+
+
+def mean_metrics(records: Sequence[MetricRecord]) -> MetricRecord:
+    """The means of ``REPLY_METRICS``, weighted by the numbers of examples, of which it holds the sum."""
+    examples = sum(metric(record, NUM_EXAMPLES) for record in records)
+    sums = {key: sum(metric(one, NUM_EXAMPLES) * metric(one, key) for one in records) for key in REPLY_METRICS}
+    means = MetricRecord({key: value / examples for key, value in sums.items()})
+    means[NUM_EXAMPLES] = examples
+    return means
