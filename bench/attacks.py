@@ -1,6 +1,6 @@
 """Malicious clients beside every robust strategy: what two of ten can do, and what the defence costs the honest.
 
-    python -m bench.attacks [--seeds 3] [--rounds 4] [--steps 4] [--json OUT]
+    python -m bench.attacks [--seeds 3] [--rounds 3] [--steps 4] [--json OUT]
 
 Ten clients of the embedded task, each with packages of its own, train the small model; all take part in every round,
 two are malicious (``attackers.py``). What they send goes through the learned codec at 0.5 bit and the strategies of a
@@ -34,6 +34,7 @@ from bench.attackers import ABSENT, ATTACKS
 from bench.lab import BATCH, CLIENTS, WINDOW, Defence, Lab, Outcome
 from bench.programs import kept_fraction
 from conf.output import provenance, write_json
+from conf.schema import CHECKOUT
 from strategies.settings import StrategySettings
 
 MALICIOUS = MINORITY = (4, 7)
@@ -64,7 +65,7 @@ DEFENCES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="how many (default 1)")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="of a client in a round")
     parser.add_argument("--defences", default=",".join(DEFENCES), help="default: all")
     parser.add_argument("--attacks", default=",".join(ATTACKS), help="default: all")
@@ -87,7 +88,7 @@ def main() -> None:
             runs.append(measure(seed, args.rounds, train, defences, attacks))
             results = summary(runs, defences, attacks)
             about = {"rounds": args.rounds, "steps": args.steps, "batch_size": BATCH, "window": WINDOW, "bits": 0.5}
-            command = f"python -m bench.attacks --seeds {args.seeds} --rounds {args.rounds} --steps {args.steps}"
+            command = f"python -m bench.attacks --seeds {len(runs)} --rounds {args.rounds} --steps {args.steps}"
             if args.json is not None:
                 write_json({**results, **about, "command": command, "made_with": made_with}, args.json)
     except ValueError as error:
