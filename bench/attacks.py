@@ -202,32 +202,44 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return mean(known) if len(known) == len(values) and known else None
 
 
-def print_tables(results: dict[str, Any]) -> None:
-    """Kept under every attack, then what defences cost the honest."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    attacks = list(results["attacks"])
-    table = Table(title=f"kept of the clean improvement, per cent ({len(results['seeds'])} seeds)")
-    for column in ("defence", *attacks, "least"):
-        table.add_column(column, justify="left" if column == "defence" else "right")
-    for name, row in results["kept"].items():
-        table.add_row(name, *(_percent(row[attack]) for attack in attacks), _percent(results["worst_kept"][name]))
-    console.print(table)
-    costs = Table(title="without attackers: gain as per cent of the mean's")
-    for column in ("defence", "all", "client that gains least", "two of another kind", "the other eight"):
-        costs.add_column(column, justify="left" if column == "defence" else "right")
-    for name in results["kept"]:
-        of_two = results["minority_kept"][name]
-        figures = (
-            results["kept"][name].get("none"),
-            results["worst_client"][name],
-            of_two["minority"],
-            of_two["majority"],
-        )
-        costs.add_row(name, *map(_percent, figures))
-    console.print(costs)
-    console.print(f"the eight alone: {_percent(results['kept_without_them'])} %")
+def tables_of(results: dict[str, Any]) -> dict[str, list[list[str]]]:
+    """By title, the columns' names and the rows: what is kept under every attack, who keeps most, and the costs."""
+    attacks, kept = list(results["attacks"]), results["kept"]
+    under = [["defence", *attacks, "least"]]
+    under += [[d, *(_percent(kept[d][a]) for a in attacks), _percent(results["worst_kept"][d])] for d in kept]
+    best = [["attack", "what it is", "best defence", "kept", "goal"]]
     for attack, found in results["best"].items():
-        console.print(f"{attack}: {found['defence']} keeps {_percent(found['kept'])} %")
+        goal = "reached" if found["reached"] else "missed"
+        best.append([attack, results["attacks"][attack], found["defence"], _percent(found["kept"]), goal])
+    costs = [["defence", "all", "who gains least", "two of another kind", "the other eight"]]
+    for name in kept:
+        of_two = results["minority_kept"][name]
+        figures = kept[name]["none"], results["worst_client"][name], of_two["minority"], of_two["majority"]
+        costs.append([name, *map(_percent, figures)])
+    return {
+        "kept of the clean improvement, per cent": under,
+        "the best defence against each": best,
+        "without attackers: gain, as per cent of the mean's": costs,
+    }
+
+
+def print_tables(results: dict[str, Any]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for title, (columns, *rows) in tables_of(results).items():
+        table = Table(title=title)
+        for column in columns:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    seeds = ", ".join(map(str, results["seeds"]))
+    console.print(f"seeds {seeds}; the eight honest ones alone keep {_percent(results['kept_without_them'])} %")
+
+
+def markdown_of(rows: list[list[str]]) -> str:
+    """A table as it stands in docs/robustness.md."""
+    columns, *others = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([columns, "|" + "---|" * len(rows[0]), *others])
 
 
 def _percent(value: float | None) -> str:
