@@ -34,7 +34,7 @@ from gradcodec.registry import PLUGINS as CODECS
 from gradcodec.registry import entry_of
 from gradcodec.settings import CodecSettings, FitSettings, check_codec
 from privacy.settings import MIN_CLIENTS, PrivacySettings, check_privacy
-from strategies.settings import OF_THE_MEAN, StrategySettings, check_strategy
+from strategies.settings import OF_THE_MEAN, StrategySettings, check_attackers, check_strategy
 from strategies.settings import PLUGINS as STRATEGIES
 from tasks.settings import PLUGINS as TASKS
 from tasks.settings import TaskSettings, check_task
@@ -194,6 +194,8 @@ def check_settings(settings: Settings) -> None:
     check_training(settings.train)
     check_task(settings.task)
     check_strategy(settings.strategy)
+    if settings.arm in ("dense", "coded"):
+        check_attackers(settings.strategy, settings.federation.clients_per_round)
     if settings.arm == "coded":
         _check_codec_group(settings.codec)
     if settings.backend.name == "simulation" and settings.arm in ("dense", "coded"):

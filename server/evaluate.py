@@ -24,6 +24,7 @@ from adapters.settings import for_evaluation
 from adapters.windows import Windows
 from conf.footprint import server_memory
 from conf.schema import Settings
+from strategies.errors import RoundError
 from tasks.settings import check_window
 from tasks.shards import Shard, load_shards, what_is_lost
 from tasks.windows import heldout_loss
@@ -87,6 +88,19 @@ class Evaluator:
             return on_host(finetune(self.model, self.initial, self.heldout, train, settings.seed)[0])
         except DivergedError:
             return None
+
+    def root_update(self, settings: Settings, server_round: int, adapter: Mapping[str, Tensor]) -> Adapter:
+        """What a client's training would change of the adapter on the server's held-out text: what FLTrust judges the
+        clients by (Cao et al. 2021). So that text decides on weights, and its loss is no longer quite held out.
+
+        Raises:
+            RoundError: it diverged.
+        """
+        seed = settings.seed + server_round
+        try:
+            return on_host(finetune(self.model, adapter, self.heldout, settings.train, seed)[0])
+        except DivergedError as error:
+            raise RoundError(f"round {server_round}: the server's own update: {error}") from None
 
     def save(self, adapter: Mapping[str, Tensor], facts: Mapping[str, str], folder: Path, sections: Sections) -> None:
         """Writes the adapter as a PEFT directory, its card telling the facts of the run."""

@@ -106,7 +106,11 @@ def prepare(
     bound: Mapping[int, int] | None = None,
 ) -> Federation:
     """Loads model and data, and puts the parts of a run together; nobody has been asked anything yet."""
-    inner = build_inner(settings.strategy)  # first, as a plug-in may refuse its settings
+
+    def root(server_round: int, adapter: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return evaluator.root_update(settings, server_round, adapter)
+
+    inner = build_inner(settings.strategy, root)  # first, as a plug-in may refuse its settings
     codec_cost = NOTHING
     if settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact:
         with codec_remedies(TRAIN_ONE):

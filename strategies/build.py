@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedTrimmedAvg, Strategy
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, Strategy
 
 from strategies.errors import FederationError
 from strategies.mean import MeanStrategy
-from strategies.settings import OF_THE_MEAN, PLUGINS, STRATEGIES, StrategySettings, check_strategy
+from strategies.robust import RobustStrategy, RootUpdate
+from strategies.settings import OF_THE_MEAN, PLUGINS, ROBUST, STRATEGIES, StrategySettings, check_strategy
 from strategies.wire import ARRAYS, CONFIG, NUM_EXAMPLES
 
 Builder = Callable[..., Strategy]
@@ -22,14 +23,15 @@ optimizers do without.
 """
 
 
-def build_inner(settings: StrategySettings) -> Strategy:
-    """Flower's own strategy or a plug-in's, behind ``MeanStrategy`` where the mean is all that it needs."""
-    strategy = build_flower(settings)
+def build_inner(settings: StrategySettings, root: RootUpdate | None = None) -> Strategy:
+    """Flower's own strategy, a robust one or a plug-in's, behind ``MeanStrategy`` where the mean is all that it needs.
+    ``root`` is the server's own update, for FLTrust."""
+    strategy = build_flower(settings, root)
     of_the_mean = settings.name in OF_THE_MEAN or getattr(strategy, "of_the_mean", False)
     return MeanStrategy(strategy) if of_the_mean else strategy
 
 
-def build_flower(settings: StrategySettings) -> Strategy:
+def build_flower(settings: StrategySettings, root: RootUpdate | None = None) -> Strategy:
     """The strategy by itself. It takes every node that it is shown; which ones is ``FederatedStrategy``'s business."""
     check_strategy(settings)
     common: dict[str, Any] = {
@@ -43,14 +45,19 @@ def build_flower(settings: StrategySettings) -> Strategy:
     }
     if settings.name not in STRATEGIES:
         return _brought(settings, common)
+    if settings.name in ROBUST:
+        if settings.name == "fltrust" and root is None:
+            raise FederationError(
+                "strategy.name=fltrust needs the server's own update on data that it trusts, and this program has none"
+            )
+        return RobustStrategy(settings, root, **common)
     if settings.name == "fedadam":
         moments: dict[str, Any] = {"beta_1": settings.momentum, "beta_2": settings.beta_2, "tau": settings.tau}
         return FedAdam(eta=settings.lr, **moments, **common)
     if settings.name == "fedavgm" or (settings.name == "fedavg" and settings.lr != 1.0):
         momentum = settings.momentum if settings.name == "fedavgm" else 0.0
         return FedAvgM(server_learning_rate=settings.lr, server_momentum=momentum, **common)
-    kinds = {"fedavg": FedAvg, "fedmedian": FedMedian, "fedtrimmedavg": FedTrimmedAvg}
-    return kinds[settings.name](**common)
+    return FedAvg(**common)
 
 
 def _brought(settings: StrategySettings, common: dict[str, Any]) -> Strategy:

@@ -6,7 +6,7 @@ their weighted mean (FedAvg, FedAvgM, FedAdam) get one reply from here, which is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -28,8 +28,8 @@ class MeanStrategy(WrappingStrategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         sums: dict[str, Tensor] = {}
-        metrics: dict[str, float] = {}
-        examples, last = 0.0, None
+        metrics: list[MetricRecord] = []
+        last = None
         for reply in replies:
             said = reply.content.metric_records[METRICS]
             weight = metric(said, NUM_EXAMPLES)
@@ -37,19 +37,26 @@ class MeanStrategy(WrappingStrategy):
             for name in list(record):  # used up, a tensor at a time: Flower's records are cycles, which live on
                 tensor = torch.from_numpy(np.asarray(record.pop(name).numpy(), np.float32))
                 sums.setdefault(name, torch.zeros_like(tensor)).add_(tensor, alpha=weight)
-            for key in said:
-                metrics[key] = metrics.get(key, 0.0) + weight * metric(said, key)
-            examples += weight
+            metrics.append(said)
             last = reply
         if last is None:
             return super().aggregate_train(server_round, [])
+        means = mean_metrics(metrics)
         for tensor in sums.values():
-            tensor.div_(examples)
+            tensor.div_(metric(means, NUM_EXAMPLES))
         mean = moved_to_record(sums)
-        means = MetricRecord({key: value / examples for key, value in metrics.items()})
-        means[NUM_EXAMPLES] = examples
         last.content = RecordDict({ARRAYS: mean, METRICS: means})
         try:
             return super().aggregate_train(server_round, [last])
         finally:
             mean.clear()
+
+
+def mean_metrics(records: Sequence[MetricRecord]) -> MetricRecord:
+    """The means of what the replies say, weighted by the numbers of examples, of which it holds the sum; all of them
+    have the keys of the first."""
+    examples = sum(metric(record, NUM_EXAMPLES) for record in records)
+    sums = {key: sum(metric(one, NUM_EXAMPLES) * metric(one, key) for one in records) for key in records[0]}
+    means = MetricRecord({key: value / examples for key, value in sums.items()})
+    means[NUM_EXAMPLES] = examples
+    return means

@@ -5,12 +5,14 @@ down, which keeps an honest client's direction; one that is longer by far is no 
 too long is relative, as norms depend on model, learning rate and steps: ratios to a *reference*, the median of the
 round's norms or of the last rounds'. Knows numbers only; must not know tensors or Flower.
 
-A bound on norms is no cure for a node that sends a wrong direction of the usual length: medians and trimmed means are
-(``strategy=fedmedian``, ``strategy=fedtrimmedavg``).
+``max_norm`` beside it is absolute: whoever knows how long an honest update is bounds what any other can add, from the
+first round on and whatever the others send. A bound on norms is no cure for a node that sends a wrong direction of the
+usual length: robust rules are (``robust.py``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import median_low
 
@@ -24,11 +26,12 @@ ENOUGH = 3
 class NormBound:
     """Decides on every update of a round, given the norms that were seen first."""
 
-    def __init__(self, clip_ratio: float | None, max_ratio: float | None) -> None:
+    def __init__(self, clip_ratio: float | None, max_ratio: float | None, max_norm: float | None = None) -> None:
         """Ratios to the reference: an update beyond ``clip_ratio`` is scaled down to it, beyond ``max_ratio`` refused.
-        None switches either off."""
+        One longer than ``max_norm`` is scaled down to that. None switches any of them off."""
         self.clip_ratio = clip_ratio
         self.max_ratio = max_ratio
+        self.max_norm = max_norm
         self.medians: list[float] = []  # of what was added in each of the last rounds
 
     def reference(self, norms: Sequence[float]) -> float | None:
@@ -48,13 +51,13 @@ class NormBound:
 
     def scale(self, norm: float, reference: float | None) -> float | None:
         """What an update of this norm is multiplied by, 1 if it is no longer than allowed; None: it is refused."""
-        if reference is None:
-            return 1.0
-        if self.max_ratio is not None and norm > self.max_ratio * reference:
-            return None
-        if self.clip_ratio is not None and norm > self.clip_ratio * reference:
-            return self.clip_ratio * reference / norm
-        return 1.0
+        longest = math.inf if self.max_norm is None else self.max_norm
+        if reference is not None:
+            if self.max_ratio is not None and norm > self.max_ratio * reference:
+                return None
+            if self.clip_ratio is not None:
+                longest = min(longest, self.clip_ratio * reference)
+        return longest / norm if norm > longest else 1.0
 
     def averaged(self, norms: Sequence[float]) -> None:
         """To be called after a round with the norms of what was added."""

@@ -105,6 +105,7 @@ def test_identity_through_the_coded_path_is_the_dense_run_bit_for_bit(
     tmp_path: Path, strategy: str, update: str
 ) -> None:
     changes: dict[str, object] = {"strategy__name": strategy, "strategy__lr": 0.03, "train__update": update}
+    changes["strategy__malicious"] = 0.0  # two clients a round outvote nobody
     dense = run(settings_for(tmp_path, "dense", arm="dense", **changes), tmp_path)
     coded = run(
         settings_for(tmp_path, "identity", arm="coded", codec__name="identity", codec__bits=None, **changes), tmp_path
@@ -633,3 +634,10 @@ def test_metrics_are_served_while_the_run_lasts(tmp_path: Path, artifact: str) -
     assert float(figures["cgfedllm_uplink_payload_bytes_total"]) > 0
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics")
+
+
+def test_fltrust_judges_by_the_servers_own_update(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, "run", arm="dense", strategy__name="fltrust")
+    settings.federation.rounds = 2
+    losses = run(settings, tmp_path).heldout_loss
+    assert losses[-1] < losses[0]

@@ -46,6 +46,14 @@ def test_zeros_and_a_first_reply_alone_say_nothing_against_others() -> None:
     assert scales(NormBound(None, None), [1, 1, 1, 1e9]) == [1] * 4
 
 
+def test_an_absolute_bound_holds_from_the_first_reply_on_and_whatever_the_others_send() -> None:
+    bound = NormBound(None, None, max_norm=2.0)
+    assert scales(bound, [1, 2, 4, 1e6]) == [1, 1, 0.5, pytest.approx(2e-6)]
+    assert bound.scale(8.0, None) == 0.25
+    assert scales(NormBound(3, 10, max_norm=2.0), [1, 1, 1, 6, 11]) == [1, 1, 1, pytest.approx(1 / 3), None]
+    assert scales(NormBound(3, 10, max_norm=5.0), [1, 1, 1, 6]) == [1, 1, 1, 0.5]
+
+
 def test_state_is_given_back() -> None:
     bound, other = NormBound(3, 10), NormBound(3, 10)
     for norm in range(1, 9):
@@ -66,3 +74,9 @@ def test_ratios_are_checked(key: str) -> None:
             check_strategy(settings)
     setattr(settings, key, None)
     check_strategy(settings)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, math.inf, math.nan])
+def test_the_absolute_bound_is_checked(wrong: float) -> None:
+    with pytest.raises(FederationError, match=r"strategy\.max_norm"):
+        check_strategy(StrategySettings(max_norm=wrong))
