@@ -25,6 +25,7 @@ from conf.schema import Settings, check_settings
 from gradcodec.build import payload_bytes
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
+from privacy.secagg import Traffic, traffic
 from server.account import NOTHING, Account, CodecCost, transfer_seconds
 from server.private import promise
 from strategies.sampling import Sampling
@@ -67,6 +68,21 @@ class Plan:
     def account(self) -> Account | None:
         """Of the whole run, if every client answers: at most, but for keys, whose sizes the run decides; None: payloads
         take what updates need."""
+        account, protocol = self._account(), self.protocol
+        if account is None or protocol is None:
+            return account
+        return replace(
+            account, up=account.up + self.uplinks * protocol.up, down=account.down + self.uplinks * protocol.down
+        )
+
+    @property
+    def protocol(self) -> Traffic | None:
+        """What masked sums add for one client and round, if all stay; None: the server sees every update."""
+        if not self.settings.privacy.secure_aggregation:
+            return None
+        return traffic(self.settings.federation.clients_per_round)
+
+    def _account(self) -> Account | None:
         if self.payload_bytes is None:
             return None
         if self.step_bytes is None:
@@ -254,7 +270,10 @@ def _memory_lines(plan: Plan) -> dict[str, str]:
 def _up(plan: Plan) -> str:
     if plan.payload_bytes is None:
         return "as many as an update needs, since codec.bits=null"
-    return _traffic(plan, plan.payload_bytes)
+    if plan.protocol is None:
+        return _traffic(plan, plan.payload_bytes)
+    masked, added = bytes_text(plan.payload_bytes), bytes_text(plan.protocol.up)
+    return f"{_traffic(plan, plan.payload_bytes + plan.protocol.up)} ({masked} masked, {added} of the protocol)"
 
 
 def _down(plan: Plan) -> str:
