@@ -224,7 +224,15 @@ def main() -> None:
     print_table(rows)
     if args.json is not None:
         about = {"updates": args.updates.name, "num_parameters": recording.layout.num_parameters}
-        write_json({"rows": [asdict(row) for row in rows], **about, "made_with": provenance()}, args.json)
+        rest = {"command": command_of(args), "made_with": provenance()}
+        write_json({"rows": [asdict(row) for row in rows], **about, **rest}, args.json)
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """What was asked for, files by name alone."""
+    given = {"updates": args.updates.name, "model": args.model, "sha256": args.sha256, "clients": args.clients}
+    given |= {"bits": args.bits, "open-bits": args.open_bits, "levels": args.levels}
+    return " ".join(["python -m bench.linear_code", *(f"--{key} {value}" for key, value in given.items() if value)])
 
 
 def options() -> argparse.ArgumentParser:

@@ -228,7 +228,7 @@ class LinearCode:
         sums_B = np.bincount(self._band_K, energy_K, minlength=num_bands)
         found_B = np.maximum((FEW * before_B + sums_B) / (FEW + count_B), before_B / MOST_FALL)
         weakest = int(np.flatnonzero(count_B)[-1])
-        unsent_B = expected_B * (found_B[weakest] / expected_B[weakest])
+        unsent_B = found_B[weakest] * np.minimum(expected_B / expected_B[weakest], 1)
         return levels_of(np.where(count_B > 0, found_B, unsent_B))
 
     def _found(self, coordinates_K: Doubles, noise_K: Doubles, factor_B: Doubles) -> tuple[Integers, Doubles]:

@@ -417,6 +417,21 @@ def test_what_is_announced_finds_the_scale_from_any_start() -> None:
     assert max(ends) < 3 * min(ends)
 
 
+def test_a_round_in_which_nothing_was_learned_decodes_to_little_and_the_next_one_goes_on() -> None:
+    terms, basis = Terms(5, 150), Basis(LAYOUT, TABLES, None)
+    announced = announce_first(basis, terms, blocks(0), b"run/0")
+    nothing = torch.zeros(LAYOUT.rank, LAYOUT.num_columns)
+    lengths = []
+    for number in range(6):
+        code = LinearCode(basis, terms, announced, b"run/%d" % number)
+        total = total_of(code, [code.encode(nothing, client) for client in range(5)])
+        lengths.append(float(code.decode_sum(total, range(5)).norm()))
+        announced = code.announce_next(total, range(5))
+    assert lengths == sorted(lengths, reverse=True)
+    assert 0 < lengths[-1] < 0.05 * lengths[0]
+    assert announce_first(basis, terms, nothing, b"run/0").bands_B.max() == -128
+
+
 def test_the_bench_follows_a_recording(tmp_path: Path) -> None:
     updates = {(r, c): heavy_tailed_update(10 * r + c) for r in range(1, 4) for c in range(3)}
     save_file(
