@@ -315,3 +315,13 @@ def test_a_client_masks_no_message_that_does_not_fit() -> None:
         with pytest.raises(PrivacyError, match="the message to mask"):
             cohort.party(0).contribute(bad, cohort.invite(), 1, pack)
     assert not cohort.states, "nothing was noted"
+
+
+def test_a_client_s_own_sealed_shares_do_not_come_back_to_it_as_another_s() -> None:
+    """Client 0's shares for client 3 say nothing to client 0; a server may not have it open them all the same."""
+    cohort = Cohort(4)
+    opening = cohort.opening(cohort.invite(), cohort.partitions)
+    request = opening.request(0)
+    its_own = opening.request(3).sealed[0]
+    reflected = replace(request, sealed=(request.sealed[0], its_own, *request.sealed[2:]))
+    assert set(cohort.party(0).answer(reflected).shares) == {0, 6, 9}
