@@ -1,14 +1,14 @@
 """What differential privacy costs: held-out loss by epsilon, dense and coded, and from how many clients it is bearable.
 
-    python -m bench.private [--seeds 3] [--rounds 6] [--epsilons 8,2,0.25] [--clients 100,1000,10000,100000] [--json OUT]
-        [key=value ...]
+    python -m bench.private [--seeds 3] [--rounds 6] [--epsilons 8,2,0.25] [--clients 100,1000,10000,100000]
+        [--json OUT] [key=value ...]
 
 Two tables. *Runs*: the embedded model's ten clients, five a round, record level and client level, beside the same
 training without noise; every run is one that a user would start, dense and coded at half a bit. *By number of clients*:
 client level with the noise in the sum (``privacy.noise=sum``), of which a mean over n clients has 1/n: a run of five
-clients a round with as little noise as n clients would need, who would agree as much as those five. A simulation: nobody
-ran so many. What it leaves out is that more clients' mean is itself less noisy. A bench that was stopped goes on with the
-runs that are missing.
+clients a round with as little noise as n clients would need, who would agree as much as those five. A simulation: so
+many were not run. What it leaves out is that more clients' mean is itself less noisy. A bench that was stopped goes on
+with the runs that are missing.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from adapters.model import adapter_shapes, empty_model
 from adapters.settings import LoraSettings, ModelSettings
-from bench import arms, demo_real
+from bench import arms, audit, demo_real, drop_outs, private, secure
 from bench.both_ways import budget_of, judge, means_of, print_means
 from bench.fidelity import Given, first_third, measure_all
 from bench.fuzz import honest_payloads, hostile
@@ -208,3 +208,45 @@ def test_a_budget_says_its_settings() -> None:
     assert budget_of("1/1/nf4")[0] == "codec=nf4"
     with pytest.raises(ValueError, match="UP/DOWN"):
         budget_of("0.5")
+
+
+def test_an_audit_finds_what_a_gaussian_mechanism_has() -> None:
+    """With rates that are exactly those of a mechanism of multiplier 2, many trials come near its epsilon from below."""
+    from scipy import stats
+
+    from privacy.accounting import Release, epsilon_of
+
+    many = 10_000_000
+    right, wrong = (round(many * float(stats.norm.sf(0.25 - apart))) for apart in (0.5, 0.0))
+    found, true = audit.lower_bound(right, many, wrong, many), epsilon_of(Release(2.0), 1, audit.DELTA)
+    assert 0.98 * true < found < true
+    assert audit.lower_bound(5, 10, 5, 10) == 0
+    assert audit.lower_bound(10, 10, 10, 10) == 0
+
+
+def test_bytes_for_a_loss_lie_between_runs() -> None:
+    points = [(3.0, 1000.0), (3.2, 100.0), (3.4, 50.0)]
+    assert secure.bytes_for(3.0, points) == 1000
+    assert secure.bytes_for(3.1, points) == pytest.approx((1000 * 100) ** 0.5)
+    assert secure.bytes_for(3.5, points) is None
+
+
+def test_a_simulated_federation_has_the_noise_of_its_clients() -> None:
+    """Of five clients a round, each with so much noise, the mean has what the mean of a thousand has with noise in their
+    sum."""
+    from privacy.accounting import noise_for
+
+    runs = private.simulated_runs([8.0], [1000], 6)
+    (settings,) = (own for name, own in runs.items() if name == "1000 clients dense 8")
+    noise = next(float(one.partition("=")[2]) for one in settings if one.startswith("privacy.noise_multiplier="))
+    assert noise / 5**0.5 == pytest.approx(noise_for(8.0, private.DELTA, 6) / 1000)
+
+
+def test_a_drop_out_is_judged_by_the_sum() -> None:
+    uplinks = [{"server_round": r, "partition": p} for r, count in ((1, 4), (2, 3)) for p in range(count)]
+    results = {"heldout_loss": [4.0, 3.5, 3.2], "uplinks": uplinks, "seconds": 1.0}
+    undisturbed = {"heldout_loss": [4.0, 3.5, 3.1], "in_sums": [4, 4]}
+    assert drop_outs.judged("before the opening", results, undisturbed, 1)["survived"]
+    off = {**results, "heldout_loss": [4.0, 3.5000001, 3.2]}
+    assert not drop_outs.judged("before the opening", off, undisturbed, 1)["survived"]
+    assert not drop_outs.judged("before the reply", results, undisturbed, 1)["survived"]
