@@ -226,14 +226,13 @@ def test_an_audit_finds_what_a_gaussian_mechanism_has() -> None:
 
 def test_bytes_for_a_loss_lie_between_runs() -> None:
     points = [(3.0, 1000.0), (3.2, 100.0), (3.4, 50.0)]
-    assert secure.bytes_for(3.0, points) == 1000
+    assert secure.bytes_for(3.0, points) == pytest.approx(1000)
     assert secure.bytes_for(3.1, points) == pytest.approx((1000 * 100) ** 0.5)
     assert secure.bytes_for(3.5, points) is None
 
 
 def test_a_simulated_federation_has_the_noise_of_its_clients() -> None:
-    """Of five clients a round, each with so much noise, the mean has what the mean of a thousand has with noise in their
-    sum."""
+    """Of five clients a round the mean has the noise that a thousand have with the noise in their sum."""
     from privacy.accounting import noise_for
 
     runs = private.simulated_runs([8.0], [1000], 6)
