@@ -211,7 +211,7 @@ def test_a_budget_says_its_settings() -> None:
 
 
 def test_an_audit_finds_what_a_gaussian_mechanism_has() -> None:
-    """With rates that are exactly those of a mechanism of multiplier 2, many trials come near its epsilon from below."""
+    """With the very rates of a mechanism of multiplier 2, many trials come near its epsilon from below."""
     from scipy import stats
 
     from privacy.accounting import Release, epsilon_of
