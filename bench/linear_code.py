@@ -4,7 +4,7 @@
 
 FILE is a recording as for ``bench.fidelity``. Its rounds are followed in their order, as in a run: what both ends know
 of a round comes from the sums decoded before, and every client adds half of its residual to its next update. The last
-client's update of the first round stands in for the server's rehearsal. Nothing is fitted to the recording.
+client's update of the first round stands in for the server's rehearsal. The tables are those of ``--artifact``.
 
 ``once``: error energy of the decoded sum over the sum's, without residuals, mean over all rounds but the first;
 ``fed``: the same of sums with residuals in them; ``run``: of all decoded sums together against all updates together,
