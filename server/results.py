@@ -142,7 +142,12 @@ class RunResults:
 
     def notes(self) -> dict[str, list[str]]:
         """Sections of a model card, title -> paragraphs."""
-        return {"Privacy": in_words(self.privacy)} if self.privacy else {}
+        if not self.privacy:
+            return {}
+        try:
+            return {"Privacy": in_words(self.privacy)}
+        except (KeyError, TypeError, ValueError, AttributeError):  # results that somebody else wrote
+            return {"Privacy": ["What this run promised cannot be read from its results."]}
 
     def state(self) -> dict[str, Any]:
         """What cannot be derived, as JSON."""
