@@ -13,14 +13,18 @@ import torch
 from conftest import InProcessGrid
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
+from scipy import stats
 from test_federation import run, settings_for
 
+from client.sums import Member
 from conf.schema import Settings, check_settings
-from conf.sums import terms_of
-from gradcodec.residues import pack_residues
-from privacy.secagg import Opening
+from gradcodec.linear import LinearCode
+from gradcodec.residues import pack_residues, unpack_residues
+from privacy.errors import PrivacyError
+from privacy.secagg import Contribution, Invitation, Opening, Published, traffic
 from server.federate import resumed
-from strategies.wire import INVITATION, UNMASK
+from server.keys import make_keys
+from strategies.wire import UNMASK
 
 
 def secure_settings(folder: Path, run: str, **changes: Any) -> Settings:
@@ -52,9 +56,6 @@ class Dropping(InProcessGrid):
 @pytest.fixture
 def sums(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
     """Every opened sum beside the sum of what went in, unmasked, as the clients' trainers gave it."""
-    from client.sums import Member
-    from gradcodec.residues import unpack_residues
-
     given: dict[int, Any] = {}
     seen: list[tuple[Any, Any]] = []
     contribute, total = Member.contribute, Opening.total
@@ -115,11 +116,7 @@ def test_too_few_stay(tmp_path: Path) -> None:
 
 def test_what_was_not_in_a_sum_goes_back_into_the_residual(tmp_path: Path) -> None:
     """A client whose reply is lost sends more next time: its first target is in the second."""
-    import client.trainer as trainer
-
     targets: list[tuple[int, int, torch.Tensor]] = []
-    from gradcodec.linear import LinearCode
-
     true = LinearCode.encode
 
     def watched(code: LinearCode, blocks_RC: torch.Tensor, client: int) -> Any:
@@ -135,7 +132,6 @@ def test_what_was_not_in_a_sum_goes_back_into_the_residual(tmp_path: Path) -> No
                 return Message(Error(ErrorCode.NODE_UNAVAILABLE, "gone"), reply_to=message)
             return reply
 
-    assert trainer is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LinearCode, "encode", watched)
         settings = secure_settings(tmp_path, "run")
@@ -178,11 +174,6 @@ def test_noise_within_the_sum(tmp_path: Path, sums: list[tuple[Any, Any]]) -> No
 
 def test_messages_tell_nothing_apart(tmp_path: Path) -> None:
     """Every client's masked residues are uniform, whatever it sends: chi-square at 99.9 %, corrected for ten tests."""
-    from scipy import stats
-
-    from gradcodec.residues import unpack_residues
-    from privacy.secagg import Contribution
-
     seen: list[Any] = []
     true = Opening.add
 
@@ -193,7 +184,7 @@ def test_messages_tell_nothing_apart(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Opening, "add", watched)
         run(secure_settings(tmp_path, "run"), tmp_path)
-    assert len(seen) == 10 and unpack_residues is not None
+    assert len(seen) == 10
     for modulus, values in seen:
         counts = np.bincount(values, minlength=modulus)
         assert stats.chisquare(counts).pvalue > 0.001 / 10
@@ -218,20 +209,15 @@ def test_settings_that_cannot_be_served(tmp_path: Path, change: dict[str, object
         check_settings(settings)
 
 
-def test_an_invitation_is_counted(tmp_path: Path) -> None:
+def test_all_of_the_protocol_is_counted(tmp_path: Path) -> None:
     results = run(secure_settings(tmp_path, "run"), tmp_path)
-    assert INVITATION
-    assert all(one.side_bytes > 0 for one in results.downlinks)
-    assert terms_of is not None
+    requests = [one for one in results.downlinks if one.step_bytes == 0]
+    assert len(requests) == 10 and all(one.side_bytes > 0 for one in results.downlinks)
+    assert all(one.payload_bytes > traffic(5).up for one in results.uplinks)
 
 
 def test_keys_are_signed_and_checked(tmp_path: Path) -> None:
     """With the nodes' public keys at hand a client follows no invitation to others' keys."""
-    from client.sums import Member
-    from privacy.errors import PrivacyError
-    from privacy.secagg import Invitation, Published
-    from server.keys import make_keys
-
     make_keys(tmp_path / "keys", [], 3)
     members = []
     for partition in range(3):
