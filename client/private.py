@@ -35,6 +35,8 @@ from privacy.stream import Stream
 
 _LOG = logging.getLogger(__name__)
 _WINDOWS, _NOISE = b"windows", b"noise"
+MAX_DELTA = 1e-5
+"""What a node whose owner bounds epsilon takes: with a large delta any epsilon is kept."""
 
 
 class Owner:
@@ -59,6 +61,8 @@ class Owner:
         if not privacy.is_private or privacy.epsilon is None or privacy.noise_seed is not None:
             what = f"privacy.name={privacy.name}, privacy.epsilon={privacy.epsilon}, no noise that can be repeated"
             raise PrivacyError(f"this node takes part in runs with a privacy budget alone (--max-epsilon), not {what}")
+        if privacy.delta > MAX_DELTA:
+            raise PrivacyError(f"this node's owner takes a delta of {MAX_DELTA:g} at most, not {privacy.delta:g}")
         if privacy.noise == "sum":
             raise PrivacyError(
                 "this node's owner bounds what the server itself learns (--max-epsilon), and privacy.noise=sum does not"

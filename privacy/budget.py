@@ -109,8 +109,8 @@ def allowed_releases(settings: PrivacySettings, release: Release) -> int | None:
     Raises:
         PrivacyError: not even once.
     """
-    given = settings.epsilon is not None and settings.name == "record_dp" and settings.noise_multiplier is not None
-    if not given:  # else the noise follows from the releases, or settled() looked at both
+    follows = settings.name == "record_dp" and settings.noise_multiplier is None  # the noise, from the releases
+    if settings.epsilon is None or settings.secret_sampling or follows:
         return settings.releases
     return min(_allowed(settings, release), settings.releases or MAX_RELEASES)
 

@@ -286,3 +286,16 @@ def test_an_owner_bounds_all_runs_together(tmp_path: Path) -> None:
     attempt(private_settings(tmp_path, "small", epsilon=2.0, clip=1e-3))
     for spent in (tmp_path / "memory").glob("spent-*.json"):
         assert sum(json.loads(spent.read_text()).values()) <= 10
+
+
+def test_a_node_believes_no_budget_that_the_noise_does_not_keep(tmp_path: Path) -> None:
+    """A server may say epsilon = 1 and ask for noise and answers that spend far more."""
+    settings = private_settings(tmp_path, "run", epsilon=1.0, noise_multiplier=8.0, releases=1000)
+    allowed = private.Guard(settings, 10, tmp_path, 0).ledger.allowed
+    assert allowed is not None and 1 <= allowed < 20
+    assert epsilon_of(Release(8.0), allowed, 1e-5) <= 1.0
+    with pytest.raises(PrivacyError, match=r"spends more than privacy\.epsilon=1 in one message"):
+        private.Guard(private_settings(tmp_path, "run", epsilon=1.0, noise_multiplier=0.1), 10, tmp_path, 1)
+    loose = private_settings(tmp_path, "run", epsilon=1.0, delta=0.5)
+    with pytest.raises(PrivacyError, match=r"takes a delta of 1e-05 at most, not 0\.5"):
+        private.Owner(tmp_path, 0, 10.0).check(loose)
