@@ -93,7 +93,7 @@ def main() -> None:
                 whole = seed == 0 or len(run["cells"]) == len(defences)
                 results = summary([*runs, run] if whole else runs, attacks)
                 command = f"python -m bench.attacks --seeds {len(results['seeds'])}"
-                command += f" --rounds {args.rounds} --steps {args.steps}"
+                command += f" --rounds {args.rounds} --steps {args.steps} --json {args.json}"
                 if args.json is not None:
                     write_json({**results, **about, "command": command}, args.json)
             runs.append(run)
@@ -159,10 +159,7 @@ def summary(runs: Sequence[dict[str, Any]], attacks: Sequence[str]) -> dict[str,
     for attack in attacks:
         most, name = max((-math.inf if (share := table[d][attack]) is None else share, d) for d in defences)
         best[attack] = {"defence": name, "kept": table[name][attack], "reached": most >= TOLERANCE}
-    worst = {
-        d: _mean([min((v for a in attacks if (v := kept(run, d, a)) is not None), default=None) for run in runs])
-        for d in defences
-    }
+    worst = {d: _mean([_least([kept(run, d, a) for a in attacks]) for run in runs]) for d in defences}
     return {
         "kept": table,
         "kept_without_them": _mean([kept_fraction(run["base"], clean(run), run["without_them"]) for run in runs]),
@@ -197,6 +194,11 @@ def _minority(runs: Sequence[dict[str, Any]], defence: str) -> dict[str, float |
         return kept_fraction(base, after["mean"][who], after[defence][who])
 
     return {who: _mean([share(run, who) for run in runs]) for who in ("minority", "majority")}
+
+
+def _least(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return min(known) if len(known) == len(values) else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
