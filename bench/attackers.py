@@ -1,4 +1,5 @@
-"""What malicious clients send: each knows everything that the honest ones of its round trained, and all send the same.
+"""What malicious clients send. Each knows everything that the honest ones of its round trained, and all send the same
+but where they train themselves (``labels``, ``gain``).
 
 They keep the rules of the wire: a payload of theirs goes through the codec, has a right checksum and decodes to finite
 values. What is refused for its form alone is ``tests/test_bad_replies.py``. Knows updates, windows and frames; must not

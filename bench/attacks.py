@@ -17,7 +17,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -48,17 +48,17 @@ def shipped(name: str, **changes: Any) -> StrategySettings:
 
 
 DEFENCES = {
-    "open mean": Defence("no bound on norms", shipped("fedavg", clip_norm_ratio=None, max_norm_ratio=None)),
     "mean": Defence("relative bounds, the default", shipped("fedavg")),
     "bounded mean": Defence("strategy.max_norm at the usual norm, too", shipped("fedavg"), usual_norms=1.0),
     "fedmedian": Defence("the middle of every coordinate", shipped("fedmedian")),
     "fedtrimmedavg": Defence("two cut on each side of every coordinate", shipped("fedtrimmedavg")),
-    "krum": Defence("one of ten", shipped("krum")),
     "multikrum": Defence("the mean of eight of ten", shipped("multikrum")),
-    "bulyan": Defence("for one malicious client: of ten it bears no more", shipped("bulyan")),
-    "centredclip": Defence("around the last round's aggregate", shipped("centredclip")),
     "rfa": Defence("the geometric median", shipped("rfa")),
+    "centredclip": Defence("around the last round's aggregate", shipped("centredclip")),
     "fltrust": Defence("four clean windows of every client at the server", shipped("fltrust")),
+    "krum": Defence("one of ten", shipped("krum")),
+    "bulyan": Defence("for one malicious client: of ten it bears no more", shipped("bulyan")),
+    "open mean": Defence("no bound on norms", shipped("fedavg", clip_norm_ratio=None, max_norm_ratio=None)),
 }
 
 
@@ -75,22 +75,28 @@ def main() -> None:
     for chosen, known in ((defences, DEFENCES), (attacks, ATTACKS)):
         if unknown := [name for name in chosen if name not in known]:
             parser.error(f"{unknown[0]!r} is none of {', '.join(known)}")
-    if "mean" not in defences or "none" not in attacks:
-        parser.error("all are compared with the defence mean without an attack: mean and none must be among them")
+    if defences[0] != "mean" or "none" not in attacks:
+        parser.error(
+            "all are compared with the mean without an attack: mean must be the first defence, and none an attack"
+        )
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)  # every scaled update is a warning
     TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # Message() wants them
     train = TrainSettings(update="delta", lr=0.005, steps=args.steps, batch_size=BATCH, micro_batch_size=BATCH)
     runs: list[dict[str, Any]] = []
-    made_with = provenance()  # of what is loaded now: the bench takes long
+    about = {"rounds": args.rounds, "steps": args.steps, "batch_size": BATCH, "window": WINDOW, "bits": 0.5}
+    about["made_with"] = provenance()  # of what is loaded now: the bench takes long
+    results: dict[str, Any] = {}
     try:
         for seed in range(args.seeds):
-            runs.append(measure(seed, args.rounds, train, defences, attacks))
-            results = summary(runs, defences, attacks)
-            about = {"rounds": args.rounds, "steps": args.steps, "batch_size": BATCH, "window": WINDOW, "bits": 0.5}
-            command = f"python -m bench.attacks --seeds {len(runs)} --rounds {args.rounds} --steps {args.steps}"
-            if args.json is not None:
-                write_json({**results, **about, "command": command, "made_with": made_with}, args.json)
+            for run in measure(seed, args.rounds, train, defences, attacks):  # each with one defence more
+                whole = seed == 0 or len(run["cells"]) == len(defences)
+                results = summary([*runs, run] if whole else runs, attacks)
+                command = f"python -m bench.attacks --seeds {len(results['seeds'])}"
+                command += f" --rounds {args.rounds} --steps {args.steps} --json {args.json}"
+                if args.json is not None:
+                    write_json({**results, **about, "command": command}, args.json)
+            runs.append(run)
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -100,50 +106,46 @@ def main() -> None:
 
 def measure(
     seed: int, rounds: int, train: TrainSettings, defences: Sequence[str], attacks: Sequence[str]
-) -> dict[str, Any]:
-    """All runs of one seed. Losses are means over the honest clients, None where training diverged."""
+) -> Iterator[dict[str, Any]]:
+    """The runs of one seed, given after every defence with all that are done. Losses are means over the honest clients,
+    None where training diverged."""
     honest = [client for client in range(CLIENTS) if client not in MALICIOUS]
-    lab, started = Lab(seed, rounds, train), time.perf_counter()
-    base = lab.losses(lab.initial)
-    cells: dict[str, dict[str, Any]] = {name: {} for name in defences}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"seed {seed}", total=len(defences) * len(attacks))
-        for name in defences:
-            for attack in attacks:
-                malicious = () if attack == "none" else MALICIOUS
-                outcome = lab.run(DEFENCES[name], ATTACKS[attack], malicious)
-                cells[name][attack] = {"loss": outcome.loss(honest), "lost_rounds": outcome.lost_rounds}
-                if attack == "none":
-                    cells[name][attack] |= {"by_client": outcome.by_client, "seconds": outcome.seconds}
-                progress.advance(task)
-    without = lab.run(DEFENCES["mean"], ABSENT, MALICIOUS)
-    minority = of_minorities(train, seed, rounds, defences)
-    return {
+    lab, mixed = Lab(seed, rounds, train), Lab(seed, rounds, train, renamed=MINORITY)
+    base, started = lab.losses(lab.initial), time.perf_counter()
+    found: dict[str, Any] = {
         "seed": seed,
         "base": mean(base[client] for client in honest),
         "base_by_client": base,
-        "without_them": without.loss(honest),
-        "cells": cells,
-        "minority": minority,
-        "seconds": time.perf_counter() - started,
+        "without_them": lab.run(DEFENCES["mean"], ABSENT, MALICIOUS).loss(honest),
+        "cells": {},
+        "minority": {"base": _of_both(Outcome(mixed.losses(mixed.initial), 0, 0.0)), "after": {}},
     }
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"seed {seed}", total=len(defences) * (len(attacks) + 1))
+        for name in defences:
+            cells: dict[str, Any] = {}
+            for attack in attacks:
+                outcome = lab.run(DEFENCES[name], ATTACKS[attack], () if attack == "none" else MALICIOUS)
+                cells[attack] = {"loss": outcome.loss(honest), "lost_rounds": outcome.lost_rounds}
+                if attack == "none":
+                    cells[attack] |= {"by_client": outcome.by_client, "seconds": outcome.seconds}
+                progress.advance(task)
+            found["minority"]["after"][name] = _of_both(mixed.run(DEFENCES[name], ATTACKS["none"], ()))
+            progress.advance(task)
+            found["cells"][name], found["seconds"] = cells, time.perf_counter() - started
+            yield found
 
 
-def of_minorities(train: TrainSettings, seed: int, rounds: int, defences: Sequence[str]) -> dict[str, Any]:
-    """All honest, two of them with other tokens: held-out losses of these and of the others, at the start and after."""
-    lab = Lab(seed, rounds, train, renamed=MINORITY)
+def _of_both(outcome: Outcome) -> dict[str, float | None]:
+    """Held-out losses where two clients write something else: of these, and of the others."""
     others = [client for client in range(CLIENTS) if client not in MINORITY]
-
-    def both(outcome: Outcome) -> dict[str, float | None]:
-        return {"minority": outcome.loss(MINORITY), "majority": outcome.loss(others)}
-
-    found = {name: both(lab.run(DEFENCES[name], ATTACKS["none"], ())) for name in defences}
-    return {"base": both(Outcome(lab.losses(lab.initial), 0, 0.0)), "after": found}
+    return {"minority": outcome.loss(MINORITY), "majority": outcome.loss(others)}
 
 
-def summary(runs: Sequence[dict[str, Any]], defences: Sequence[str], attacks: Sequence[str]) -> dict[str, Any]:
+def summary(runs: Sequence[dict[str, Any]], attacks: Sequence[str]) -> dict[str, Any]:
     """Means over seeds of what was kept, and for every attack the defence that kept most. A diverged run keeps
     nothing that could be averaged: its cell is None."""
+    defences = [*runs[0]["cells"]]
 
     def clean(run: dict[str, Any]) -> float:
         return float(run["cells"]["mean"]["none"]["loss"])
@@ -157,10 +159,7 @@ def summary(runs: Sequence[dict[str, Any]], defences: Sequence[str], attacks: Se
     for attack in attacks:
         most, name = max((-math.inf if (share := table[d][attack]) is None else share, d) for d in defences)
         best[attack] = {"defence": name, "kept": table[name][attack], "reached": most >= TOLERANCE}
-    worst = {
-        d: _mean([min((v for a in attacks if (v := kept(run, d, a)) is not None), default=None) for run in runs])
-        for d in defences
-    }
+    worst = {d: _mean([_least([kept(run, d, a) for a in attacks]) for run in runs]) for d in defences}
     return {
         "kept": table,
         "kept_without_them": _mean([kept_fraction(run["base"], clean(run), run["without_them"]) for run in runs]),
@@ -195,6 +194,11 @@ def _minority(runs: Sequence[dict[str, Any]], defence: str) -> dict[str, float |
         return kept_fraction(base, after["mean"][who], after[defence][who])
 
     return {who: _mean([share(run, who) for run in runs]) for who in ("minority", "majority")}
+
+
+def _least(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return min(known) if len(known) == len(values) else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

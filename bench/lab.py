@@ -103,6 +103,7 @@ class Lab:
         self.windows = [windows[ROOT_WINDOWS:] for windows in own]
         self.root = Windows.cat([windows[:ROOT_WINDOWS] for windows in own])
         self.heldout = [self._own(client, shard.heldout) for client, shard in enumerate(shards)]
+        self.rehearsed = self.trained_root(0, self.initial)
         self.usual_norm = float(np.median([norm_of(self.trained(1, c, self.initial)) for c in range(CLIENTS)]))
 
     def trained(
@@ -114,14 +115,14 @@ class Lab:
             return self.known[key]
         windows = self.windows[client] if attack is None else attack.poison(self.windows[client], self.vocabulary)
         seed = int(np.random.SeedSequence([self.seed, server_round, client]).generate_state(1)[0])
-        update = finetune(self.model, adapter, windows, self.train, seed)[0]
+        update = self._finetuned(adapter, windows, seed)
         if server_round == 1:
             self.known[key] = update
         return update
 
     def trained_root(self, server_round: int, adapter: Mapping[str, Tensor]) -> Adapter:
         """The server's own update for FLTrust."""
-        return finetune(self.model, adapter, self.root, self.train, server_round)[0]
+        return self._finetuned(adapter, self.root, server_round)
 
     def run(self, defence: Defence, attack: Attack, malicious: Sequence[int]) -> Outcome:
         """One federation, from the first adapter on."""
@@ -148,6 +149,10 @@ class Lab:
             return Outcome(None, lost, time.perf_counter() - started)
         finite = all(map(math.isfinite, by_client))
         return Outcome(by_client if finite else None, lost, time.perf_counter() - started)
+
+    def _finetuned(self, adapter: Mapping[str, Tensor], windows: Windows, seed: int) -> Adapter:
+        self.model.zero_grad()  # training that diverged left its gradients
+        return finetune(self.model, adapter, windows, self.train, seed)[0]
 
     def losses(self, adapter: Mapping[str, Tensor]) -> list[float]:
         """Held-out loss of every client, nats per token."""
@@ -178,7 +183,7 @@ class Lab:
             Unobserved(),
             Limits(),
         )
-        strategy.foresee(self.known.setdefault("root", self.trained_root(0, self.initial)))
+        strategy.foresee(self.rehearsed)
         return strategy
 
 
