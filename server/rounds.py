@@ -139,7 +139,7 @@ def prepare(
             federation.rest_rounds,
             books.ledger,
         ),
-        NormBound(settings.strategy.clip_norm_ratio, settings.strategy.max_norm_ratio),
+        NormBound(settings.strategy.clip_norm_ratio, settings.strategy.max_norm_ratio, settings.strategy.max_norm),
         journal,
         Limits(
             federation.min_replies,
