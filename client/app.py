@@ -15,7 +15,7 @@ from client.link import ResidentTrainer, trainer_at
 from client.sums import Member
 from client.work import MAX_EPSILON, NODE_KEY, PEER_KEYS, TRUST, Summed, Work
 from gradcodec.transfers import Broadcast
-from privacy.secagg import Invitation
+from privacy.secagg import Invitation, threshold_of
 from strategies.folding import fold, unfold
 from strategies.wire import (
     ACCEPTED,
@@ -70,6 +70,7 @@ def answer_roll_call(message: Message, context: Context) -> Message:
     try:
         content = unfold(message.content)
         settings = _settings(content)
+        _check_masked(settings, context)
         _trainer(content, context).check(partition, _memory(settings["run_id"], context))
         if settings["privacy"]["secure_aggregation"]:
             published = _member(settings["run_id"], context).publish(_node_key(context))
@@ -97,6 +98,8 @@ def train(message: Message, context: Context) -> Message:
     content = unfold(message.content)
     config = config_of(content)
     settings = _settings(content)
+    _check_masked(settings, context)
+    protected = settings["privacy"]["name"] != "none" or settings["privacy"]["secure_aggregation"]
     partition = int(context.node_config[PARTITION])
     trainer = _trainer(content, context)
     side = content.array_records.get(SIDE)
@@ -116,7 +119,8 @@ def train(message: Message, context: Context) -> Message:
     if done.lacks is not None:
         return Message(fold(RecordDict({CONFIG: ConfigRecord({LACKS: done.lacks})})), reply_to=message)
     if done.payload is not None and invitation is not None:
-        arrays = wrap_payload(_member(settings["run_id"], context).contribute(done.payload, invitation))
+        member = _member(settings["run_id"], context)
+        arrays = wrap_payload(member.contribute(done.payload, invitation, _least_stay(settings, invitation)))
     elif done.payload is not None:
         arrays = wrap_payload(done.payload)
     else:
@@ -127,11 +131,11 @@ def train(message: Message, context: Context) -> Message:
             NUM_EXAMPLES: done.num_examples,
             PARTITION: partition,
             SERVER_ROUND: work.server_round,
-            SECONDS_TRAIN: done.seconds_train,
-            SECONDS_ENCODE: done.seconds_encode,
+            SECONDS_TRAIN: 0.0 if protected else done.seconds_train,  # how long it took tells how much there is
+            SECONDS_ENCODE: 0.0 if protected else done.seconds_encode,
         }
     )
-    if settings["privacy"]["name"] == "none" and invitation is None:
+    if not protected:
         metrics[TRAIN_LOSS] = done.train_loss
     return Message(fold(RecordDict({ARRAYS: arrays, METRICS: metrics})), reply_to=message)
 
@@ -169,6 +173,22 @@ def _member(run_id: object, context: Context) -> Member:
 def _node_key(context: Context) -> Path | None:
     path = context.node_config.get(NODE_KEY)
     return None if path is None else Path(str(path))
+
+
+def _check_masked(settings: dict[str, Any], context: Context) -> None:
+    """Raises ValueError: this node's owner wants its updates in masked sums alone, and the run wants them as they
+    are."""
+    if PEER_KEYS in context.node_config and not settings["privacy"]["secure_aggregation"]:
+        raise ValueError(
+            "this node takes part in masked sums alone (--peer-keys): the run needs privacy.secure_aggregation=true"
+        )
+
+
+def _least_stay(settings: dict[str, Any], invitation: Invitation) -> int:
+    """How many must stay to the end of a sum, by the run's settings: with noise in the sum, as many as share it."""
+    privacy, federation = settings["privacy"], settings["federation"]
+    least = threshold_of(len(invitation.members), float(privacy["threshold"]))
+    return max(least, int(federation["min_replies"])) if privacy["noise"] == "sum" else least
 
 
 def _invitation(config: ConfigRecord) -> Invitation:

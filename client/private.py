@@ -6,10 +6,13 @@ releases no more than the run's budget allows. Beside the count stands what it m
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch import Tensor
 from adapters.private import Protection, sampling_rate
 from adapters.settings import num_steps
 from client.residuals import COUNTS
-from conf.output import write_json
+from conf.output import write_json, write_text
 from conf.schema import Settings
 from conf.sums import noise_deviation
 from gradcodec.linear import Terms
@@ -39,9 +42,47 @@ MAX_DELTA = 1e-5
 """What a node whose owner bounds epsilon takes: with a large delta any epsilon is kept."""
 
 
+def keep_terms(settings: Settings, folder: Path, partition: int) -> None:
+    """The terms on which a client first answered in a run that protects its data hold for all of the run: settings come
+    with every message, and a server could change them.
+
+    Args:
+        settings: of this message.
+        folder: of the run in the node's memory.
+        partition: of the client.
+
+    Raises:
+        PrivacyError: they are others than those of an earlier message.
+    """
+    path = folder / f"{COUNTS}terms-{partition}.txt"
+    if not settings.privacy.protects and not path.is_file():
+        return
+    terms: list[Any] = [dataclasses.asdict(settings.privacy), dataclasses.asdict(settings.train)]
+    if settings.privacy.noise == "sum":
+        terms.append(settings.federation.min_replies)
+    digest = hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
+    with _alone(path):
+        if not path.is_file():
+            write_text(digest, path)
+        elif path.read_text(encoding="utf-8") != digest:
+            raise PrivacyError(
+                f"run {settings.run_id} asks partition {partition} for an answer on other terms of privacy or training "
+                "than before: a run keeps those that it began with"
+            )
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time works on what is counted in this file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class Owner:
-    """What a node's owner allows of a partition's data over all runs: their epsilons, and their deltas, add up (Dwork
-    and Roth 2014, theorem 3.16)."""
+    """What a node's owner allows of a partition's data over all runs: their epsilons add up (Dwork and Roth 2014, theorem
+    3.16), and so do their deltas, of which each is bounded."""
 
     def __init__(self, memory: Path, partition: int, max_epsilon: float | None) -> None:
         """
@@ -76,12 +117,14 @@ class Owner:
 
     def enter(self, settings: Settings) -> None:
         """Counts a run's whole budget, once, before it releases anything."""
-        self.check(settings)
-        spent = self._spent() if self.max_epsilon is not None else {}
-        if self.max_epsilon is not None and settings.run_id not in spent:
-            assert settings.privacy.epsilon is not None
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_json({**spent, settings.run_id: settings.privacy.epsilon}, self._path)
+        if self.max_epsilon is None:
+            return
+        with _alone(self._path):
+            self.check(settings)
+            spent = self._spent()
+            if settings.run_id not in spent:
+                assert settings.privacy.epsilon is not None
+                write_json({**spent, settings.run_id: settings.privacy.epsilon}, self._path)
 
     def _spent(self) -> dict[str, float]:
         """Run -> its epsilon."""
@@ -126,8 +169,12 @@ class Guard:
             BudgetSpentError: no more is allowed.
         """
         message = hashlib.sha256(secret + b"message").hexdigest()
-        if message == self._last:
-            return
+        with _alone(self._path):
+            self._load()  # another process may have counted
+            if message != self._last:
+                self._count(server_round, message)
+
+    def _count(self, server_round: int, message: str) -> None:
         if self.ledger.is_spent(self.partition):
             raise BudgetSpentError(
                 f"the privacy budget of partition {self.partition} in this run is spent: it has answered "

@@ -39,29 +39,34 @@ class Member:
 
     def publish(self, node_key: Path | None = None) -> bytes:
         """The public key of this run, signed where the node has a key of its own; a new one where there is none yet.
-        Keys of other runs are removed then: who got one could read what was sent in them.
 
         Raises:
             PrivacyError: what is on the disk is damaged, or the node's key cannot be read.
         """
         if not self._key.is_file():
             self._ledger.unlink(missing_ok=True)
-            for old in self._folder.parent.glob(f"*/{self._key.name}"):
-                old.unlink()
             self._write(self._key, KeyPair.fresh().secret)
         signing = None if node_key is None else _signing_key(node_key)
         return self._keys().publish(self._run_id, self._partition, signing).pack()
 
-    def contribute(self, residues: bytes, invitation: Invitation) -> bytes:
+    def contribute(self, residues: bytes, invitation: Invitation, least_stay: int) -> bytes:
         """A client's integers, masked.
 
         Args:
             residues: as ``gradcodec.residues`` packs them, modulo the invitation's modulus.
             invitation: to the sum.
+            least_stay: how many of the invited must stay to its end, by the run's settings.
 
         Raises:
             PrivacyError: it is not one that this client may follow, or the integers are not as invited.
         """
+        if invitation.threshold < least_stay or (
+            self._peer_keys is not None and 2 * invitation.threshold <= len(invitation.members)
+        ):
+            raise PrivacyError(
+                f"invited to a sum that {invitation.threshold} of {len(invitation.members)} clients can open: by the "
+                f"run's settings it takes {least_stay}, and more than half where the server is not trusted"
+            )
 
         def pack(masked: NDArray[np.uint32]) -> bytes:
             return pack_residues(masked.astype(np.int64), invitation.modulus)

@@ -28,7 +28,7 @@ from adapters.settings import is_hub_name, num_examples
 from adapters.team import Team
 from client.console import note, round_line
 from client.memory import DiskMemory
-from client.private import Guard, Owner, secret_of, with_noise
+from client.private import Guard, Owner, keep_terms, secret_of, with_noise
 from client.work import MAX_EPSILON, TRUST, Arrays, Overrides, Summed, Trained, Work
 from conf.basis import codecs_of
 from conf.footprint import client_memory
@@ -141,8 +141,9 @@ class Trainer:
 
         Raises:
             BudgetSpentError: it is spent.
-            PrivacyError: the node's owner does not allow for this run.
+            PrivacyError: the node's owner does not allow for this run, or it has changed its terms.
         """
+        keep_terms(self.settings, work.memory, work.partition)
         Owner(work.memory.parent, work.partition, self.max_epsilon).enter(self.settings)
         if (guard := self.guard(work.partition, work.memory)) is not None:
             guard.spend(work.server_round, self._secret(work))
@@ -150,9 +151,10 @@ class Trainer:
     def check(self, partition: int, memory: Path | None = None) -> None:
         """Loads everything that training needs. Raises ValueError: something is missing or does not fit, or nobody
         knows what was released of the partition, as the run's ``memory`` says."""
+        if memory is not None:  # first: what else is refused may quote the data
+            Owner(memory.parent, partition, self.max_epsilon).check(self.settings)
         self.shard(partition)
         if memory is not None:
-            Owner(memory.parent, partition, self.max_epsilon).check(self.settings)
             self.guard(partition, memory)
         if "model" not in self.__dict__:  # once it is in use, its memory is no longer free
             needed = client_memory(self.settings)

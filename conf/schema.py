@@ -278,10 +278,11 @@ def _check_private_run(settings: Settings) -> None:
             f"privacy.secure_aggregation=true needs federation.clients_per_round of at least {MIN_CLIENTS}: of a sum "
             "of two, each of the two knows the other's part"
         )
-    if secure and settings.strategy.name not in OF_THE_MEAN:
+    if (secure or privacy.noise == "sum") and settings.strategy.name not in OF_THE_MEAN:
+        what = "privacy.secure_aggregation=true" if secure else "privacy.noise=sum"
         raise ValueError(
-            f"privacy.secure_aggregation=true and strategy={settings.strategy.name} do not go together: the server "
-            f"sees a sum and no client's own update; choose one of {', '.join(OF_THE_MEAN)}"
+            f"{what} and strategy={settings.strategy.name} do not go together: the sum alone is what may be made use "
+            f"of, and no client's own update; choose one of {', '.join(OF_THE_MEAN)}"
         )
 
 

@@ -10,6 +10,7 @@ from gradcodec.layout import Layout
 from gradcodec.linear import MAX_LEVELS, Terms
 from gradcodec.residues import most_residues
 from privacy.budget import LEAST_SHARE
+from privacy.discrete import MAX_SIGMA
 
 TAIL = 10.0
 """Standard deviations of noise that a sum has room for: beyond it lies 1e-23."""
@@ -42,6 +43,11 @@ def terms_of(settings: Settings, layout: Layout, clients: int) -> Terms:
         count = fitting
         radius = float(min(math.isqrt(max(count, 1)), (MAX_LEVELS - 1) // 2))
     share = noise_deviation(settings, radius)
+    if share > MAX_SIGMA:
+        raise ValueError(
+            f"privacy.noise=sum: a client's share of the noise has a deviation of {share:.0f} integers, and "
+            f"{MAX_SIGMA:.0f} is the most: raise privacy.epsilon or federation.min_replies"
+        )
     if share < LEAST_SHARE:
         raise ValueError(
             f"privacy.noise=sum: a client's share of the noise has a deviation of {share:.2f} integers, and it takes "

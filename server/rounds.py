@@ -139,7 +139,7 @@ def prepare(
             federation.rest_rounds,
             books.ledger,
         ),
-        NormBound(settings.strategy.clip_norm_ratio, settings.strategy.max_norm_ratio, settings.strategy.max_norm),
+        _norm_bound(settings),
         journal,
         Limits(
             federation.min_replies,
@@ -153,6 +153,14 @@ def prepare(
     if before is not None:
         run.restore(before)
     return run
+
+
+def _norm_bound(settings: Settings) -> NormBound:
+    """None where noise is shared: a share that is scaled down is not the noise that was accounted for."""
+    strategy = settings.strategy
+    if settings.privacy.noise == "sum":
+        return NormBound(None, None)
+    return NormBound(strategy.clip_norm_ratio, strategy.max_norm_ratio, strategy.max_norm)
 
 
 def _ways(settings: Settings, layout: Layout, evaluator: Evaluator, books: Books) -> Ways:
@@ -171,7 +179,9 @@ def _ways(settings: Settings, layout: Layout, evaluator: Evaluator, books: Books
         terms_of(settings, layout, settings.federation.clients_per_round)  # refused before anybody trains
         sums = SumIntake(codecs.at(evaluator.seeded), settings.run_id)
         terms = partial(terms_of, settings, layout)
-        receiver = SumReceiver(sums, codecs, terms, books.next_sum, settings.privacy.threshold, sends_side=not down)
+        least = settings.federation.min_replies if settings.privacy.noise == "sum" else 0
+        stay = settings.privacy.threshold, least
+        receiver = SumReceiver(sums, codecs, terms, books.next_sum, stay, sends_side=not down)
     else:
         intake = Intake(codecs.at(evaluator.seeded), settings.run_id, clients, budget)
         receiver = CodedReceiver(intake, codecs, sends_side=not down)

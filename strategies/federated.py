@@ -103,7 +103,7 @@ class FederatedStrategy(AdapterStrategy):
             BudgetSpentError: the run's privacy budget allows no such round.
         """
         begin_round(self.inner)
-        chosen = self.sampling.sample(server_round, self.limits.min_replies)
+        chosen = self.sampling.sample(server_round, self.least_clients)
         self._nodes = self._present(chosen)
         for partition in chosen:
             if partition not in self._nodes:
@@ -132,6 +132,11 @@ class FederatedStrategy(AdapterStrategy):
         self._messages, self._asked = messages, {}
         self._repaired = set()
         return messages
+
+    @property
+    def least_clients(self) -> int:
+        """That a round takes."""
+        return self.limits.min_replies
 
     def _begin(self, server_round: int, arrays: ArrayRecord, grid: Grid) -> None:
         """Before the messages are made: the adapter and the nodes are known. Raises RoundError: they will not do."""
@@ -333,9 +338,8 @@ class FederatedStrategy(AdapterStrategy):
         sampling = self.sampling
         log(
             INFO,
-            "\t├──> %s of %s clients a round, seed %s",
+            "\t├──> %s of %s clients a round",
             sampling.clients_per_round,
             sampling.num_partitions,
-            sampling.seed,
         )
         super().summary()

@@ -66,7 +66,10 @@ class Sampling:
                 f"another answer, and a round needs {least}"
             )
         awake = [p for p in everyone if self.resting.get(p, 0) < server_round] or everyone
-        order = random.Random(f"{self.seed}/{server_round}")
+        again = ""  # of a secret draw: a round that is done again draws anew, as the accounts have it
+        if isinstance(self.seed, str) and self.ledger is not None:
+            again = f"/{len(self.ledger.rounds)}"
+        order = random.Random(f"{self.seed}/{server_round}{again}")
         chosen = sorted(order.sample(awake, min(self.clients_per_round, len(awake))))
         self._drawn = len(chosen), len(awake)
         return chosen

@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from logging import WARNING
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -23,6 +24,7 @@ from gradcodec.state import State
 from gradcodec.sums import SumIntake, basis_at
 from privacy.errors import PrivacyError
 from privacy.secagg import Contribution, Invitation, LostSumError, Opening, Published, threshold_of, threshold_warning
+from privacy.settings import MIN_CLIENTS
 from strategies.errors import RoundError
 from strategies.federated import FederatedStrategy
 from strategies.messages import Mailbox, in_order
@@ -61,7 +63,7 @@ class SumReceiver:
         codecs: Codecs,
         terms_of: Callable[[int], Terms],
         next_number: Callable[[], int],
-        threshold: float,
+        stay: tuple[float, int],
         *,
         sends_side: bool = True,
     ) -> None:
@@ -71,7 +73,7 @@ class SumReceiver:
             codecs: of every round; ``learned``, whose tables say where updates are strong.
             terms_of: the number of clients that are invited -> the terms of their sum.
             next_number: of a sum, higher than any that clients of this run have seen.
-            threshold: more than this share of the invited must stay to the end.
+            stay: more than this share of the invited must stay to the end, and so many.
             sends_side: clients do not find the codec's side information out by themselves.
         """
         self.intake = intake
@@ -79,8 +81,7 @@ class SumReceiver:
         self.sends_side = sends_side
         self._terms_of = terms_of
         self._next_number = next_number
-        self._threshold = threshold
-        self._attempt: tuple[int, Invitation] | None = None  # the round's last, which another one of it must follow
+        self._threshold, self._least_stay = stay
         self._announced = b""
         self._code: LinearCode | None = None
         self._opening: Opening | None = None
@@ -100,35 +101,31 @@ class SumReceiver:
         assert self._opening is not None, "begin() comes first"
         return self._opening
 
-    def begin(self, server_round: int, members: Mapping[int, Published], current: Mapping[str, Tensor]) -> set[int]:
-        """Invites to a sum; gives the partitions that are.
+    def begin(self, server_round: int, members: Mapping[int, Published], current: Mapping[str, Tensor]) -> None:
+        """Invites to a sum.
 
-        A further attempt of a round asks clients of the one before alone, and no fewer must stay: clients insist, as
-        two sums of the same messages could tell one of them apart.
+        Every attempt of a round is a sum of its own: clients take part in each number once.
 
         Raises:
             PrivacyError: they are too few.
             CodecError: nothing is known of the updates to come.
         """
-        before = self._attempt[1] if self._attempt is not None and self._attempt[0] == server_round else None
-        invited = {p: key for p, key in sorted(members.items()) if before is None or p in before.partitions}
-        threshold = max(threshold_of(len(invited), self._threshold), 0 if before is None else before.threshold)
+        threshold = max(threshold_of(len(members), self._threshold), self._least_stay)
         basis = basis_at(self.codecs, current, self.intake.layout, self.side)
-        public = self.intake.begin(server_round, self._terms_of(len(invited)), basis)
+        public = self.intake.begin(server_round, self._terms_of(len(members)), basis)
         self._code = public.code(basis, self.intake.run_id)
         self._announced = public.announcement
         invitation = Invitation(
             self.intake.run_id,
-            self._next_number() if before is None else before.round,
-            tuple(invited.values()),
+            self._next_number(),
+            tuple(member for _, member in sorted(members.items())),
             threshold,
             self._code.modulus,
             self._code.num_integers,
         )
-        if (warning := threshold_warning(len(invited), threshold)) is not None:
+        if (warning := threshold_warning(len(members), threshold)) is not None:
             log(WARNING, "%s (privacy.threshold)", warning)
-        self._attempt, self._opening = (server_round, invitation), Opening(invitation)
-        return set(invited)
+        self._opening = Opening(invitation)
 
     def outgoing(self, partition: int) -> tuple[RecordDict, ConfigRecord]:
         records = RecordDict()
@@ -150,7 +147,6 @@ class SumReceiver:
     def opened(self) -> Adapter:
         """The mean of all updates in the sum. Raises LostSumError: it stays masked."""
         assert self._code is not None
-        self._attempt = None  # clients have given what opens it: another attempt is another sum to them
         return self.intake.opened(self._code, self.opening.total().astype("int64"), self.opening.summed)
 
     def adapter_of(self, content: RecordDict, asked: Asked, current: Mapping[str, Tensor]) -> Adapter:
@@ -174,6 +170,14 @@ class SecureStrategy(FederatedStrategy):
 
     receiver: SumReceiver
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._suspects: set[int] = set()  # partitions that spoiled a sum in this process
+
+    @property
+    def least_clients(self) -> int:
+        return max(super().least_clients, MIN_CLIENTS)
+
     def _begin(self, server_round: int, arrays: ArrayRecord, grid: Grid) -> None:
         self._grid = grid
         members: dict[int, Published] = {}
@@ -182,14 +186,19 @@ class SecureStrategy(FederatedStrategy):
                 member = Published.unpack(self.roll.published.get(node, b""))
                 if member.partition != partition:
                     raise PrivacyError(f"its key for secure aggregation is of partition {member.partition}")
+                if partition in self._suspects:
+                    raise PrivacyError("it spoiled a sum: the shares that it dealt opened nothing")
                 members[partition] = member
             except PrivacyError as error:
                 self._fault(server_round, partition, Refused(REFUSED, clean(error)))
+        for partition in _with_the_same_key(members):
+            self._fault(server_round, partition, Refused(REFUSED, "another partition has its key for masked sums"))
+            del members[partition]
+        self._nodes = {partition: node for partition, node in self._nodes.items() if partition in members}
         try:
-            invited = self.receiver.begin(server_round, members, from_record(arrays))
+            self.receiver.begin(server_round, members, from_record(arrays))
         except PrivacyError as error:
             raise RoundError(f"round {server_round}: {error}") from None
-        self._nodes = {partition: node for partition, node in self._nodes.items() if partition in invited}
 
     def _usable(
         self, server_round: int, replies: Iterable[Message], taken: list[Uplink], too_long: list[Uplink]
@@ -212,6 +221,9 @@ class SecureStrategy(FederatedStrategy):
             answers = self._asked_to_open(server_round)
             mean = self.receiver.opened()
         except LostSumError as error:
+            for partition in error.suspects:
+                self._suspects.add(partition)
+                self._fault(server_round, partition, Refused(REFUSED, "the shares that it dealt open nothing"))
             raise RoundError(f"round {server_round}: {error}") from None
         for partition, uplink in came.items():
             taken.append(dataclasses.replace(uplink, payload_bytes=uplink.payload_bytes + answers.get(partition, 0)))
@@ -272,3 +284,11 @@ class SecureStrategy(FederatedStrategy):
         except ValueError as error:
             return clean(error)
         return None
+
+
+def _with_the_same_key(members: Mapping[int, Published]) -> set[int]:
+    """Partitions whose key another one has as well."""
+    holders: dict[bytes, list[int]] = {}
+    for partition, member in members.items():
+        holders.setdefault(member.public_key, []).append(partition)
+    return {partition for group in holders.values() if len(group) > 1 for partition in group}

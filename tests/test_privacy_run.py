@@ -24,10 +24,12 @@ from gradcodec.exchange import decode_blocks
 from gradcodec.transfers import context_of
 from privacy.accounting import Release, epsilon_of
 from privacy.errors import BudgetSpentError, PrivacyError
+from privacy.ledger import Ledger
 from privacy.mechanism import clipped
 from server.federate import resumed
 from server.private import LEDGER, REPORT, promise
 from server.rounds import run_federation
+from strategies.sampling import Sampling
 from strategies.wire import METRICS, NUM_EXAMPLES, SERVER_ROUND, TRAIN_LOSS
 
 
@@ -299,3 +301,49 @@ def test_a_node_believes_no_budget_that_the_noise_does_not_keep(tmp_path: Path) 
     loose = private_settings(tmp_path, "run", epsilon=1.0, delta=0.5)
     with pytest.raises(PrivacyError, match=r"takes a delta of 1e-05 at most, not 0\.5"):
         private.Owner(tmp_path, 0, 10.0).check(loose)
+
+
+def test_a_run_keeps_its_terms(tmp_path: Path) -> None:
+    """Settings come with every message: a server that changes those of privacy or training gets nothing."""
+    first = private_settings(tmp_path, "run", epsilon=0.1, noise_multiplier=50.0)
+    private.keep_terms(first, tmp_path, 0)
+    private.keep_terms(first, tmp_path, 0)
+    for change in ("epsilon", "none", "steps"):
+        other = private_settings(tmp_path, "run", epsilon=0.1, noise_multiplier=50.0)
+        if change == "epsilon":
+            other.privacy.epsilon = 9.9
+        elif change == "none":
+            other.privacy.name = "none"
+        else:
+            other.train.steps += 1
+        with pytest.raises(PrivacyError, match="on other terms of privacy or training than before"):
+            private.keep_terms(other, tmp_path, 0)
+    longer = private_settings(tmp_path, "run", epsilon=0.1, noise_multiplier=50.0)
+    longer.federation.rounds = 100
+    private.keep_terms(longer, tmp_path, 0)  # the budget stays what it was
+
+
+def test_two_processes_of_a_node_share_its_count(tmp_path: Path) -> None:
+    settings = settings_with_noise(private_settings(tmp_path, "run", releases=2))
+    one, other = (private.Guard(settings, 10, tmp_path, 0) for _ in range(2))
+    one.spend(1, b"first")
+    other.spend(1, b"second")
+    for guard in (one, other):
+        with pytest.raises(BudgetSpentError):
+            guard.spend(2, b"third")
+
+
+def test_a_secret_draw_is_another_one_when_a_round_is_done_again() -> None:
+    ledger = Ledger(None, lambda state: None)
+    sampling = Sampling(100, 10, "a secret", ledger=ledger)
+    first = sampling.sample(1)
+    sampling.asked(1, first)
+    assert sampling.sample(1) != first
+
+
+@pytest.mark.parametrize("strategy", ["krum", "fedmedian", "rfa"])
+def test_noise_in_the_sum_is_for_the_mean(tmp_path: Path, strategy: str) -> None:
+    settings = private_settings(tmp_path, "run", noise="sum")
+    settings.federation.min_replies, settings.strategy.name = 2, strategy
+    with pytest.raises(ValueError, match=r"privacy\.noise=sum and strategy=.* do not go together"):
+        check_settings(settings)

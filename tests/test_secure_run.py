@@ -16,6 +16,7 @@ from flwr.common.constant import ErrorCode
 from scipy import stats
 from test_federation import run, settings_for
 
+from client.app import app as client_app
 from client.sums import Member
 from conf.schema import Settings, check_settings
 from gradcodec.linear import LinearCode
@@ -24,7 +25,9 @@ from privacy.errors import PrivacyError
 from privacy.secagg import Contribution, Invitation, Opening, Published, traffic
 from server.federate import resumed
 from server.keys import make_keys
-from strategies.wire import UNMASK
+from server.rounds import run_federation
+from strategies.folding import fold, unfold
+from strategies.wire import CONFIG, PUBLISHED, UNMASK
 
 
 def secure_settings(folder: Path, run: str, **changes: Any) -> Settings:
@@ -60,9 +63,9 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
     seen: list[tuple[Any, Any]] = []
     contribute, total = Member.contribute, Opening.total
 
-    def watched(member: Member, residues: bytes, invitation: Any) -> bytes:
+    def watched(member: Member, residues: bytes, invitation: Any, least_stay: int) -> bytes:
         given[member._partition] = unpack_residues(residues, invitation.modulus, invitation.length)
-        return contribute(member, residues, invitation)
+        return contribute(member, residues, invitation, least_stay)
 
     def watched_total(opening: Opening) -> Any:
         found = total(opening)
@@ -225,14 +228,42 @@ def test_keys_are_signed_and_checked(tmp_path: Path) -> None:
         members.append(Published.unpack(member.publish(tmp_path / "keys" / f"node-{partition}")))
     residues = Member(tmp_path / "memory-0" / "run", "run", 0, tmp_path / "keys")
     packed = pack_residues(np.zeros(10, np.int64), 13)
-    assert residues.contribute(packed, Invitation("run", 1, tuple(members), 2, 13, 10))
+    assert residues.contribute(packed, Invitation("run", 1, tuple(members), 2, 13, 10), 2)
     forged = Published.unpack(Member(tmp_path / "forged" / "run", "run", 2).publish(tmp_path / "keys" / "node-1"))
     with pytest.raises(PrivacyError, match="the public key of partition 2 is not signed by its node"):
-        residues.contribute(packed, Invitation("run", 2, (*members[:2], forged), 2, 13, 10))
+        residues.contribute(packed, Invitation("run", 2, (*members[:2], forged), 2, 13, 10), 2)
     with pytest.raises(PrivacyError, match=r"holds no node-<partition>\.pub"):
         Member(tmp_path / "memory-0" / "run", "run", 0, tmp_path).contribute(
-            packed, Invitation("run", 3, tuple(members), 2, 13, 10)
+            packed, Invitation("run", 3, tuple(members), 2, 13, 10), 2
         )
-    other = Member(tmp_path / "memory-0" / "next", "next", 0)
-    other.publish()
-    assert not (tmp_path / "memory-0" / "run" / "sum-0.key").exists()
+    with pytest.raises(PrivacyError, match="it takes 3, and more than half"):
+        residues.contribute(packed, Invitation("run", 4, tuple(members), 2, 13, 10), 3)
+
+
+def test_a_node_with_its_peers_keys_sends_nothing_unmasked(tmp_path: Path) -> None:
+    grid = InProcessGrid(client_app, 3, {"memory": str(tmp_path / "memory"), "peer-keys": str(tmp_path)})
+    with pytest.raises(ValueError, match="takes part in masked sums alone"):
+        run_federation(grid, settings_for(tmp_path, "open", arm="dense"))
+
+
+def test_who_publishes_anothers_key_is_left_out(tmp_path: Path, sums: list[tuple[Any, Any]]) -> None:
+    """And ends nobody's run: of five the two with the same key are refused."""
+
+    class Copied(InProcessGrid):
+        def answer(self, message: Message) -> Message | None:
+            reply = super().answer(message)
+            partition = (message.metadata.dst_node_id - 1000) // 7
+            if partition == 4 and reply is not None and message.metadata.message_type == "query":
+                stolen = Published.unpack(Member(tmp_path / "memory" / f"{tmp_path.name}-run", "run", 3).publish())
+                forged = Published(4, stolen.public_key).pack()
+                content = unfold(reply.content)
+                content.config_records[CONFIG][PUBLISHED] = forged
+                reply.content = fold(content)
+            return reply
+
+    settings = secure_settings(tmp_path, "run")
+    settings.federation.rounds = 1
+    results = run(settings, tmp_path, Copied)
+    assert {fault.partition for fault in results.faults} == {3, 4}
+    assert sorted(uplink.partition for uplink in results.uplinks) == [0, 1, 2]
+    assert all(np.array_equal(found, true) for found, true in sums)
