@@ -81,8 +81,8 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 class Owner:
-    """What a node's owner allows of a partition's data over all runs: their epsilons add up (Dwork and Roth 2014, theorem
-    3.16), and so do their deltas, of which each is bounded."""
+    """What a node's owner allows of a partition's data over all runs: their epsilons add up (Dwork and Roth 2014,
+    theorem 3.16), and so do their deltas, of which each is bounded."""
 
     def __init__(self, memory: Path, partition: int, max_epsilon: float | None) -> None:
         """
