@@ -12,6 +12,7 @@ embedded model in a minute or two, and its figures mean nothing.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -33,12 +34,13 @@ PAGE = Path("docs/results/leakage.md")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="every part once, in a minute or two; no figures")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help=f"which (default {','.join(SECTIONS)})")
+    known = ",".join(SECTIONS)
+    parser.add_argument("--sections", default=known, help=f"which (default {known}); none: the page alone")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="OUT")
     parser.add_argument("--page", type=Path, default=PAGE, metavar="OUT")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    sections = args.sections.split(",")
+    sections = [] if args.sections == "none" else args.sections.split(",")
     if unknown := sorted({*sections} - {*SECTIONS}):
         parser.error(f"--sections holds {unknown[0]!r}, which is none of {', '.join(SECTIONS)}")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, for their developers
@@ -94,7 +96,12 @@ def run(sections: Sequence[str], quick: bool, threads: int, before: dict[str, An
         "learned": lambda: parts.learned(sizes, victims, say),
         "members": lambda: parts.members(sizes, victims, say),
     }
-    results: dict[str, Any] = {"command": "python -m bench.leakage", "noise": parts.noise_rows(), "sections": before}
+    results: dict[str, Any] = {
+        "command": "python -m bench.leakage --quick" if quick else "python -m bench.leakage",
+        "sizes": dataclasses.asdict(sizes),
+        "noise": parts.noise_rows(),
+        "sections": before,
+    }
     for section in sections:
         console.rule(section)
         started = time.perf_counter()
@@ -102,6 +109,7 @@ def run(sections: Sequence[str], quick: bool, threads: int, before: dict[str, An
         seconds = time.perf_counter() - started
         results["sections"][section] = {"rows": rows, "seconds": seconds, "quick": quick, "made_with": provenance()}
         write_json(results, place)
+    write_json(results, place)
     return results
 
 

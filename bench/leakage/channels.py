@@ -17,6 +17,7 @@ from gradcodec.codec import Codec
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
 
 DELTA = 1e-5
+EPSILONS = (8.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ CHANNELS = (
     Channel("dense"),
     Channel("coded, 0.5 bit", bits=0.5),
     Channel("coded, 0.1 bit", bits=0.1),
-    Channel("coded, 0.5 bit, epsilon 8", bits=0.5, epsilon=8.0),
-    Channel("coded, 0.5 bit, epsilon 2", bits=0.5, epsilon=2.0),
+    *(Channel(f"coded, 0.5 bit, epsilon {epsilon:g}", bits=0.5, epsilon=epsilon) for epsilon in EPSILONS),
     Channel("mean of 5", clients=5),
     Channel("mean of 10", clients=10),
 )

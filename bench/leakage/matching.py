@@ -53,7 +53,7 @@ class Matcher:
         """Cosine distance of the sentence's gradient, and a little of its loss."""
         loss = next_token_loss(self._model, Windows.whole(torch.tensor([[*ids, self._end]])))
         gradients = torch.autograd.grad(loss, self._parameters)
-        return float(self._distance(gradients) + _LIKELY * loss)
+        return float((self._distance(gradients) + _LIKELY * loss).detach())
 
     def invert(self, evidence_V: Tensor, candidates: Sequence[int], length: int, effort: Effort) -> list[int]:
         """A sentence of this length.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adapters.model import Adapter, set_adapter
 from bench.leakage import membership
-from bench.leakage.channels import CHANNELS, Channel, Ends, noise_multiplier, norm_of, transmit
+from bench.leakage.channels import CHANNELS, DELTA, EPSILONS, Channel, Ends, noise_multiplier, norm_of, transmit
 from bench.leakage.inverter import Inverter, Projection, TokenTraces, prior_guess
 from bench.leakage.matching import Effort, Matcher
 from bench.leakage.scores import precision_of, recall_of, rouge
@@ -50,10 +50,11 @@ class Sizes:
     kinds: Mapping[str, tuple[tuple[str, int], ...]]  # of update, and sentences in it
     trials: Mapping[str, int]
     own: Mapping[str, int]
-    sentences: Mapping[str, int]  # reconstructed by sequence and by matching
+    sentences: Mapping[str, int]  # that are put into words
+    told: Mapping[str, tuple[str, ...]]  # out of these kinds of update
     effort: Mapping[str, Effort]
     matched: Mapping[str, tuple[str, ...]]  # channels behind which gradients are matched
-    most_matched: int  # of the sentences
+    most_matched: Mapping[str, int]  # of the sentences
     control_rank: Mapping[str, int]
     learned_from: int
     learned_trials: int
@@ -66,17 +67,18 @@ FULL = Sizes(
     models=(TOY, SMOLLM2),
     kinds={
         TOY: (*_GRADIENTS, ("delta", 1), ("delta", 2), ("delta", 4)),
-        SMOLLM2: (*_GRADIENTS, ("delta", 1), ("delta", 4)),
+        SMOLLM2: (*_GRADIENTS, ("delta", 1)),
     },
     trials={TOY: 8, SMOLLM2: 3},
     own={TOY: 8, SMOLLM2: 4},
     sentences={TOY: 4, SMOLLM2: 2},
+    told={TOY: ("gradient", "delta"), SMOLLM2: ("gradient",)},
     effort={TOY: Effort(100, 150), SMOLLM2: Effort(12, 24)},
     matched={TOY: _ALL, SMOLLM2: ("dense", "coded, 0.5 bit")},
-    most_matched=2,
+    most_matched={TOY: 2, SMOLLM2: 1},
     control_rank={TOY: 64, SMOLLM2: 256},
-    learned_from=400,
-    learned_trials=40,
+    learned_from=320,
+    learned_trials=30,
     federation=membership.Federation(),
 )
 QUICK = Sizes(
@@ -85,9 +87,10 @@ QUICK = Sizes(
     trials={TOY: 2},
     own={TOY: 2},
     sentences={TOY: 1},
+    told={TOY: ("gradient", "delta")},
     effort={TOY: Effort(3, 3)},
     matched={TOY: ("dense",)},
-    most_matched=1,
+    most_matched={TOY: 1},
     control_rank={TOY: 64},
     learned_from=20,
     learned_trials=3,
@@ -190,7 +193,7 @@ def sentences(sizes: Sizes, victims: Callable[[str], Victim], say: Callable[[str
     for name in sizes.models:
         victim = victims(name)
         dictionary_VD = dictionary_of(victim.model)
-        for kind in ("gradient", "delta"):
+        for kind in sizes.told[name]:
             side = Side(victim, kind, 1, sizes.sentences[name], sizes.own[name])
             for channel in CHANNELS:
                 known = side.known(channel)
@@ -199,7 +202,7 @@ def sentences(sizes: Sizes, victims: Callable[[str], Victim], say: Callable[[str
                     say(f"{name}: {kind}, {channel.name}, sentence {trial + 1}")
                     effort = (
                         sizes.effort[name]
-                        if channel.name in sizes.matched[name] and trial < sizes.most_matched
+                        if channel.name in sizes.matched[name] and trial < sizes.most_matched[name]
                         else None
                     )
                     told = reconstructed(side, side.seen(channel, trial), attacks, effort, trial)
@@ -273,8 +276,8 @@ def members(sizes: Sizes, victims: Callable[[str], Victim], say: Callable[[str],
 def noise_rows() -> list[Row]:
     """What noise the channels with one add."""
     return [
-        {"epsilon": epsilon, "delta": 1e-5, "standard_deviation_over_clip": noise_multiplier(epsilon)}
-        for epsilon in sorted({channel.epsilon for channel in CHANNELS if channel.epsilon is not None})
+        {"epsilon": epsilon, "delta": DELTA, "standard_deviation_over_clip": noise_multiplier(epsilon)}
+        for epsilon in EPSILONS
     ]
 
 

@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -61,7 +61,7 @@ class Victim:
         settings = Settings(model=_model(name), lora=LoraSettings(rank=rank), codec=CodecSettings())
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(settings.model)
         self.model: PeftModel = load_model(settings.model, settings.lora, seed)
-        self.texts = _texts(name, self.tokenizer)
+        self.texts = texts_of(name)
         self.seeded = get_adapter(self.model)
         public = self.windows(self.texts.public[-64:])
         self.moved, _ = finetune(self.model, self.seeded, public, FIRST_ROUND, seed)
@@ -116,7 +116,10 @@ def _model(name: str) -> ModelSettings:
     )
 
 
-def _texts(name: str, tokenizer: PreTrainedTokenizerBase) -> Texts:
+@cache
+def texts_of(name: str) -> Texts:
+    """The sentences of a model's clients; read once a process."""
+    tokenizer = load_tokenizer(_model(name))
     if name == TOY:
         written = prose()
         seen = [text for i, text in enumerate(written) if i % _HELD_OUT]
