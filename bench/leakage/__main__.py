@@ -54,11 +54,8 @@ def main() -> None:
         sys.exit("stopped; sections that ended are kept, --sections goes on with the others")
     from bench.leakage.page import page_of
 
-    if not (missing := [section for section in SECTIONS if section not in results["sections"]]):
-        write_text(page_of(results), args.page)
-        print(f"page:    {args.page}")
-    else:
-        print(f"no page: {', '.join(missing)} not run yet")
+    write_text(page_of(results), args.page)
+    print(f"page:    {args.page}")
     print(f"results: {args.json}")
 
 

@@ -22,8 +22,8 @@ EPSILONS = (8.0, 2.0)
 
 @dataclass(frozen=True)
 class Channel:
-    """``bits``: of the codec, a parameter; None: float32. ``epsilon``: of the Gaussian noise on the whole update, before
-    it is coded; None: no noise. ``clients``: whose mean is all that is seen."""
+    """``bits``: of the codec, a parameter; None: float32. ``epsilon``: of the Gaussian noise on the whole update,
+    before it is coded; None: no noise. ``clients``: whose mean is all that is seen."""
 
     name: str
     bits: float | None = None
@@ -43,8 +43,8 @@ CHANNELS = (
 
 @dataclass(frozen=True)
 class Ends:
-    """What both ends know of a round: its codec, its side information, the norm to which noisy updates are cut, and over
-    how many releases of a client ``Channel.epsilon`` is spent."""
+    """What both ends know of a round: its codec, its side information, the norm to which noisy updates are cut, and
+    over how many releases of a client ``Channel.epsilon`` is spent."""
 
     codec: Codec
     side: Tensor | None

@@ -2,15 +2,18 @@
 
 Learning to Invert (Wu et al. 2023): the attacker makes updates from public text, sends them through the channel itself,
 and trains a network on what comes out; noise and codes are then no surprise to it. A token's evidence is a scalar for
-each of the channel's traces of it, the same function for all tokens; beside it a network sees a random projection of the
-whole update. Knows updates; must not know channels.
+each of the channel's traces of it, the same function for all tokens; beside it a network sees a random projection of
+the whole update. Knows updates; must not know channels.
 
 Shape suffixes: N updates, V vocabulary, F traces of a token, P projections.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,7 @@ from bench.leakage.scores import f1_of
 from bench.leakage.span import RIDGES, Coordinates, above, best_threshold, rows_of, span_scores, sparse_scores
 
 NUM_PROJECTIONS = 768
-_HIDDEN, _STEPS, _BATCH, _LR = 256, 600, 32, 2e-3
+_HIDDEN, _STEPS, _LOOK, _BATCH, _LR = 256, 600, 20, 32, 2e-3
 
 Update = Mapping[str, Tensor]
 Traces = Callable[[Update], Tensor]
@@ -63,7 +66,8 @@ class Network(nn.Module):
 
 
 class Inverter:
-    """Trained on the attacker's own updates; the last fifth of them sets the threshold."""
+    """Trained on the attacker's own updates; the last fifth of them says when to stop, and sets the
+    threshold."""
 
     def __init__(self, traces: Traces, projection: Projection, vocabulary: int) -> None:
         self._traces, self._projection, self._vocabulary = traces, projection, vocabulary
@@ -78,18 +82,33 @@ class Inverter:
         count = len(seen) - max(1, len(seen) // 5)
         frequency_V = (truth_NV[:count].sum(0) + 0.05) / (count + 1)
         self._network = Network(traces_NFV.shape[1], frequency_V.logit())
-        optimizer = torch.optim.AdamW(self._network.parameters(), lr=_LR, weight_decay=1e-2)
-        for _ in range(_STEPS):
+        few = [self._network.prior_V, *self._network.of_traces.parameters()]
+        groups: list[dict[str, Any]] = [{"params": few}, {"params": self._network.of_all.parameters()}]
+        optimizer = torch.optim.AdamW(groups, lr=_LR, weight_decay=1e-2)
+        best, kept = math.inf, self._network.state_dict()
+        for step in range(_STEPS):
+            optimizer.param_groups[1]["lr"] = _LR if step >= _STEPS // 2 else 0.0  # it learns by heart what it can
             rows = torch.randint(count, (_BATCH,))
-            logits_NV = self._network(traces_NFV[rows], projected_NP[rows])
-            loss = nn.functional.binary_cross_entropy_with_logits(logits_NV, truth_NV[rows])
+            loss = _loss(self._network(traces_NFV[rows], projected_NP[rows]), truth_NV[rows])
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            if step % _LOOK == 0:
+                judged = self._judged(traces_NFV[count:], projected_NP[count:], truth_NV[count:])
+                if judged < best:
+                    best, kept = judged, copy.deepcopy(self._network.state_dict())
+        self._network.load_state_dict(kept)
         self._network.eval()
         scored = [(self.scores(one), own) for one, own in zip(seen[count:], tokens[count:], strict=True)]
         self._threshold, f1 = best_threshold(scored)
         return f1
+
+    @torch.no_grad()
+    def _judged(self, traces_NFV: Tensor, projected_NP: Tensor, truth_NV: Tensor) -> float:
+        self._network.eval()
+        loss = float(_loss(self._network(traces_NFV, projected_NP), truth_NV))
+        self._network.train()
+        return loss
 
     @torch.no_grad()
     def scores(self, seen: Update) -> Tensor:
@@ -119,9 +138,13 @@ def prior_guess(tokens: Sequence[frozenset[int]], vocabulary: int) -> list[int]:
     return order[: max(sizes, key=lambda size: sum(f1_of(order[:size], own) for own in tokens))]
 
 
+def _loss(logits_NV: Tensor, truth_NV: Tensor) -> Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(logits_NV, truth_NV)
+
+
 class TokenTraces:
-    """What of an update speaks for each token, ``[3, V]``: the first layer's rows, by their span and by sparse recovery,
-    and the last layer's B, whose gradient lies where the labels' embeddings do."""
+    """What of an update speaks for each token, ``[3, V]``: the first layer's rows, by their span and by sparse
+    recovery, and the last layer's B, whose gradient lies where the labels' embeddings do."""
 
     def __init__(self, coordinates: Coordinates, embeddings_VD: Tensor, last_layer: int) -> None:
         self._coordinates, self._last_layer = coordinates, last_layer

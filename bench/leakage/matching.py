@@ -2,9 +2,9 @@
 
 LAMP (Balunovic et al. 2022): the cosine distance of gradients, minimised over embeddings, in turns with moves of whole
 tokens that the language model judges, too. Departures: at every position the embedding is a mixture of the candidate
-tokens' (as in GBDA, Guo et al. 2021), so that the labels of a causal model, which are the tokens themselves, are mixtures
-as well; and the mixtures start from what the first layer's span says. The attacker is told the length, as in LAMP.
-Knows a model and an update; must not know channels.
+tokens' (as in GBDA, Guo et al. 2021), so that the labels of a causal model, which are the tokens themselves, are
+mixtures as well; and the mixtures start from what the first layer's span says. The attacker is told the length, as in
+LAMP. Knows a model and an update; must not know channels.
 
 Shape suffixes: T positions, N candidates, H width of an embedding.
 """
@@ -74,8 +74,8 @@ class Matcher:
         return self.improved(mixed, candidates, effort.moves)
 
     def improved(self, ids: Sequence[int], candidates: Sequence[int], moves: int) -> list[int]:
-        """The sentence after so many tried moves: two tokens swapped, a run of tokens taken elsewhere, one replaced by a
-        candidate; each kept if the objective falls."""
+        """The sentence after so many tried moves: two tokens swapped, a run of tokens taken elsewhere, one replaced by
+        a candidate; each kept if the objective falls."""
         generator = torch.Generator().manual_seed(0)
         best, value = [*ids], self.objective(ids)
         for number in range(moves):

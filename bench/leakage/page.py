@@ -5,47 +5,48 @@ Knows rows; must not know attacks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import mean
 from typing import Any
 
 Row = dict[str, Any]
 _OPENING = """# What leaks
 
-What an honest but curious server reads out of the updates that it is sent, and what anybody reads out of the adapter that
-a run ends with. Clients attacked are those of a run's second round, LoRA of rank 8 on q, k, v and o, base models in
-float32: in the first round B is zero, and so is A's gradient. The attacker knows base model, global adapter, codec, side
-information, recipe and channel, and has public text, of which it makes updates of its own to set its thresholds by. This
-page is written by the bench:
+What an honest but curious server reads out of the updates that it is sent, and what anybody reads out of the adapter
+that a run ends with. Clients attacked are those of a run's second round, LoRA of rank 8 on q, k, v and o, base models
+in float32: in the first round B is zero, and so is A's gradient. The attacker knows base model, global adapter,
+codec, side information, recipe and channel, and has public text, of which it makes updates of its own to set its
+thresholds by. This page is written by the bench:
 
 ```sh
 python -m bench.leakage
 ```
 
 **Coding is no protection.** It lowers some of these figures and not others, nobody has proved anything of it, and an
-attack that fails here may succeed with more work: two of the attacks below are already stronger than those they were made
-from. What bounds leakage whatever the attack is the noise of differential privacy, at a price that the last table
-shows.
+attack that fails here may succeed with more work: two of the attacks below are already stronger than those they were
+made from. What bounds leakage whatever the attack is the noise of differential privacy, at a price that the last
+table shows.
 """
 _QUICK = """
 *These figures are of `--quick`, which tries every part once: they mean nothing.*
 """
 _CHANNELS = """
-*Dense*: the update in float32. *Coded*: by `learned` with the artifact that ships with the project, first message, decoded
-as the server does. *epsilon*: all of the update cut to the median norm of public ones, Gaussian noise of {noise} times
-that on every value (delta {delta}, one release), then coded. *Mean*: of the client's update and public clients', in
-float32, which is what a secure aggregate shows.
+*Dense*: the update in float32. *Coded*: by `learned` with the artifact that ships with the project, first message,
+decoded as the server does. *epsilon*: all of the update cut to the median norm of public ones, Gaussian noise of
+{noise} times that on every value (delta {delta}, one release), then coded. *Mean*: of the client's update and public
+clients', in float32, which is what a secure aggregate shows.
 """
 _TOKENS = """
 ## Which tokens
 
 Each row of A's gradient is a sum of the layer's inputs, and the first layer's inputs are the tokens' normed embeddings.
 *Span check*: how much of each of the vocabulary's tokens lies in the rows' span (DAGER, Petrov et al. 2024).
-*Sparse recovery*: the rows as sums of few tokens, which goes on where the tokens are more than the rows (Davies and Eldar
-2012; not among the published attacks on text). Both look at tokens in coordinates fitted to the channel, with thresholds
-from the attacker's own updates. Shares of the true distinct tokens that were found, in brackets of the found ones that are
-true; *nothing* guesses frequent tokens without seeing an update, so that only what is above it was leaked. *Error* is the
-energy that the channel took from the update or added to it, over the update's. A *delta* is of eight AdamW steps.
+*Sparse recovery*: the rows as sums of few tokens, which goes on where the tokens are more than the rows (Davies and
+Eldar 2012; not among the published attacks on text). Both look at tokens in coordinates fitted to the channel, with
+thresholds from the attacker's own updates. Shares of the true distinct tokens that were found, in brackets of the
+found ones that are true; *nothing* guesses frequent tokens without seeing an update, so that only what is above it
+was leaked. *Error* is the energy that the channel took from the update or added to it, over the update's. A *delta*
+is of eight AdamW steps.
 """
 _CONTROL = """
 ### Where the attack is exact
@@ -58,62 +59,62 @@ _SENTENCES = """
 
 One sentence a client, its length told to the attacker. *Second layer and language model*: the tokens of
 both attacks above, in the order that the second layer's span and the base model like best. *Gradient matching*: LAMP
-(Balunovic et al. 2022) over mixtures of candidate tokens, then moves of whole tokens, seconds a sentence on the embedded model
-and a minute on SmolLM2, behind fewer channels there; *from the above*: the moves alone, from the first attack's sentence.
-Means over few sentences: ROUGE-1 / ROUGE-2, and the share that is exact to the character.
+(Balunovic et al. 2022) over mixtures of candidate tokens, then moves of whole tokens, seconds a sentence on the
+embedded model and a minute on SmolLM2, behind fewer channels there; *from the above*: the moves alone, from the first
+attack's sentence. Means over few sentences: ROUGE-1 / ROUGE-2, and the share that is exact to the character.
 """
 _LEARNED = """
 ## An attacker that learns
 
-A network from the decoded update to its tokens, trained through the channel on {count} updates of public sentences (Learning
-to Invert, Wu et al. 2023): embedded model, gradients of one sentence, {trials} of them attacked.
+A network from the decoded update to its tokens, trained through the channel on {count} updates of public sentences
+(Learning to Invert, Wu et al. 2023): embedded model, gradients of one sentence, {trials} of them attacked.
 """
 _MEMBERS = """
 ## Who was trained on
 
-Told from the trained adapter alone: {members} windows of source code that were trained on, and as many of the same files
-that were not. *Loss*: Yeom et al. 2018. *Beside the base model*: how far the adapter lowers the base model's loss (Watson
-et al. 2022; the base model stands where LiRA has shadow models). Embedded model, {clients}
-clients in each of {rounds} rounds, each window seen {epochs} times a round. A run in which a text is
-seen once among many remembers less. Noise is each client's own, for epsilon 8 of the whole run.
+Told from the trained adapter alone: {members} windows of source code that were trained on, and as many of the same
+files that were not. *Loss*: Yeom et al. 2018. *Beside the base model*: how far the adapter lowers the base model's
+loss (Watson et al. 2022; the base model stands where LiRA has shadow models). Embedded model, {clients} clients in
+each of {rounds} rounds, each window seen {epochs} times a round. A run in which a text is seen once among many
+remembers less. Noise is each client's own, for epsilon 8 of the whole run.
 """
 _READING = """
 ## How to read it
 
 - What counts is the distance from *nothing*. Where a figure lies there, this attack found nothing; that is no bound.
 - Few trials: a share of the tokens table is a mean over {trials}, so that differences of 0.1 are chance.
-- Single sentences are the worst case on purpose. A client's real update is of hundreds of windows, for which none of these
-  attacks was tried.
-- Matching and learning were given minutes, not days; that they fall behind the algebra of the first layer says that they
-  had too little, not that they are weaker.
-- Noise at one client drowns the update with the text. What noise costs where many clients share it is not measured here.
+- Single sentences are the worst case on purpose. A client's real update is of hundreds of windows, for which none of
+  these attacks was tried.
+- Matching and learning were given minutes, not days; that they fall behind the algebra of the first layer says that
+  they had too little, not that they are weaker.
+- Noise at one client drowns the update with the text. What noise costs where many clients share it is not measured
+  here.
 """
 
 
 def page_of(results: Row) -> str:
-    """The whole page, Markdown."""
+    """The whole page, Markdown; without the sections that were not run."""
     sections: dict[str, Row] = results["sections"]
-    rows: dict[str, list[Row]] = {name: section["rows"] for name, section in sections.items()}
     sizes = results["sizes"]
-    parts = [
-        _OPENING,
-        _QUICK if any(section["quick"] for section in sections.values()) else "",
-        _CHANNELS.format(**_noise(results["noise"])),
-        _TOKENS,
-        *_token_tables(rows["tokens"]),
-        _CONTROL,
-        _control_table(rows["control"]),
-        _SENTENCES,
-        *_sentence_tables(rows["sentences"]),
-        _examples(rows["sentences"]),
-        _LEARNED.format(count=sizes["learned_from"], trials=rows["learned"][0]["trials"]),
-        _learned_table(rows["learned"]),
-        _MEMBERS.format(members=rows["members"][0]["members"], **sizes["federation"]),
-        _members_table(rows["members"]),
-        _READING.format(trials=" to ".join(map(str, sorted({row["trials"] for row in rows["tokens"]})))),
-        _made_with(sections),
-    ]
-    return "".join(parts)
+    tell: dict[str, Callable[[list[Row]], Iterable[str]]] = {
+        "tokens": lambda rows: [_TOKENS, *_token_tables(rows)],
+        "control": lambda rows: [_CONTROL, _control_table(rows)],
+        "sentences": lambda rows: [_SENTENCES, *_sentence_tables(rows), _examples(rows)],
+        "learned": lambda rows: [
+            _LEARNED.format(count=sizes["learned_from"], trials=rows[0]["trials"]),
+            _learned_table(rows),
+        ],
+        "members": lambda rows: [
+            _MEMBERS.format(members=rows[0]["members"], **sizes["federation"]),
+            _members_table(rows),
+        ],
+    }
+    quick = any(section["quick"] for section in sections.values())
+    parts = [_OPENING, _QUICK if quick else "", _CHANNELS.format(**_noise(results["noise"]))]
+    for name, told in tell.items():
+        parts += told(sections[name]["rows"]) if name in sections else []
+    trials = sorted({row["trials"] for row in sections["tokens"]["rows"]}) if "tokens" in sections else []
+    return "".join([*parts, _READING.format(trials=" to ".join(map(str, trials))), _made_with(sections)])
 
 
 def _noise(rows: Sequence[Row]) -> dict[str, str]:

@@ -61,7 +61,6 @@ class Sizes:
     federation: membership.Federation
 
 
-_ALL = tuple(channel.name for channel in CHANNELS)
 _GRADIENTS = (("gradient", 1), ("gradient", 2), ("gradient", 4))
 FULL = Sizes(
     models=(TOY, SMOLLM2),
@@ -71,14 +70,14 @@ FULL = Sizes(
     },
     trials={TOY: 8, SMOLLM2: 3},
     own={TOY: 8, SMOLLM2: 4},
-    sentences={TOY: 4, SMOLLM2: 2},
+    sentences={TOY: 3, SMOLLM2: 2},
     told={TOY: ("gradient", "delta"), SMOLLM2: ("gradient",)},
-    effort={TOY: Effort(100, 150), SMOLLM2: Effort(12, 24)},
-    matched={TOY: _ALL, SMOLLM2: ("dense", "coded, 0.5 bit")},
+    effort={TOY: Effort(100, 100), SMOLLM2: Effort(8, 16)},
+    matched={TOY: ("dense", "coded, 0.5 bit", "coded, 0.1 bit"), SMOLLM2: ("dense", "coded, 0.5 bit")},
     most_matched={TOY: 2, SMOLLM2: 1},
     control_rank={TOY: 64, SMOLLM2: 256},
-    learned_from=320,
-    learned_trials=30,
+    learned_from=240,
+    learned_trials=24,
     federation=membership.Federation(),
 )
 QUICK = Sizes(

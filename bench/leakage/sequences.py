@@ -1,8 +1,8 @@
 """Tokens -> sentences: what the second layer reads tells the order.
 
-The second layer's input at a position depends on all tokens before it, so that a guessed prefix can be tried against the
-span of that layer's rows. Where the rank is at least the number of tokens this is exact, and sentences grow token by
-token (DAGER: Petrov et al. 2024, section 4.3). Where it is not, or where the rows are coded, the check is evidence
+The second layer's input at a position depends on all tokens before it, so that a guessed prefix can be tried against
+the span of that layer's rows. Where the rank is at least the number of tokens this is exact, and sentences grow token
+by token (DAGER: Petrov et al. 2024, section 4.3). Where it is not, or where the rows are coded, the check is evidence
 beside the language model's own, in a beam search of a length that the attacker is told, as LAMP's is (Balunovic et al.
 2022). Knows a model and rows; must not know channels.
 """
@@ -19,7 +19,8 @@ from torch import Tensor
 from bench.leakage.span import RIDGES, span_scores
 
 OUTSIDE = 1e-4
-"""Share of an input outside of the span up to which it lies in it but for float32; wrong prefixes have 2e-4 and more."""
+"""Share of an input outside of the span up to which it lies in it but for float32; wrong prefixes have 2e-4 and
+more."""
 BEAM = 6
 _MOST_PATHS = 64
 _FAINTEST = 1e-6
@@ -67,9 +68,9 @@ def exact_sentences(model: PeftModel, rows_KD: Tensor, tokens: Sequence[int], lo
 
 @torch.no_grad()
 def likely_sentence(model: PeftModel, rows_KD: Tensor, tokens: Sequence[int], length: int) -> list[int]:
-    """The best sequence of these tokens by the language model's log-probabilities and the logarithm of how little of the
-    second layer's input lies outside of the span. A token that is used again is paid for, as a sum of few holds each
-    of them."""
+    """The best sequence of these tokens by the language model's log-probabilities and the logarithm of how little of
+    the second layer's input lies outside of the span. A token that is used again is paid for, as a sum of few holds
+    each of them."""
     if not tokens:
         return []
     choices = torch.tensor(tokens)

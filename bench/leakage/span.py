@@ -1,9 +1,9 @@
 """Which tokens a client's update was made of: what the first layer read lies in the span of A's gradient.
 
 A LoRA layer adds ``s B A x`` to its output; the gradient of A is ``s B' (sum of d x')``, so that each of its rows is a
-weighted sum of the layer's inputs ``x``, as long as B is not zero. In the first layer of a relative of LLaMA an input is
-the normed embedding of a token, wherever it stands, so that every token of the vocabulary can be tried alone. q, k and v
-read the same inputs: three times the rank rows.
+weighted sum of the layer's inputs ``x``, as long as B is not zero. In the first layer of a relative of LLaMA an input
+is the normed embedding of a token, wherever it stands, so that every token of the vocabulary can be tried alone. q, k
+and v read the same inputs: three times the rank rows.
 
 Two attacks. The *span check* of DAGER (Petrov et al. 2024, section 4): how much of a token's input lies in the rows'
 span; exact where the rank is at least the number of tokens. *Sparse recovery* goes on where it is not: the rows are
