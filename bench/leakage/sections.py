@@ -5,6 +5,7 @@ A row is what JSON holds. Knows all attacks; must not know files or pages.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
@@ -36,6 +37,7 @@ from bench.leakage.victim import SMOLLM2, TOY, Victim
 Row = dict[str, Any]
 ONE_CLIENT = tuple(channel for channel in CHANNELS if channel.clients == 1)
 _MOST_CLIENTS = max(channel.clients for channel in CHANNELS)
+_WORDS = re.compile(r"[A-Za-z ,.'-]+")
 _GROUP = 4
 """Sentences that a client holds at most; its updates of fewer are of the first of them."""
 _CANDIDATES = 32
@@ -102,11 +104,11 @@ LEARNED = tuple(channel for channel in ONE_CLIENT if channel.epsilon in (None, 8
 class Side:
     """Updates of one kind, the victims' and the attacker's own, and what both ends know of the round."""
 
-    def __init__(self, victim: Victim, kind: str, count: int, trials: int, own: int) -> None:
-        """``count``: sentences in an update."""
+    def __init__(self, victim: Victim, kind: str, texts: Sequence[Sequence[str]], own: int) -> None:
+        """``texts``: of each victim, of equally many sentences; ``own``: updates of the attacker's own."""
         self.victim, self.kind = victim, kind
-        needed = max(own, _MOST_CLIENTS)
-        self.texts = [_group(victim.texts.private, i)[:count] for i in range(trials)]
+        needed, count = max(own, _MOST_CLIENTS), len(texts[0])
+        self.texts = texts
         self.own_texts = [_group(victim.texts.public, i)[:count] for i in range(needed)]
         self.updates = [victim.update(text, kind) for text in self.texts]
         self.own = [victim.update(text, kind) for text in self.own_texts]
@@ -143,7 +145,8 @@ def tokens(sizes: Sizes, victims: Callable[[str], Victim], say: Callable[[str], 
         dictionary_VD = dictionary_of(victim.model)
         for kind, count in sizes.kinds[name]:
             say(f"{name}: {kind} of {count}")
-            side = Side(victim, kind, count, sizes.trials[name], sizes.own[name])
+            texts = [_group(victim.texts.private, trial)[:count] for trial in range(sizes.trials[name])]
+            side = Side(victim, kind, texts, sizes.own[name])
             about = {"model": name, "update": kind, "sentences": count}
             blind = prior_guess([_tokens(victim, text) for text in side.own_texts], len(dictionary_VD))
             rows.append(
@@ -193,7 +196,7 @@ def sentences(sizes: Sizes, victims: Callable[[str], Victim], say: Callable[[str
         victim = victims(name)
         dictionary_VD = dictionary_of(victim.model)
         for kind in sizes.told[name]:
-            side = Side(victim, kind, 1, sizes.sentences[name], sizes.own[name])
+            side = Side(victim, kind, [[one] for one in unheard(victim)[: sizes.sentences[name]]], sizes.own[name])
             for channel in CHANNELS:
                 known = side.known(channel)
                 attacks = [calibrated(scorer, dictionary_VD, known) for scorer in ATTACKS.values()]
@@ -278,6 +281,20 @@ def noise_rows() -> list[Row]:
         {"epsilon": epsilon, "delta": DELTA, "standard_deviation_over_clip": noise_multiplier(epsilon)}
         for epsilon in EPSILONS
     ]
+
+
+def unheard(victim: Victim) -> list[str]:
+    """The private sentences of words alone that begin as no public one does: answers are often of one pattern."""
+    begun = {_beginning(sentence) for sentence in victim.texts.public}
+    return [
+        sentence
+        for sentence in victim.texts.private
+        if _WORDS.fullmatch(sentence) and _beginning(sentence) not in begun
+    ]
+
+
+def _beginning(sentence: str) -> tuple[str, ...]:
+    return tuple(sentence.split()[:2])
 
 
 def best_match(victim: Victim, paths: Sequence[Sequence[int]], sentence: str) -> str:
