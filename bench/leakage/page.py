@@ -23,9 +23,8 @@ python -m bench.leakage
 ```
 
 **Coding is no protection.** It lowers some of these figures and not others, nobody has proved anything of it, and an
-attack that fails here may succeed with more work: two of the attacks below are already stronger than those they were
-made from. What bounds leakage whatever the attack is the noise of differential privacy, at a price that the last
-table shows.
+attack that fails here may succeed with more work: sparse recovery, below, finds what the published span check does not.
+What bounds leakage whatever the attack is the noise of differential privacy, at a price that the last table shows.
 """
 _QUICK = """
 *These figures are of `--quick`, which tries every part once: they mean nothing.*
@@ -81,7 +80,11 @@ remembers less. Noise is each client's own, for epsilon 8 of the whole run.
 _READING = """
 ## How to read it
 
-- What counts is the distance from *nothing*. Where a figure lies there, this attack found nothing; that is no bound.
+{findings}- What counts is the distance from *nothing*. Where a figure lies there, this attack found nothing; that is no
+  bound.
+- Of a mean, the other clients' tokens count as false. They are no less somebody's.
+- On SmolLM2 *nothing* finds much of one sentence, as the worked answers often begin with the same one. Whole sentences
+  were therefore attacked that begin like no public one.
 - Few trials: a share of the tokens table is a mean over {trials}, so that differences of 0.1 are chance.
 - Single sentences are the worst case on purpose. A client's real update is of hundreds of windows, for which none of
   these attacks was tried.
@@ -113,8 +116,11 @@ def page_of(results: Row) -> str:
     parts = [_OPENING, _QUICK if quick else "", _CHANNELS.format(**_noise(results["noise"]))]
     for name, told in tell.items():
         parts += told(sections[name]["rows"]) if name in sections else []
+    findings = "".join(f"- {line}\n" for line in _findings(sections["tokens"]["rows"])) if "tokens" in sections else ""
     trials = sorted({row["trials"] for row in sections["tokens"]["rows"]}) if "tokens" in sections else []
-    return "".join([*parts, _READING.format(trials=" to ".join(map(str, trials))), _made_with(sections)])
+    return "".join(
+        [*parts, _READING.format(trials=" to ".join(map(str, trials)), findings=findings), _made_with(sections)]
+    )
 
 
 def _noise(rows: Sequence[Row]) -> dict[str, str]:
@@ -140,6 +146,24 @@ def _token_tables(rows: Sequence[Row]) -> Iterator[str]:
             yield f"\n**{model}, {attack}**\n" + _table(["update", "nothing", *channels], lines)
         lines = [[update, *(f"{errors[update, channel]:.3g}" for channel in channels)] for update in updates]
         yield f"\n**{model}, error**\n" + _table(["update", *channels], lines)
+
+
+def _findings(rows: Sequence[Row]) -> Iterator[str]:
+    """What the tokens' tables come to, a line a model: the best attack behind each channel, over all updates."""
+    for (model,), mine in _grouped(rows, "model"):
+        f1 = {channel: _best_f1(of_channel) for (channel,), of_channel in _grouped(mine, "channel")}
+        said = "; ".join(f"{value:.2f} {channel}" for channel, value in f1.items())
+        yield f"{model}: F1 of the tokens, mean over the updates, of each the attack that does better: {said}."
+
+
+def _best_f1(rows: Sequence[Row]) -> float:
+    return mean(max(map(_f1, of_update)) for _, of_update in _grouped(rows, "update", "sentences"))
+
+
+def _f1(row: Row) -> float:
+    both = row["recall"] + row["precision"]
+    found: float = 2 * row["recall"] * row["precision"] / both if both else 0.0
+    return found
 
 
 def _control_table(rows: Sequence[Row]) -> str:

@@ -22,7 +22,7 @@ OUTSIDE = 1e-4
 """Share of an input outside of the span up to which it lies in it but for float32; wrong prefixes have 2e-4 and
 more."""
 BEAM = 6
-_MOST_PATHS = 64
+_MOST_PATHS = 12
 _FAINTEST = 1e-6
 
 
@@ -59,7 +59,8 @@ def exact_sentences(model: PeftModel, rows_KD: Tensor, tokens: Sequence[int], lo
         if not tried:
             break
         scores = span_scores(rows_KD, second_inputs(model, torch.tensor(tried)), RIDGES[0])
-        going = [path for path, score in zip(tried, scores.tolist(), strict=True) if score > 1 - OUTSIDE][:_MOST_PATHS]
+        best = sorted(zip(scores.tolist(), tried, strict=True), reverse=True)[:_MOST_PATHS]
+        going = [path for score, path in best if score > 1 - OUTSIDE]
         grown = {tuple(path[:-1]) for path in going}
         ended += [path for path in growing if path and tuple(path) not in grown]
         growing = going
