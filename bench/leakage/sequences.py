@@ -70,8 +70,8 @@ def exact_sentences(model: PeftModel, rows_KD: Tensor, tokens: Sequence[int], lo
 @torch.no_grad()
 def likely_sentence(model: PeftModel, rows_KD: Tensor, tokens: Sequence[int], length: int) -> list[int]:
     """The best sequence of these tokens by the language model's log-probabilities and the logarithm of how little of
-    the second layer's input lies outside of the span. A token that is used again is paid for, as a sum of few holds
-    each of them."""
+    the second layer's input lies outside of the span. A token that is used again is paid for each time, and none
+    follows itself: the second layer does not tell a text's first token from its repetition."""
     if not tokens:
         return []
     choices = torch.tensor(tokens)
@@ -86,8 +86,9 @@ def likely_sentence(model: PeftModel, rows_KD: Tensor, tokens: Sequence[int], le
         grown = []
         for (total, path), likely_N, evidence_N in zip(beam, likely_BN.tolist(), evidence_BN.tolist(), strict=True):
             for token, log_likely, evidence in zip(tokens, likely_N, evidence_N, strict=True):
-                again = math.log(len(tokens)) if token in path else 0.0
-                grown.append((total + log_likely + evidence - again, [*path, token]))
+                if path[-1:] != [token] or len(tokens) == 1:
+                    again = path.count(token) * math.log(len(tokens))
+                    grown.append((total + log_likely + evidence - again, [*path, token]))
         beam = sorted(grown, key=lambda one: one[0], reverse=True)[:BEAM]
     return beam[0][1]
 
