@@ -56,11 +56,11 @@ first and second layer, no language model. It shows that the attack is the publi
 _SENTENCES = """
 ## Whole sentences
 
-One sentence a client, its length told to the attacker. *Second layer and language model*: the tokens of
-both attacks above, in the order that the second layer's span and the base model like best. *Gradient matching*: LAMP
-(Balunovic et al. 2022) over mixtures of candidate tokens, then moves of whole tokens, seconds a sentence on the
-embedded model and a minute on SmolLM2, behind fewer channels there; *from the above*: the moves alone, from the first
-attack's sentence. Means over few sentences: ROUGE-1 / ROUGE-2, and the share that is exact to the character.
+One sentence a client, its length told to the attacker. *Second layer and language model*: the tokens of both attacks
+above, in the order that the second layer's span and the base model like best. *Gradient matching*: LAMP (Balunovic et
+al. 2022) over mixtures of candidate tokens, then moves of whole tokens, ten seconds a sentence on the embedded model
+and a minute on SmolLM2 ({steps}); *from the above*: the moves alone, from the first attack's sentence. A dash: not
+tried. Means over {count} sentences, ROUGE-1 / ROUGE-2, then the share that is exact to the character.
 """
 _LEARNED = """
 ## An attacker that learns
@@ -102,7 +102,7 @@ def page_of(results: Row) -> str:
     tell: dict[str, Callable[[list[Row]], Iterable[str]]] = {
         "tokens": lambda rows: [_TOKENS, *_token_tables(rows)],
         "control": lambda rows: [_CONTROL, _control_table(rows)],
-        "sentences": lambda rows: [_SENTENCES, *_sentence_tables(rows), _examples(rows)],
+        "sentences": lambda rows: [_SENTENCES.format(**_effort(sizes)), *_sentence_tables(rows), _examples(rows)],
         "learned": lambda rows: [
             _LEARNED.format(count=sizes["learned_from"], trials=rows[0]["trials"]),
             _learned_table(rows),
@@ -126,6 +126,14 @@ def page_of(results: Row) -> str:
 def _noise(rows: Sequence[Row]) -> dict[str, str]:
     said = [f"{row['standard_deviation_over_clip']:.2f} (epsilon {row['epsilon']:g})" for row in rows]
     return {"noise": " or ".join(said), "delta": f"{rows[0]['delta']:g}"}
+
+
+def _effort(sizes: Row) -> dict[str, str]:
+    said = [
+        f"{effort['steps']} steps and {effort['moves']} moves on {name}" for name, effort in sizes["effort"].items()
+    ]
+    counts = [f"{count} ({name})" for name, count in sizes["sentences"].items()]
+    return {"steps": ", ".join(said), "count": " and ".join(counts)}
 
 
 def _token_tables(rows: Sequence[Row]) -> Iterator[str]:
