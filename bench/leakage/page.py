@@ -87,11 +87,12 @@ _READING = """
 - Of a mean, the other clients' tokens count as false. They are no less somebody's.
 - On SmolLM2 *nothing* finds much of one sentence, as the worked answers often begin with the same one. Whole sentences
   were therefore attacked that begin like no public one.
-- Few trials: a share of the tokens table is a mean over {trials}, so that differences of 0.1 are chance.
+- Few trials: a share of the tokens' tables is a mean over {trials}, so that differences of 0.1 are chance.
 - Single sentences are the worst case on purpose. A client's real update is of hundreds of windows, for which none of
   these attacks was tried.
-- Matching and learning were given minutes, not days; that they fall behind the algebra of the first layer says that
-  they had too little, not that they are weaker.
+- Matching was given seconds a sentence. That it falls behind the algebra of the first layers says that it had too
+  little, not that it is weaker. The attacker that learns had few updates, too; its table is to be held against
+  *gradient of 1* of the embedded model above.
 - Noise at one client drowns the update with the text. What noise costs where many clients share it is not measured
   here.
 """
