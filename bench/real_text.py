@@ -112,3 +112,8 @@ def _worked_questions(folder: Path) -> dict[str, tuple[str, list[Question]]]:
         subject = str(content["dataset_name"]).replace("_", " ")
         found[path.stem] = (category, [Question(subject, one["question"], one["target"]) for one in samples])
     return found
+
+
+def read_jsonl(path: Path) -> list[dict[str, str]]:
+    """The records of one client, as ``write_real_text`` wrote them."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
