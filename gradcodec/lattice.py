@@ -41,7 +41,7 @@ def quantize(scaled_K: Doubles, half_K: Integers, dither_K: Doubles) -> Integers
     """Values in steps -> integers ``[K]`` in -half..half; beyond that they saturate.
 
     Raises:
-        DivergedError: NaN or infinity.
+        CodecError: NaN or infinity.
     """
     if not np.isfinite(scaled_K).all():
         raise DivergedError("the update holds NaN or infinity: training diverged")
@@ -66,7 +66,7 @@ def bounded(scaled_K: Doubles, half_K: Integers, dither_K: Doubles, radius: floa
 
     Raises:
         CodecError: ``radius`` is negative or not finite.
-        DivergedError: NaN or infinity among the values.
+        CodecError: NaN or infinity among the values.
     """
     if not 0 <= radius < math.inf:
         raise CodecError(f"a radius of {radius}: a finite number of at least 0 is expected")

@@ -145,7 +145,7 @@ class LinearCode:
             client: the number that the server knows it by; its dither comes from it.
 
         Raises:
-            DivergedError: the blocks hold NaN or infinity.
+            CodecError: the blocks hold NaN or infinity.
         """
         dither_K = dither_of(len(self._step_K), client_seed(self._seed, client))
         scaled_K = self._mixed(self._basis.analyse(blocks_RC)) / self._step_K
