@@ -72,16 +72,16 @@ def next_token_loss(model: torch.nn.Module, windows: Windows) -> Tensor:
         model: a causal language model of transformers, with or without an adapter.
         windows: on the model's device, with at least one token that counts.
     """
-    return functional.cross_entropy(*_logits_and_labels(model, windows), ignore_index=IGNORED)
+    logits = model(input_ids=windows.ids, use_cache=False).logits  # no cache: it would copy every key and value
+    return functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), windows.labels[:, 1:].flatten(), ignore_index=IGNORED
+    )
 
 
 def window_losses(model: torch.nn.Module, windows: Windows) -> Tensor:
     """The same of every window by itself, ``[W]``: in each at least one token counts."""
-    losses = functional.cross_entropy(*_logits_and_labels(model, windows), ignore_index=IGNORED, reduction="none")
+    logits = model(input_ids=windows.ids, use_cache=False).logits
+    losses = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), windows.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
+    )
     return losses.view(len(windows), -1).sum(1) / windows.counted[:, 1:].sum(1)
-
-
-def _logits_and_labels(model: torch.nn.Module, windows: Windows) -> tuple[Tensor, Tensor]:
-    """Of every token but a window's first: float32 ``[W (T - 1), V]`` and int64 ``[W (T - 1)]``."""
-    logits = model(input_ids=windows.ids, use_cache=False).logits  # no cache: it would copy every key and value
-    return logits[:, :-1].flatten(0, 1).float(), windows.labels[:, 1:].flatten()

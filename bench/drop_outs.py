@@ -75,12 +75,14 @@ def main() -> None:
         sys.exit(1)
 
 
-def drop_outs(folder: Path, nodes: int, gone: int, overrides: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-    """Step -> what became of the run. Raises ValueError: the deployment does not start."""
+def drop_outs(
+    folder: Path, nodes: int, gone: int, overrides: Sequence[str] = (), steps: Sequence[str] = STEPS
+) -> dict[str, dict[str, Any]]:
+    """Step, "none" first -> what became of the run. Raises ValueError: the deployment does not start."""
     found: dict[str, dict[str, Any]] = {}
     sizes = [f"federation.num_clients={nodes}", f"federation.clients_per_round={nodes}"]
     victims = range(nodes - gone, nodes)
-    for step in STEPS:
+    for step in steps:
         with deployment(folder / step.replace(" ", "-"), nodes) as running:
             run = Run(running, [*SMALL, *sizes, *overrides])
             try:

@@ -338,10 +338,10 @@ def test_with_a_radius_no_client_adds_more_and_noise_may_wrap() -> None:
 
 
 def test_noise_that_is_told_of_neither_counts_as_energy_nor_comes_through() -> None:
-    deviation = 20.0
-    untold = Terms(5, 1500, levels=15, modulus=4093, radius=1e6)
+    deviation, updates = 50.0, [blocks(1 + client) for client in range(5)]
+    longest = max(float(update.norm()) for update in updates)
+    untold = Terms(5, 1500, levels=201, modulus=4093, radius=100.0, clip=longest)
     told = replace(untold, noise_variance=deviation**2)
-    updates = [blocks(1 + client) for client in range(5)]
     true = torch.stack(updates).sum(0)
     energies, errors = {}, {}
     for terms in (untold, told):
