@@ -17,13 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from opacus import GradSampleModule
 from peft import PeftModel
 from torch import Tensor
 
 from adapters.finetune import descend, trained_parameters
 from adapters.model import Adapter, get_adapter, set_adapter, subtract
-from adapters.settings import TrainSettings, num_steps
+from adapters.settings import TrainSettings, num_steps, sampling_rate
 from adapters.team import Team
 from adapters.windows import Windows, window_losses
 
@@ -37,11 +36,6 @@ class Protection:
     uniforms: Callable[[int], Tensor]  # so many numbers in (0, 1], the same on every process of a team
     normals: Callable[[torch.Size], Tensor]  # standard normals of a shape, float32; asked for by the first of a team
     one_by_one: bool = False  # a pass for every window: where layers run twice or are compiled, hooks see no windows
-
-
-def sampling_rate(settings: TrainSettings, num_windows: int) -> float:
-    """The probability with which a window takes part in a step."""
-    return min(1.0, settings.batch_size / num_windows)
 
 
 def finetune_privately(
@@ -132,6 +126,8 @@ def _gradients_by_window(model: PeftModel, windows: Windows, one_by_one: bool) -
 @contextmanager
 def _hooked(model: PeftModel) -> Iterator[None]:
     """The model's parameters get ``grad_sample`` in a backward pass, and lose it again."""
+    from opacus import GradSampleModule  # takes half a second to load, and most trainers never need it
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of hooks on layers whose inputs need no gradient
         hooked = GradSampleModule(model, strict=False, loss_reduction="sum")

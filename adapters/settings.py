@@ -229,3 +229,8 @@ def num_steps(settings: TrainSettings, num_windows: int) -> int:
     if settings.epochs is not None:
         return settings.epochs * math.ceil(num_windows / settings.batch_size)
     return settings.steps
+
+
+def sampling_rate(settings: TrainSettings, num_windows: int) -> float:
+    """The probability with which a window takes part in a step of DP-SGD, where each is drawn by itself."""
+    return min(1.0, settings.batch_size / num_windows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,31 @@ from bench.programs import kept_fraction, run_once
 
 FIGURES = ("heldout_loss", "bits_per_parameter", "uplink_payload_bytes_per_client_round", "seconds")
 """Of a run's results, what is averaged over seeds."""
+
+
+def parser_of(about: str | None, output: str, rounds: int) -> argparse.ArgumentParser:
+    """Options that benches of whole runs over seeds have in common.
+
+    Args:
+        about: the bench's docstring.
+        output: default folder of its runs.
+        rounds: of every run, unless others are asked for.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default 3)")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"of every run (default {rounds})")
+    parser.add_argument("--output", type=Path, default=Path(output))
+    parser.add_argument("--json", type=Path, metavar="OUT", help="save the figures")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line; settings may stand anywhere in it. Ends the program where nothing would be run."""
+    args = parser.parse_intermixed_args()
+    if args.seeds < 1 or args.rounds < 1:
+        parser.error("at least one seed and one round")
+    return args
 
 
 def folder_of(name: str) -> str:

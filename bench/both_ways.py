@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.arms import run_arm
-from bench.programs import kept_fraction
+from bench.programs import kept_fraction, taken_up_again
 from conf.output import open_output, provenance, write_json
 from strategies.outcomes import DOWNLINK_BYTES
 
@@ -45,16 +45,12 @@ def main() -> None:
     args = parser.parse_intermixed_args()  # settings may stand anywhere
     if args.seeds < 1 or args.first_seed < 0 or args.rounds < 1 or args.times < 1:
         parser.error("at least one seed from 0 on, one round, and as many rounds as dense")
-    try:
+    with taken_up_again():
         budgets = {text: budget_of(text) for text in args.budgets.split(",")}
         output = open_output(args.output.absolute())
         runs = []
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             runs.append(run_seed(seed, budgets, output / f"seed-{seed}", args))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on with the runs that are missing")
     means = means_of(runs)
     print_means(means, args.rounds)
     if args.json is not None:

@@ -38,7 +38,7 @@ from gradcodec.errors import CodecError
 from gradcodec.exchange import encode_update, max_payload_bytes
 from gradcodec.fidelity import inner_product, squared_distance
 from gradcodec.gauge import principal_axes
-from gradcodec.learned.basis import Prior, derive
+from gradcodec.learned.basis import Prior
 from gradcodec.learned.codec import LearnedCodec
 from gradcodec.linear import Basis, LinearCode, Terms, announce_first
 from gradcodec.settings import CodecSettings
@@ -134,9 +134,8 @@ class LinearArm:
 
     def begin(self, known: Known, num_clients: int, max_bytes: int) -> None:
         layout = self.learned.layout
-        leading = derive(layout, self.priors, known.moved_RC)
-        is_b = {block.name: block.transposed for block in layout.blocks}
-        basis = Basis(layout, self.learned.tables.for_directions(leading, is_b), principal_axes(known.last_RC, layout))
+        tables = self.learned.tables_from(self.priors, known.moved_RC)
+        basis = Basis(layout, tables, principal_axes(known.last_RC, layout))
         terms, seed = Terms(num_clients, max_bytes, self.levels), f"round {known.number}".encode()
         announced = self._announced or announce_first(basis, terms, known.last_RC, seed)
         self.announced_bytes = len(announced.pack())

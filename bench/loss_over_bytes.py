@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.programs import kept_fraction, run_once
+from bench.programs import kept_fraction, run_once, taken_up_again
 from conf.output import open_output, provenance, write_json
 
 SHARES = (0.8, 0.9, 0.95, 0.99)
@@ -67,14 +67,10 @@ def main() -> None:
     args = parser.parse_intermixed_args()  # settings may stand anywhere
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: at least one seed")
-    try:
+    with taken_up_again():
         runs = [Run.of(text) for text in args.runs.split(",")]
         output = open_output(args.output.absolute())
         found = [run_seed(seed, runs, output / f"seed-{seed}", args.overrides) for seed in range(args.seeds)]
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on with the runs that are missing")
     rows = [summary(name, found) for name in found[0]]
     about = {"seeds": args.seeds, "overrides": args.overrides, "made_with": provenance()}
     place = args.json or output / "results.json"

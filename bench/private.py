@@ -24,8 +24,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.arms import run_arm
-from bench.programs import kept_fraction
+from bench.arms import parsed, parser_of, run_arm
+from bench.programs import kept_fraction, taken_up_again
 from conf.output import open_output, provenance, write_json
 from privacy.accounting import noise_for
 
@@ -39,26 +39,15 @@ CLIP = 4.5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default 3)")
-    parser.add_argument("--rounds", type=int, default=6, help="of every run (default 6)")
+    parser = parser_of(__doc__, "outputs/private", rounds=6)
     parser.add_argument("--epsilons", default="8,2,0.25", help="budgets of a run (the paper's by default)")
     parser.add_argument("--clients", default="100,1000,10000,100000", help="of the simulated federations; none: ''")
-    parser.add_argument("--output", type=Path, default=Path("outputs/private"))
-    parser.add_argument("--json", type=Path, metavar="OUT", help="save the figures")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs")
-    args = parser.parse_intermixed_args()
-    if args.seeds < 1 or args.rounds < 1:
-        parser.error("at least one seed and one round")
+    args = parsed(parser)
     epsilons = [float(text) for text in args.epsilons.split(",")]
     clients = [int(text) for text in args.clients.split(",") if text]
-    try:
+    with taken_up_again():
         output = open_output(args.output.absolute())
         runs = all_runs(epsilons, clients, output, args)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on with the runs that are missing")
     means = means_of(runs)
     print_means(means)
     if args.json is not None:

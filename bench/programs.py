@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,17 @@ def run_once(module: str, overrides: Sequence[str], result: Path, *, anew: bool 
         run_program(module, overrides)
         write_json(asking, asked)
     return json.loads(result.read_text())
+
+
+@contextlib.contextmanager
+def taken_up_again() -> Iterator[None]:
+    """Of a bench that keeps the runs that it has made: a failure or Ctrl-C ends the program with a line."""
+    try:
+        yield
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on with the runs that are missing")
 
 
 def kept_fraction(base: float, dense: float, loss: float) -> float:

@@ -23,33 +23,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.arms import run_arm
-from bench.programs import kept_fraction
+from bench.arms import parsed, parser_of, run_arm
+from bench.programs import kept_fraction, taken_up_again
 from conf.output import open_output, provenance, write_json
 
 CLIENTS = 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default 3)")
-    parser.add_argument("--rounds", type=int, default=12, help="of every run (default 12)")
+    parser = parser_of(__doc__, "outputs/secure", rounds=12)
     parser.add_argument("--open", default="0.1,0.25,0.5", help="bits a parameter of the open runs")
     parser.add_argument("--masked", default="0.5,1,2", help="of the masked ones, BITS or BITS/LEVELS")
-    parser.add_argument("--output", type=Path, default=Path("outputs/secure"))
-    parser.add_argument("--json", type=Path, metavar="OUT", help="save the figures")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs")
-    args = parser.parse_intermixed_args()
-    if args.seeds < 1 or args.rounds < 1:
-        parser.error("at least one seed and one round")
+    args = parsed(parser)
     arms = arms_of(args.open.split(","), args.masked.split(","))
-    try:
+    with taken_up_again():
         output = open_output(args.output.absolute())
         runs = [run_seed(seed, arms, output / f"seed-{seed}", args) for seed in range(args.seeds)]
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on with the runs that are missing")
     means = means_of(runs)
     print_means(means)
     if args.json is not None:

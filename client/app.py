@@ -15,7 +15,8 @@ from client.link import ResidentTrainer, trainer_at
 from client.sums import Member
 from client.work import MAX_EPSILON, NODE_KEY, PEER_KEYS, TRUST, Summed, Work
 from gradcodec.transfers import Broadcast
-from privacy.secagg import Invitation, threshold_of
+from privacy.secagg import Invitation, least_stay
+from privacy.settings import PrivacySettings
 from strategies.folding import fold, unfold
 from strategies.wire import (
     ACCEPTED,
@@ -70,9 +71,9 @@ def answer_roll_call(message: Message, context: Context) -> Message:
     try:
         content = unfold(message.content)
         settings = _settings(content)
-        _check_masked(settings, context)
+        privacy = _privacy(settings, context)
         _trainer(content, context).check(partition, _memory(settings["run_id"], context))
-        if settings["privacy"]["secure_aggregation"]:
+        if privacy.secure_aggregation:
             published = _member(settings["run_id"], context).publish(_node_key(context))
     except ValueError as error:
         refusal = str(error)
@@ -98,13 +99,12 @@ def train(message: Message, context: Context) -> Message:
     content = unfold(message.content)
     config = config_of(content)
     settings = _settings(content)
-    _check_masked(settings, context)
-    protected = settings["privacy"]["name"] != "none" or settings["privacy"]["secure_aggregation"]
+    privacy = _privacy(settings, context)
     partition = int(context.node_config[PARTITION])
     trainer = _trainer(content, context)
     side = content.array_records.get(SIDE)
     bundle = unwrap_bundle(content)
-    invitation = _invitation(config) if settings["privacy"]["secure_aggregation"] else None
+    invitation = _invitation(config) if privacy.secure_aggregation else None
     work = Work(
         adapter=unwrap_adapter(content) if bundle is None else None,
         side=arrays_of(side)[SIDE] if side else None,
@@ -120,7 +120,8 @@ def train(message: Message, context: Context) -> Message:
         return Message(fold(RecordDict({CONFIG: ConfigRecord({LACKS: done.lacks})})), reply_to=message)
     if done.payload is not None and invitation is not None:
         member = _member(settings["run_id"], context)
-        arrays = wrap_payload(member.contribute(done.payload, invitation, _least_stay(settings, invitation)))
+        stay = least_stay(privacy, len(invitation.members), int(settings["federation"]["min_replies"]))
+        arrays = wrap_payload(member.contribute(done.payload, invitation, stay))
     elif done.payload is not None:
         arrays = wrap_payload(done.payload)
     else:
@@ -131,11 +132,11 @@ def train(message: Message, context: Context) -> Message:
             NUM_EXAMPLES: done.num_examples,
             PARTITION: partition,
             SERVER_ROUND: work.server_round,
-            SECONDS_TRAIN: 0.0 if protected else done.seconds_train,  # how long it took tells how much there is
-            SECONDS_ENCODE: 0.0 if protected else done.seconds_encode,
+            SECONDS_TRAIN: 0.0 if privacy.protects else done.seconds_train,  # how long it took tells how much there is
+            SECONDS_ENCODE: 0.0 if privacy.protects else done.seconds_encode,
         }
     )
-    if not protected:
+    if not privacy.protects:
         metrics[TRAIN_LOSS] = done.train_loss
     return Message(fold(RecordDict({ARRAYS: arrays, METRICS: metrics})), reply_to=message)
 
@@ -175,20 +176,18 @@ def _node_key(context: Context) -> Path | None:
     return None if path is None else Path(str(path))
 
 
-def _check_masked(settings: dict[str, Any], context: Context) -> None:
-    """Raises ValueError: this node's owner wants its updates in masked sums alone, and the run wants them as they
-    are."""
-    if PEER_KEYS in context.node_config and not settings["privacy"]["secure_aggregation"]:
+def _privacy(settings: dict[str, Any], context: Context) -> PrivacySettings:
+    """The run's. Raises ValueError: they are none of ours, or this node's owner wants its updates in masked sums alone
+    and the run wants them as they are."""
+    try:
+        privacy = PrivacySettings(**settings["privacy"])
+    except (KeyError, TypeError):
+        raise ValueError("the run's settings of privacy are none that this release knows") from None
+    if PEER_KEYS in context.node_config and not privacy.secure_aggregation:
         raise ValueError(
             "this node takes part in masked sums alone (--peer-keys): the run needs privacy.secure_aggregation=true"
         )
-
-
-def _least_stay(settings: dict[str, Any], invitation: Invitation) -> int:
-    """How many must stay to the end of a sum, by the run's settings: with noise in the sum, as many as share it."""
-    privacy, federation = settings["privacy"], settings["federation"]
-    least = threshold_of(len(invitation.members), float(privacy["threshold"]))
-    return max(least, int(federation["min_replies"])) if privacy["noise"] == "sum" else least
+    return privacy
 
 
 def _invitation(config: ConfigRecord) -> Invitation:

@@ -10,7 +10,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.private import Protection, sampling_rate
-from adapters.settings import num_steps
+from adapters.private import Protection
+from adapters.settings import num_steps, sampling_rate
 from client.residuals import COUNTS
 from conf.output import write_json, write_text
 from conf.schema import Settings
@@ -36,7 +35,6 @@ from privacy.mechanism import Normals, clipped, noised
 from privacy.normal import normals
 from privacy.stream import Stream
 
-_LOG = logging.getLogger(__name__)
 _WINDOWS, _NOISE = b"windows", b"noise"
 MAX_DELTA = 1e-5
 """What a node whose owner bounds epsilon takes: with a large delta any epsilon is kept."""

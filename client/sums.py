@@ -31,7 +31,6 @@ class Member:
             peer_keys: a folder with the public keys of all nodes, ``node-<partition>.pub``, that did not come from the
                 server; the others' keys for sums must then be signed by them. None: the server's word is taken.
         """
-        self._folder = folder
         self._run_id = run_id
         self._partition = partition
         self._peer_keys = peer_keys

@@ -24,12 +24,13 @@ from adapters.finetune import finetune
 from adapters.footprint import check_fits
 from adapters.gguf import model_folder
 from adapters.model import Adapter, adapter_parts, adapter_shapes, get_adapter, load_model, on_host
+from adapters.private import finetune_privately
 from adapters.settings import is_hub_name, num_examples
 from adapters.team import Team
 from client.console import note, round_line
 from client.memory import DiskMemory
 from client.private import Guard, Owner, keep_terms, secret_of, with_noise
-from client.work import MAX_EPSILON, TRUST, Arrays, Overrides, Summed, Trained, Work
+from client.work import MAX_EPSILON, TRUST, Arrays, Overrides, Trained, Work
 from conf.basis import codecs_of
 from conf.footprint import client_memory
 from conf.remedies import COPY_IT, codec_remedies
@@ -226,8 +227,6 @@ class Trainer:
         seed = training_seed(self.settings.seed, work.server_round, work.partition)
         guard = self.guard(work.partition, work.memory)
         if guard is not None and self.settings.privacy.name == "record_dp":
-            from adapters.private import finetune_privately  # loads Opacus, which takes seconds
-
             protection = guard.protection(self._secret(work))
             return finetune_privately(self.model, adapter, windows, training, protection, seed, team)
         return finetune(self.model, adapter, windows, training, seed, team=team)
@@ -243,29 +242,19 @@ class Trainer:
 
     def _encode(self, update: Adapter, work: Work) -> bytes:
         assert work.adapter is not None
-        place = Place(
-            work.partition,
-            work.server_round,
-            self.codecs.at({name: torch.from_numpy(array) for name, array in work.adapter.items()}),
-            None if work.side is None else torch.from_numpy(work.side),
-            work.accepted,
-        )
-        with codec_remedies(COPY_IT):
-            if work.sum is not None:
-                return self._encode_for_sum(update, work, work.sum, place)
-            return self.end.encode(update, _memory_of(work), place)
-
-    def _encode_for_sum(self, update: Adapter, work: Work, summed: Summed, place: Place) -> bytes:
-        """Residues, not masked yet."""
-        assert work.adapter is not None
         adapter = {name: torch.from_numpy(array) for name, array in work.adapter.items()}
-        terms = terms_of(self.settings, self.layout, summed.clients)
-        public = PublicRound(work.server_round, terms, summed.announced)
-        code = public.code(basis_at(self.codecs, adapter, self.layout, place.side), self.settings.run_id)
-        residues = self.end.encode_for_sum(update, _memory_of(work), place, code, summed.identity)
-        if terms.radius is not None:
-            residues = with_noise(residues, self.settings, terms, self._secret(work))
-        return code.pack(residues)
+        side = None if work.side is None else torch.from_numpy(work.side)
+        place = Place(work.partition, work.server_round, side, work.accepted)
+        with codec_remedies(COPY_IT):
+            if work.sum is None:
+                return self.end.encode(update, _memory_of(work), place, self.codecs.at(adapter))
+            terms = terms_of(self.settings, self.layout, work.sum.clients)
+            public = PublicRound(work.server_round, terms, work.sum.announced)
+            code = public.code(basis_at(self.codecs, adapter, self.layout, side), self.settings.run_id)
+            residues = self.end.encode_for_sum(update, _memory_of(work), place, code, work.sum.identity)
+            if terms.radius is not None:
+                residues = with_noise(residues, self.settings, terms, self._secret(work))
+            return code.pack(residues)  # not masked yet
 
 
 def _memory_of(work: Work) -> DiskMemory:

@@ -62,7 +62,6 @@ class Place:
 
     client: int
     server_round: int
-    codec: Codec  # of the round
     side: Tensor | None  # the codec's side information of the round
     accepted: str  # digest of the client's last payload that the server used
 
@@ -100,8 +99,8 @@ class ClientEnd:
             memory.save_held(held)
         return held
 
-    def encode(self, update: Mapping[str, Tensor], memory: Memory, place: Place) -> bytes:
-        """What local training changed -> payload; what it leaves out goes into the memory.
+    def encode(self, update: Mapping[str, Tensor], memory: Memory, place: Place, codec: Codec) -> bytes:
+        """What local training changed -> payload, by the round's codec; what it leaves out goes into the memory.
 
         Raises:
             CodecError: the update is not finite, or does not fit the layout.
@@ -111,7 +110,7 @@ class ClientEnd:
         payload, residual = encode_update(
             update,
             self._carried(memory, place),
-            codec=place.codec,
+            codec=codec,
             max_bytes=byte_budget(self.settings, layout),
             snr_db=self.settings.snr_db,
             side=place.side,
@@ -124,7 +123,7 @@ class ClientEnd:
     def encode_for_sum(
         self, update: Mapping[str, Tensor], memory: Memory, place: Place, code: LinearCode, identity: str
     ) -> Integers:
-        """The same into integers ``[S]`` that add up with other clients': ``code`` stands for ``place.codec``.
+        """The same into integers ``[S]`` that add up with other clients', by the round's linear code.
 
         Args:
             identity: how the server will name the sum, should this be in it.

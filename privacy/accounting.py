@@ -6,7 +6,7 @@ without Sampling or Shuffling", definition 1.1). So how many units there are is 
 has sensitivity ``clip``. Replacing a unit by another one costs at most what noise of half the multiplier would.
 
 All figures are ``dp-accounting``'s: privacy loss distributions (Doroshenko et al. 2022, "Connect the Dots") or Renyi
-divergences (Mironov, Talwar, Zhang 2019). Loads that library, which takes a second: settings do not.
+divergences (Mironov, Talwar, Zhang 2019). That library is loaded when the first figure is asked for.
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-import dp_accounting as dp
-from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant
+from typing import TYPE_CHECKING
 
 from privacy.errors import PrivacyError
+
+if TYPE_CHECKING:  # it takes half a second to load, and most runs add no noise: every function that needs it does
+    import dp_accounting as dp
 
 MAX_RELEASES = 1 << 20
 MAX_NOISE = 1e6
 _TOLERANCE = 1e-4
-_ZERO_OUT = dp.NeighboringRelation.REPLACE_SPECIAL
-_REPLACED = dp.NeighboringRelation.REPLACE_ONE
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,8 @@ class Release:
 
     def event(self, releases: int) -> dp.DpEvent:
         """Of so many such messages, each of which may depend on those before."""
+        import dp_accounting as dp
+
         once = dp.GaussianDpEvent(self.noise_multiplier)
         if self.sampling < 1:
             once = dp.PoissonSampledDpEvent(self.sampling, once)
@@ -52,6 +52,8 @@ class Release:
 
 def epsilon_of(release: Release, releases: int, delta: float, accountant: str = "pld") -> float:
     """What so many messages give away, at least 0; infinite where no bound is known."""
+    import dp_accounting as dp
+
     if release.sampling == 1 and releases:  # Gaussians compose to a Gaussian, of which all is known (Balle, Wang 2018)
         return float(dp.get_epsilon_gaussian(release.noise_multiplier / math.sqrt(release.steps * releases), delta))
     return _epsilon(release.event(releases), delta, accountant)
@@ -76,16 +78,20 @@ def epsilon_of_secret_rounds(noise_multiplier: float, rounds: Sequence[tuple[int
     Returns:
         The bound for a client replaced by another, which holds for one replaced by nothing as well.
     """
+    import dp_accounting as dp
+
     sums = dp.GaussianDpEvent(noise_multiplier / 2)
     events = [
         dp.SelfComposedDpEvent(dp.SampledWithoutReplacementDpEvent(pool, drawn, sums) if drawn < pool else sums, count)
         for (drawn, pool), count in Counter(rounds).items()
     ]
-    return _epsilon(dp.ComposedDpEvent(events), delta, "rdp", _REPLACED)
+    return _epsilon(dp.ComposedDpEvent(events), delta, "rdp", replaced=True)
 
 
 def epsilon_of_concentrated(rho: float, releases: int, delta: float) -> float:
     """Of so many messages, each of which is ``rho``-zero-concentrated (Bun and Steinke 2016)."""
+    import dp_accounting as dp
+
     return _epsilon(dp.SelfComposedDpEvent(dp.ZCDpEvent(rho), releases), delta, "rdp") if releases else 0.0
 
 
@@ -99,10 +105,11 @@ def noise_for(
         PrivacyError: none does.
     """
 
-    def spent(noise_multiplier: float) -> float:
-        return epsilon_of(Release(noise_multiplier, sampling, steps), releases, delta, accountant)
+    def fits(noise_multiplier: float) -> bool:
+        return epsilon_of(Release(noise_multiplier, sampling, steps), releases, delta, accountant) <= epsilon
 
-    return least_noise(lambda noise: spent(noise) <= epsilon, f"epsilon={epsilon:g} at delta={delta:g}")
+    precision = _TOLERANCE if sampling < 1 else _TOLERANCE / 100  # where it is known in closed form
+    return least_noise(fits, f"epsilon={epsilon:g} at delta={delta:g}", precision)
 
 
 def releases_within(release: Release, epsilon: float, delta: float, accountant: str = "pld") -> int:
@@ -122,12 +129,13 @@ def most_releases(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def least_noise(fits: Callable[[float], bool], what: str) -> float:
-    """The least noise multiplier, to one part in 10,000, for which something holds that holds for all larger ones.
+def least_noise(fits: Callable[[float], bool], what: str, precision: float = _TOLERANCE) -> float:
+    """The least noise multiplier for which something holds that holds for all larger ones, to the safe side.
 
     Args:
         fits: whether it does.
         what: names what was asked for, in an error.
+        precision: of the multiplier, relative.
 
     Raises:
         PrivacyError: it holds for none.
@@ -140,15 +148,22 @@ def least_noise(fits: Callable[[float], bool], what: str) -> float:
     low = high / 2
     while low > 1 / MAX_NOISE and fits(low):
         low, high = low / 2, low
-    while high - low > _TOLERANCE * high:
+    while high - low > precision * high:
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     return high
 
 
-def _epsilon(event: dp.DpEvent, delta: float, accountant: str, relation: dp.NeighboringRelation = _ZERO_OUT) -> float:
+def _epsilon(event: dp.DpEvent, delta: float, accountant: str, *, replaced: bool = False) -> float:
+    import dp_accounting as dp
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    relations = dp.NeighboringRelation
     with _orders_that_fail_left_out():
-        found = (PLDAccountant if accountant == "pld" else RdpAccountant)(neighboring_relation=relation)
+        found = (PLDAccountant if accountant == "pld" else RdpAccountant)(
+            neighboring_relation=relations.REPLACE_ONE if replaced else relations.REPLACE_SPECIAL
+        )
         found.compose(event)
         return max(0.0, float(found.get_epsilon(delta)))
 

@@ -1,6 +1,6 @@
 """From a run's settings to what its clients do: how much noise, how often they may answer, and what that promises.
 
-Loads the accountant. Shapes of trust: with ``noise=local`` every message is private by itself, also from the server;
+Shapes of trust: with ``noise=local`` every message is private by itself, also from the server;
 with ``noise=sum`` every client adds a share of the noise, and only the sum of ``least_replies`` of them has all of it.
 """
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import secrets
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adapters.settings import num_steps
+from adapters.settings import num_steps, sampling_rate
 from conf.output import write_json
 from conf.schema import Settings
 from privacy.budget import Course, allowed_releases, release_of, rounds_fit, settled
 from privacy.errors import BudgetSpentError, PrivacyError
 from privacy.guarantee import guarantee
-from privacy.ledger import Ledger
+from privacy.ledger import Fits, Ledger
+from privacy.settings import PrivacySettings
 from server.results import RunResults
 from strategies.sampling import Sampling
 
@@ -28,12 +30,7 @@ def course_of(settings: Settings) -> Course:
     rounds = [(drawn, of)] * federation.rounds
     if settings.privacy.secret_sampling:  # who is drawn is not known before
         return Course(federation.rounds, rounds)
-    sampling = Sampling(of, drawn, settings.seed)
-    times = [0] * of
-    for server_round in range(1, federation.rounds + 1):
-        for partition in sampling.sample(server_round):
-            times[partition] += 1
-    return Course(max(times), rounds)
+    return Course(_how_far(settings, None)[1], rounds)
 
 
 class Books:
@@ -77,11 +74,7 @@ class Books:
 
     def _ledger(self, goes_on: bool) -> Ledger:
         privacy, path = self.settings.privacy, self._output / LEDGER
-
-        def fits(rounds: Any, most: int) -> bool:
-            return rounds_fit(privacy, rounds, most)
-
-        ledger = Ledger(privacy.releases, self._write, fits if privacy.secret_sampling else None)
+        ledger = Ledger(privacy.releases, self._write, _fits(privacy))
         if not goes_on:
             path.unlink(missing_ok=True)  # of another run in the same folder
             return ledger
@@ -121,7 +114,7 @@ def promise(settings: Settings, num_windows: int | None) -> str:
     privacy = settings.privacy
     allowed, noise = privacy.releases, privacy.noise_multiplier
     if privacy.name == "record_dp" and num_windows is not None:
-        rate = min(1.0, settings.train.batch_size / num_windows)
+        rate = sampling_rate(settings.train, num_windows)
         release = release_of(privacy, rate, num_steps(settings.train, num_windows))
         allowed, noise = allowed_releases(privacy, release), release.noise_multiplier
     rounds, most = _how_far(settings, allowed)
@@ -141,12 +134,8 @@ def promise(settings: Settings, num_windows: int | None) -> str:
 
 def _how_far(settings: Settings, allowed: int | None) -> tuple[int, int]:
     """How many rounds the budget allows if every client answers, and the answers of the client that gives most."""
-    federation, privacy = settings.federation, settings.privacy
-
-    def fits(rounds: Any, most: int) -> bool:
-        return rounds_fit(privacy, rounds, most)
-
-    ledger = Ledger(allowed, lambda state: None, fits if privacy.secret_sampling else None)
+    federation = settings.federation
+    ledger = Ledger(allowed, lambda state: None, _fits(settings.privacy))
     sampling = Sampling(federation.num_clients, federation.clients_per_round, settings.seed, ledger=ledger)
     done = 0
     try:
@@ -156,3 +145,8 @@ def _how_far(settings: Settings, allowed: int | None) -> tuple[int, int]:
     except BudgetSpentError:
         pass
     return done, ledger.most
+
+
+def _fits(privacy: PrivacySettings) -> Fits | None:
+    """Where rounds are drawn in secret they are counted as a whole, and clients' own counts do not bound them."""
+    return partial(rounds_fit, privacy) if privacy.secret_sampling else None

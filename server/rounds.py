@@ -38,6 +38,7 @@ from gradcodec.rounds import codec_at
 from gradcodec.sums import SumIntake
 from gradcodec.trial import check_budgets
 from privacy.errors import BudgetSpentError
+from privacy.secagg import least_stay
 from server.account import NOTHING, CodecCost
 from server.alive import alive
 from server.checkpoint import Checkpoint, go_back, load_checkpoint, save_checkpoint
@@ -179,8 +180,7 @@ def _ways(settings: Settings, layout: Layout, evaluator: Evaluator, books: Books
         terms_of(settings, layout, settings.federation.clients_per_round)  # refused before anybody trains
         sums = SumIntake(codecs.at(evaluator.seeded), settings.run_id)
         terms = partial(terms_of, settings, layout)
-        least = settings.federation.min_replies if settings.privacy.noise == "sum" else 0
-        stay = settings.privacy.threshold, least
+        stay = partial(least_stay, settings.privacy, min_replies=settings.federation.min_replies)
         receiver = SumReceiver(sums, codecs, terms, books.next_sum, stay, sends_side=not down)
     else:
         intake = Intake(codecs.at(evaluator.seeded), settings.run_id, clients, budget)

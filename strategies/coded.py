@@ -10,16 +10,19 @@ from torch import Tensor
 from gradcodec.intake import Intake
 from gradcodec.rounds import Codecs
 from gradcodec.state import State
+from gradcodec.sums import SumIntake
 from strategies.outcomes import Uplink
 from strategies.receive import Adapter, Asked
 from strategies.tensors import check_values, to_record
 from strategies.wire import ACCEPTED, SIDE, unwrap_payload
 
 
-class CodedReceiver:
-    """Decodes what clients encoded (``gradcodec.intake``), and adds the adapter that the round started from."""
+class IntakeReceiver:
+    """What the server remembers between rounds of coded replies lies in an intake of ``gradcodec``."""
 
-    def __init__(self, intake: Intake, codecs: Codecs, *, sends_side: bool = True) -> None:
+    intake: Intake | SumIntake
+
+    def __init__(self, intake: Intake | SumIntake, codecs: Codecs, *, sends_side: bool = True) -> None:
         """
         Args:
             intake: what decodes.
@@ -45,6 +48,21 @@ class CodedReceiver:
             records[SIDE] = to_record({SIDE: self.side})
         return records, ConfigRecord({ACCEPTED: self.intake.accepted.get(partition, "")})
 
+    def foresee(self, step: Adapter) -> None:
+        self.intake.foresee(step)
+
+    def state(self) -> State:
+        return self.intake.state()
+
+    def load_state(self, state: State) -> None:
+        self.intake.load_state(state)
+
+
+class CodedReceiver(IntakeReceiver):
+    """Decodes what clients encoded (``gradcodec.intake``), and adds the adapter that the round started from."""
+
+    intake: Intake
+
     def adapter_of(self, content: RecordDict, asked: Asked, current: Mapping[str, Tensor]) -> Adapter:
         """Beside the adapter, only its blocks are ever held."""
         payload, codec = unwrap_payload(content), self.codecs.at(current)
@@ -56,14 +74,5 @@ class CodedReceiver:
             adapter[name] = tensor
         return {name: adapter[name] for name in current}
 
-    def foresee(self, step: Adapter) -> None:
-        self.intake.foresee(step)
-
     def averaged(self, uplinks: Iterable[Uplink], step: Adapter) -> None:
         self.intake.used({uplink.partition: uplink.payload_digest for uplink in uplinks}, step)
-
-    def state(self) -> State:
-        return self.intake.state()
-
-    def load_state(self, state: State) -> None:
-        self.intake.load_state(state)

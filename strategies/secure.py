@@ -20,20 +20,19 @@ from torch import Tensor
 from gradcodec.errors import CodecError
 from gradcodec.linear import LinearCode, Terms
 from gradcodec.rounds import Codecs
-from gradcodec.state import State
 from gradcodec.sums import SumIntake, basis_at
 from privacy.errors import PrivacyError
-from privacy.secagg import Contribution, Invitation, LostSumError, Opening, Published, threshold_of, threshold_warning
+from privacy.secagg import Contribution, Invitation, LostSumError, Opening, Published, threshold_warning
 from privacy.settings import MIN_CLIENTS
+from strategies.coded import IntakeReceiver
 from strategies.errors import RoundError
 from strategies.federated import FederatedStrategy
 from strategies.messages import Mailbox, in_order
 from strategies.outcomes import REFUSED, Downlink, Uplink
 from strategies.peer_text import clean
 from strategies.receive import Adapter, Asked, Refused, checked, uplink_of
-from strategies.tensors import from_record, moved_to_record, to_record
+from strategies.tensors import from_record, moved_to_record
 from strategies.wire import (
-    ACCEPTED,
     ANNOUNCED,
     ARRAYS,
     CONFIG,
@@ -42,7 +41,6 @@ from strategies.wire import (
     NUM_EXAMPLES,
     REQUEST,
     RUN_ID,
-    SIDE,
     UNMASK,
     UNMASKED,
     config_of,
@@ -54,8 +52,10 @@ GRACE_SECONDS = 15.0
 _PAUSE_SECONDS = 0.1
 
 
-class SumReceiver:
+class SumReceiver(IntakeReceiver):
     """What a round's clients are told so that their integers add up, and what becomes of the sum."""
+
+    intake: SumIntake
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class SumReceiver:
         codecs: Codecs,
         terms_of: Callable[[int], Terms],
         next_number: Callable[[], int],
-        stay: tuple[float, int],
+        least_stay: Callable[[int], int],
         *,
         sends_side: bool = True,
     ) -> None:
@@ -73,27 +73,16 @@ class SumReceiver:
             codecs: of every round; ``learned``, whose tables say where updates are strong.
             terms_of: the number of clients that are invited -> the terms of their sum.
             next_number: of a sum, higher than any that clients of this run have seen.
-            stay: more than this share of the invited must stay to the end, and so many.
+            least_stay: the number of clients that are invited -> how many must stay to the end.
             sends_side: clients do not find the codec's side information out by themselves.
         """
-        self.intake = intake
-        self.codecs = codecs
-        self.sends_side = sends_side
+        super().__init__(intake, codecs, sends_side=sends_side)
         self._terms_of = terms_of
         self._next_number = next_number
-        self._threshold, self._least_stay = stay
+        self._least_stay = least_stay
         self._announced = b""
         self._code: LinearCode | None = None
         self._opening: Opening | None = None
-
-    @property
-    def side(self) -> Tensor | None:
-        """The codec's side information of the next round."""
-        return self.intake.side
-
-    @side.setter
-    def side(self, side: Tensor | None) -> None:
-        self.intake.side = side
 
     @property
     def opening(self) -> Opening:
@@ -110,7 +99,7 @@ class SumReceiver:
             PrivacyError: they are too few.
             CodecError: nothing is known of the updates to come.
         """
-        threshold = max(threshold_of(len(members), self._threshold), self._least_stay)
+        threshold = self._least_stay(len(members))
         basis = basis_at(self.codecs, current, self.intake.layout, self.side)
         public = self.intake.begin(server_round, self._terms_of(len(members)), basis)
         self._code = public.code(basis, self.intake.run_id)
@@ -128,15 +117,10 @@ class SumReceiver:
         self._opening = Opening(invitation)
 
     def outgoing(self, partition: int) -> tuple[RecordDict, ConfigRecord]:
-        records = RecordDict()
-        if self.side is not None and self.sends_side:
-            records[SIDE] = to_record({SIDE: self.side})
-        entries: dict[str, str | bytes] = {
-            ACCEPTED: self.intake.accepted.get(partition, ""),
-            INVITATION: self.opening.invitation.pack(),
-            ANNOUNCED: self._announced,
-        }
-        return records, ConfigRecord({**entries})
+        records, entries = super().outgoing(partition)
+        entries[INVITATION] = self.opening.invitation.pack()
+        entries[ANNOUNCED] = self._announced
+        return records, entries
 
     def add(self, partition: int, payload: bytes) -> None:
         """A client's masked integers. Raises PrivacyError or CodecError: they are none."""
@@ -152,17 +136,8 @@ class SumReceiver:
     def adapter_of(self, content: RecordDict, asked: Asked, current: Mapping[str, Tensor]) -> Adapter:
         raise AssertionError("a masked reply stands for no adapter")
 
-    def foresee(self, step: Adapter) -> None:
-        self.intake.foresee(step)
-
     def averaged(self, uplinks: Iterable[Uplink], step: Adapter) -> None:
         self.intake.used([uplink.partition for uplink in uplinks], self.opening.invitation.tag.hex(), step)
-
-    def state(self) -> State:
-        return self.intake.state()
-
-    def load_state(self, state: State) -> None:
-        self.intake.load_state(state)
 
 
 class SecureStrategy(FederatedStrategy):

@@ -14,7 +14,7 @@ from torch import Tensor
 from adapters.model import set_adapter
 from bench.leakage import __main__ as program
 from bench.leakage import channels, membership, sections
-from bench.leakage.channels import CHANNELS, Ends, noise_multiplier, noised, norm_of, transmit
+from bench.leakage.channels import CHANNELS, Ends, noise_multiplier, noised, transmit
 from bench.leakage.inverter import Inverter, Projection, prior_guess
 from bench.leakage.matching import Effort, Matcher
 from bench.leakage.scores import auc, f1_of, precision_of, recall_of, roc, rouge, true_positives_at
@@ -32,6 +32,7 @@ from bench.leakage.span import (
     sparse_scores,
 )
 from bench.leakage.victim import TOY, Victim
+from privacy.mechanism import norm_of
 
 VOCABULARY, WIDTH, ROWS = 600, 96, 24
 

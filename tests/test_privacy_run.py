@@ -192,11 +192,11 @@ def test_residuals_hold_nothing_without_noise(tmp_path: Path, monkeypatch: pytes
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     true = ClientEnd.encode
 
-    def watched(end: Any, update: Any, memory: Any, place: Any) -> bytes:
-        payload = true(end, update, memory, place)
+    def watched(end: Any, update: Any, memory: Any, place: Any, codec: Any) -> bytes:
+        payload = true(end, update, memory, place, codec)
         residual = memory.load_residual(end.layout, place.server_round + 1)
         context = context_of(end.run_id, place.server_round, place.client)
-        decoded = decode_blocks(payload, codec=place.codec, side=place.side, context=context)
+        decoded = decode_blocks(payload, codec=codec, side=place.side, context=context)
         seen.append((end.layout.to_blocks(update), decoded + residual.error_RC))
         return payload
 

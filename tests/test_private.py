@@ -12,8 +12,8 @@ from torch import Tensor
 
 from adapters.finetune import trained_parameters
 from adapters.model import get_adapter, load_model
-from adapters.private import Protection, _gradients_by_window, finetune_privately, sampling_rate
-from adapters.settings import LoraSettings, ModelSettings, TrainSettings
+from adapters.private import Protection, _gradients_by_window, finetune_privately
+from adapters.settings import LoraSettings, ModelSettings, TrainSettings, sampling_rate
 from adapters.windows import Windows, next_token_loss, window_losses
 
 SETTINGS = TrainSettings(update="gradient", steps=1, batch_size=4, micro_batch_size=2, lr=1.0, clip=1e9)

@@ -5,7 +5,6 @@ Knows updates and the codec; must not know text or attacks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,8 @@ from torch import Tensor
 from adapters.model import Adapter
 from gradcodec.codec import Codec
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
+from privacy import mechanism
+from privacy.accounting import noise_for
 
 DELTA = 1e-5
 EPSILONS = (8.0, 2.0)
@@ -65,37 +66,14 @@ def transmit(channel: Channel, updates: Sequence[Adapter], ends: Ends, seed: int
     return decode_update(payload, codec=ends.codec, side=ends.side)
 
 
-def norm_of(update: Adapter) -> float:
-    """Of all tensors together, L2."""
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in update.values()))
-
-
 def noised(update: Adapter, clip: float, multiplier: float, seed: int) -> Adapter:
-    """Cut to a norm of at most ``clip``, with Gaussian noise of ``multiplier * clip`` on every value (client-level:
-    McMahan et al. 2018, at one client). The seed makes it a bench's noise: it protects nothing."""
+    """Client-level differential privacy as runs have it, but that the seed makes it a bench's noise: it protects
+    nothing."""
     generator = torch.Generator().manual_seed(seed)
-    scale = min(1.0, clip / max(norm_of(update), 1e-30))
-    return {
-        name: tensor * scale + torch.randn(tensor.shape, generator=generator) * (multiplier * clip)
-        for name, tensor in update.items()
-    }
+    bounded = mechanism.clipped(update, clip)
+    return mechanism.noised(bounded, multiplier * clip, lambda shape: torch.randn(shape, generator=generator))
 
 
-def noise_multiplier(epsilon: float, releases: int = 1, delta: float = DELTA) -> float:
-    """Standard deviation over sensitivity of the Gaussian mechanism that is (epsilon, delta)-private over so many
-    releases, to 1e-6 (Balle and Wang 2018, theorem 8; Gaussians compose exactly: ``sqrt(releases)``)."""
-
-    def spent(sigma: float) -> float:
-        left, right = 1 / (2 * sigma) - epsilon * sigma, -1 / (2 * sigma) - epsilon * sigma
-        return _normal(left) - math.exp(epsilon) * _normal(right)
-
-    low, high = 1e-3, 1e3
-    while high / low > 1 + 1e-6:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if spent(middle) > delta else (low, middle)
-    return high * math.sqrt(releases)
-
-
-def _normal(value: float) -> float:
-    """The standard normal's distribution function."""
-    return 0.5 * math.erfc(-value / math.sqrt(2))
+def noise_multiplier(epsilon: float, releases: int = 1) -> float:
+    """Standard deviation over sensitivity of so many releases that are (epsilon, ``DELTA``)-private together."""
+    return noise_for(epsilon, DELTA, releases)

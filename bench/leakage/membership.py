@@ -20,9 +20,10 @@ from adapters.finetune import finetune
 from adapters.model import Adapter, add, set_adapter
 from adapters.settings import TrainSettings
 from adapters.windows import Windows, next_token_loss
-from bench.leakage.channels import Channel, Ends, norm_of, transmit
+from bench.leakage.channels import Channel, Ends, transmit
 from bench.leakage.scores import auc, true_positives_at
 from bench.leakage.victim import Victim
+from privacy.mechanism import norm_of
 from tasks.settings import TaskSettings
 from tasks.shards import load_shards
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapters.model import Adapter, set_adapter
 from bench.leakage import membership
-from bench.leakage.channels import CHANNELS, DELTA, EPSILONS, Channel, Ends, noise_multiplier, norm_of, transmit
+from bench.leakage.channels import CHANNELS, DELTA, EPSILONS, Channel, Ends, noise_multiplier, transmit
 from bench.leakage.inverter import Inverter, Projection, TokenTraces, prior_guess
 from bench.leakage.matching import Effort, Matcher
 from bench.leakage.scores import precision_of, recall_of, rouge
@@ -33,6 +33,7 @@ from bench.leakage.span import (
     span_scores,
 )
 from bench.leakage.victim import SMOLLM2, TOY, Victim
+from privacy.mechanism import norm_of
 
 Row = dict[str, Any]
 ONE_CLIENT = tuple(channel for channel in CHANNELS if channel.clients == 1)

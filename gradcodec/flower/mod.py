@@ -98,8 +98,8 @@ class _Client:
         new = arrays.to_adapter(record)
         old = arrays.layout.to_update(held.adapter_RC)
         update = {name: (tensor - old[name]).to(self._device) for name, tensor in new.items()}
-        place = Place(client, turn.server_round, self._codec_at(held), held.side, turn.accepted)
-        payload = self._end.encode(update, self.memory, place)
+        place = Place(client, turn.server_round, held.side, turn.accepted)
+        payload = self._end.encode(update, self.memory, place, self._codec_at(held))
         exact = arrays.exact_of(record)
         beside = {EXACT: exact} if exact else {}
         return RecordDict({**content, key: in_one_array(PAYLOAD, PAYLOAD_TYPE, payload), **beside})

@@ -19,7 +19,7 @@ docs/secure-aggregation.md has the protocol, the argument and its limits.
 from privacy.secagg.invitation import Invitation
 from privacy.secagg.keys import KeyPair, Published
 from privacy.secagg.ledger import Ledger
-from privacy.secagg.limits import smallest_sum, threshold_of, threshold_warning
+from privacy.secagg.limits import least_stay, smallest_sum, threshold_of, threshold_warning
 from privacy.secagg.messages import Answer, Contribution, Request, Traffic, traffic
 from privacy.secagg.opening import LostSumError, Opening
 from privacy.secagg.party import Party
@@ -36,6 +36,7 @@ __all__ = [
     "Published",
     "Request",
     "Traffic",
+    "least_stay",
     "smallest_sum",
     "threshold_of",
     "threshold_warning",

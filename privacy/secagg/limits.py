@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from privacy.errors import PrivacyError
-from privacy.settings import MIN_CLIENTS
+from privacy.settings import MIN_CLIENTS, PrivacySettings
 
 MAX_CLIENTS = 128
 """Every client deals every other a share of every seed, n^2 in a reply, and the server expands a mask for every pair of
@@ -18,6 +18,13 @@ MIN_THRESHOLD = 2
 def threshold_of(clients: int, share: float = 0.5) -> int:
     """The least number of ``clients`` that is more than this share of them, 0 <= share < 1; at least 2."""
     return max(MIN_THRESHOLD, math.floor(share * clients + 1e-9) + 1)
+
+
+def least_stay(settings: PrivacySettings, clients: int, min_replies: int) -> int:
+    """How many of the invited must stay to the end of a run's sum, which both ends know: with noise in the sum as many
+    as share it, ``min_replies``."""
+    least = threshold_of(clients, settings.threshold)
+    return max(least, min_replies) if settings.noise == "sum" else least
 
 
 def fewest_summed(threshold: int) -> int:
