@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from client.link import ResidentTrainer, trainer_at
 from client.sums import Member
 from client.work import MAX_EPSILON, NODE_KEY, PEER_KEYS, TRUST, Summed, Work
 from gradcodec.transfers import Broadcast
+from privacy.errors import BudgetSpentError, PrivacyError
 from privacy.secagg import Invitation, least_stay
 from privacy.settings import PrivacySettings
 from strategies.folding import fold, unfold
@@ -40,6 +42,7 @@ from strategies.wire import (
     SERVER_ROUND,
     SETTINGS,
     SIDE,
+    SPENT,
     TRAIN_LOSS,
     UNMASK,
     UNMASKED,
@@ -53,6 +56,8 @@ from strategies.wire import (
 
 if TYPE_CHECKING:
     from client.trainer import Trainer
+
+_LOG = logging.getLogger(__name__)
 
 NODE_KEYS = ("model-path", "task-path", "codec-artifact", TRUST, MAX_EPSILON)
 """Keys of a node's config by which it says where its own copies lie, whom it trusts, and what it gives away."""
@@ -115,9 +120,19 @@ def train(message: Message, context: Context) -> Message:
         broadcast=None if bundle is None else Broadcast(bundle, str(config[HELD_BEFORE]), str(config[HELD])),
         sum=None if invitation is None else _summed(config, invitation),
     )
-    done = trainer.train(work)
+    try:
+        done = trainer.train(work)
+    except BudgetSpentError:
+        return _instead(SPENT, True, message)
+    except PrivacyError:
+        raise
+    except Exception as error:
+        if not privacy.protects:
+            raise
+        _LOG.warning("local training failed: %r", error)
+        raise ValueError("local training failed; why its own log says alone, as it may tell of the data") from None
     if done.lacks is not None:
-        return Message(fold(RecordDict({CONFIG: ConfigRecord({LACKS: done.lacks})})), reply_to=message)
+        return _instead(LACKS, done.lacks, message)
     if done.payload is not None and invitation is not None:
         member = _member(settings["run_id"], context)
         stay = least_stay(privacy, len(invitation.members), int(settings["federation"]["min_replies"]))
@@ -139,6 +154,11 @@ def train(message: Message, context: Context) -> Message:
     if not privacy.protects:
         metrics[TRAIN_LOSS] = done.train_loss
     return Message(fold(RecordDict({ARRAYS: arrays, METRICS: metrics})), reply_to=message)
+
+
+def _instead(key: str, value: str | bool, message: Message) -> Message:
+    """The reply of a client that sends no update."""
+    return Message(fold(RecordDict({CONFIG: ConfigRecord({key: value})})), reply_to=message)
 
 
 def _trainer(content: RecordDict, context: Context) -> Trainer | ResidentTrainer:

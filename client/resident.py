@@ -76,7 +76,7 @@ def _answer(connection: socket.socket, team: Team) -> None:
             answer, content = _work_on(head, body, team)
         except ValueError as error:
             note(f"cannot take part: {error}")
-            answer, content = {"error": str(error)}, b""
+            answer, content = {"error": str(error), "kind": type(error).__name__}, b""
         except Exception as error:  # the node's ClientApp tells the server; the trainer lives on
             note(f"training failed: {error!r}")
             _LOG.exception("a message failed")

@@ -44,7 +44,7 @@ from gradcodec.rounds import Codecs, codec_at
 from gradcodec.sums import PublicRound, basis_at
 from strategies.settings import StrategySettings
 from strategies.wire import TRUST_VARIABLE
-from tasks.settings import check_window
+from tasks.settings import TaskSettings, check_window
 from tasks.shards import Shard, load_shard, what_is_lost
 
 _LOG = logging.getLogger(__name__)
@@ -123,11 +123,22 @@ class Trainer:
             if self.own_data:
                 task, client, sharers = dataclasses.replace(task, partition="iid", partition_by=None), 0, 1
             check_window(task, max_positions(self.settings.model))
-            shard = self._shards[partition] = load_shard(task, self.tokenizer, client, sharers)
+            shard = self._shards[partition] = self._read(task, client, sharers)
             if self.own_data:  # the server warns of what it sees itself
                 for warning in what_is_lost([shard], task):
                     _LOG.warning(warning)
         return self._shards[partition]
+
+    def _read(self, task: TaskSettings, client: int, sharers: int) -> Shard:
+        """Raises ValueError: the data cannot be used. Why may quote them: where they are protected that stays here."""
+        tokenizer = self.tokenizer
+        try:
+            return load_shard(task, tokenizer, client, sharers)
+        except ValueError as error:
+            if not self.settings.privacy.protects:
+                raise
+            note(f"its data cannot be used: {error}")
+            raise ValueError("its data cannot be used; what is wrong with them its own log says alone") from None
 
     def guard(self, partition: int, memory: Path) -> Guard | None:
         """What hides this partition's data; None: the run asks for nothing of the kind."""
@@ -145,7 +156,7 @@ class Trainer:
             PrivacyError: the node's owner does not allow for this run, or it has changed its terms.
         """
         keep_terms(self.settings, work.memory, work.partition)
-        Owner(work.memory.parent, work.partition, self.max_epsilon).enter(self.settings)
+        Owner(work.memory.parent, self.max_epsilon).enter(self.settings)
         if (guard := self.guard(work.partition, work.memory)) is not None:
             guard.spend(work.server_round, self._secret(work))
 
@@ -153,7 +164,7 @@ class Trainer:
         """Loads everything that training needs. Raises ValueError: something is missing or does not fit, or nobody
         knows what was released of the partition, as the run's ``memory`` says."""
         if memory is not None:  # first: what else is refused may quote the data
-            Owner(memory.parent, partition, self.max_epsilon).check(self.settings)
+            Owner(memory.parent, self.max_epsilon).check(self.settings)
         self.shard(partition)
         if memory is not None:
             self.guard(partition, memory)

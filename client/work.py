@@ -22,7 +22,7 @@ NODE_KEY = "node-key"
 PEER_KEYS = "peer-keys"
 """A folder with all nodes' public keys, by which the keys of the others in a masked sum are checked."""
 MAX_EPSILON = "max-epsilon"
-"""What all runs together may give away of a partition's data, by the node's owner."""
+"""What all runs together may give away of the node's data, by its owner."""
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from adapters.settings import TrainSettings, num_steps
 from conf.console import bytes_text, printable
 from conf.footprint import client_memory, server_memory
 from conf.schema import Settings, check_settings
+from conf.sums import terms_of
 from gradcodec.build import payload_bytes
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
 from privacy.secagg import Traffic, traffic
 from server.account import NOTHING, Account, CodecCost, transfer_seconds
-from server.private import promise
+from server.private import planned, promise
 from strategies.sampling import Sampling
 from tasks.settings import check_window
 from tasks.shards import client_records
@@ -165,6 +166,8 @@ def plan_of(settings: Settings) -> Plan:
     dense = 4 * layout.num_parameters
     num_records, here = _count_records(settings)
     windows = _mean_windows(settings, num_records)
+    if settings.privacy.secure_aggregation:
+        terms_of(planned(settings), layout, settings.federation.clients_per_round)  # or says why not
     return Plan(
         settings=settings,
         num_base_parameters=sum(prod(p.shape) for p in empty_base(settings.model).parameters()),

@@ -314,8 +314,9 @@ class Federation:
             RoundError: it came to nothing every time.
             BudgetSpentError: the privacy budget allows no such round.
         """
-        federation = self.settings.federation
-        for attempt in range(federation.retries + 1):
+        federation, attempt = self.settings.federation, 0
+        while True:
+            spent = self.books.num_closed
             arrays, config = to_record(dict(self.adapter)), ConfigRecord({SETTINGS: self.settings.to_json()})
             try:
                 messages = list(self.strategy.configure_train(server_round, arrays, config, self.grid))
@@ -327,13 +328,14 @@ class Federation:
             except DivergedError as error:  # of the step, as it was to be coded
                 raise Diverged(f"the step of round {server_round} cannot be coded: {error}") from None
             except RoundError as error:
-                if attempt == federation.retries:
+                failed = self.books.num_closed == spent  # else there are fewer to ask, and that ends by itself
+                if failed and attempt == federation.retries:
                     raise RoundError(f"{error}; tried {attempt + 1} times (federation.retries={attempt})") from None
+                attempt += failed
                 log(WARNING, "%s; the round is tried again", error)
                 continue
             assert new is not None
             return new
-        raise AssertionError
 
     def _evaluate(self) -> None:
         """Held-out loss after the last round that is done, unless it is known.

@@ -47,6 +47,7 @@ TRUST_VARIABLE = "CG_FEDLLM_TRUST_REMOTE_CODE"  # environment: the clients of a 
 ACCEPTED = "accepted"  # digest of the client's last payload that the server took
 HELD_BEFORE, HELD = "held-before", "held"  # digests of what a client holds before it takes in a bundle, and after
 LACKS = "lacks"  # a reply: the client's claim of what it holds, as it cannot take in the bundle that it was sent
+SPENT = "budget-spent"  # a reply: the client's own privacy budget allows no answer
 PUBLISHED = "published"  # the roll call: a client's public key for masked sums (privacy.secagg)
 INVITATION, ANNOUNCED = "invitation", "announced"  # to a masked sum, and how strong it is expected to be
 UNMASK = "query.unmask"  # the kind of message that asks to open a sum
