@@ -52,7 +52,7 @@ def lines(
     import altair as alt
 
     low, high = band or (None, None)
-    chart = alt.Chart(_data(rows, {"x": x, "y": y, "series": series, "low": low, "high": high}, log_x, log_y))
+    chart = alt.Chart()
     encodings = _axes(x, y, log_x, log_y) | _of_series(rows, series)
     told = _told(rows, {"x": x, "y": y, "series": series, "low": low, "high": high})
     parts: list[Any] = [chart.mark_line(strokeWidth=2).encode(**encodings | _dashes(rows, series))]
@@ -62,7 +62,8 @@ def lines(
     parts.append(
         chart.mark_point(filled=True, size=45, opacity=1).encode(**encodings | _shapes(rows, series), tooltip=told)
     )
-    return _spec(alt.layer(*parts))
+    data = _data(rows, {"x": x, "y": y, "series": series, "low": low, "high": high}, log_x, log_y)
+    return _spec(alt.layer(*parts), data)
 
 
 def points(
@@ -85,7 +86,7 @@ def points(
     """
     import altair as alt
 
-    chart = alt.Chart(_data(rows, {"x": x, "y": y, "series": series, "front": front}, log_x, log_y))
+    chart = alt.Chart()
     encodings = _axes(x, y, log_x, log_y)
     told = _told(rows, {"x": x, "y": y, "series": series})
     marks = chart.mark_point(filled=True, size=90, opacity=1)
@@ -93,7 +94,7 @@ def points(
     if front is not None:
         line = chart.transform_filter(alt.FieldEqualPredicate(field="front", equal=True))
         parts.insert(0, line.mark_line(strokeDash=[5, 4], strokeWidth=1.5, color=COLOURS[-1]).encode(**encodings))
-    return _spec(alt.layer(*parts))
+    return _spec(alt.layer(*parts), _data(rows, {"x": x, "y": y, "series": series, "front": front}, log_x, log_y))
 
 
 def bars(rows: Sequence[Row], name: str, value: str, series: str | None = None) -> Spec:
@@ -106,15 +107,19 @@ def bars(rows: Sequence[Row], name: str, value: str, series: str | None = None) 
     import altair as alt
 
     order = list(dict.fromkeys(_text(row.get(name)) for row in rows))
-    chart = alt.Chart(_data(rows, {"name": name, "y": value, "series": series}, texts=("name", "series")))
     of_series = _of_series(rows, series)
-    drawn = chart.mark_bar(**({} if series is not None else {"color": COLOURS[0]})).encode(
-        y=alt.Y("name:N", sort=order, title=name, axis=alt.Axis(labelLimit=160)),
-        x=alt.X("y:Q", title=value, axis=_ticks()),
-        tooltip=_told(rows, {"name": name, "series": series, "y": value}),
-        **{key: of_series[key] for key in ("color",) if key in of_series},
+    drawn = (
+        alt.Chart()
+        .mark_bar(**({} if series is not None else {"color": COLOURS[0]}))
+        .encode(
+            y=alt.Y("name:N", sort=order, title=name, axis=alt.Axis(labelLimit=160)),
+            x=alt.X("y:Q", title=value, axis=_ticks()),
+            tooltip=_told(rows, {"name": name, "series": series, "y": value}),
+            **{key: of_series[key] for key in ("color",) if key in of_series},
+        )
     )
-    return _spec(drawn, height=STEP * len(order))
+    data = _data(rows, {"name": name, "y": value, "series": series}, texts=("name", "series"))
+    return _spec(drawn, data, STEP * len(order))
 
 
 def histogram(rows: Sequence[Row], x: str, series: str | None = None, *, bins: int = 30) -> Spec:
@@ -129,7 +134,7 @@ def histogram(rows: Sequence[Row], x: str, series: str | None = None, *, bins: i
 
     of_series = _of_series(rows, series)
     drawn = (
-        alt.Chart(_data(rows, {"x": x, "series": series}, texts=("series",)))
+        alt.Chart()
         .mark_bar(**({} if series is not None else {"color": COLOURS[0]}))
         .encode(
             x=alt.X("x:Q", bin=alt.Bin(maxbins=bins), title=x),
@@ -141,11 +146,11 @@ def histogram(rows: Sequence[Row], x: str, series: str | None = None, *, bins: i
             **{key: of_series[key] for key in ("color",) if key in of_series},
         )
     )
-    return _spec(drawn)
+    return _spec(drawn, _data(rows, {"x": x, "series": series}))
 
 
 def heat_map(rows: Sequence[Row], x: str, y: str, value: str) -> Spec:
-    """A field for each ``x`` and ``y``, both in the order of the rows.
+    """A field for each ``x`` and ``y``: whole numbers in their order, texts in that of the rows.
 
     Args:
         rows: of every field that is not empty one.
@@ -154,10 +159,10 @@ def heat_map(rows: Sequence[Row], x: str, y: str, value: str) -> Spec:
     """
     import altair as alt
 
-    across, down = ([*dict.fromkeys(_text(row.get(key)) for row in rows)] for key in (x, y))
+    across, down = (_places(rows, key) for key in (x, y))
     texts = any(isinstance(row.get(value), str) for row in rows)
     name = "series" if texts else "value"
-    chart = alt.Chart(_data(rows, {"x": x, "y": y, name: value}, texts=("x", "y", "series")))
+    chart, data = alt.Chart(), _data(rows, {"x": x, "y": y, name: value}, texts=("x", "y", "series"))
     places = {
         "x": alt.X("x:N", sort=across, title=x, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
         "y": alt.Y("y:N", sort=down, title=y, axis=alt.Axis(labelOverlap=True, labelLimit=120)),
@@ -167,10 +172,10 @@ def heat_map(rows: Sequence[Row], x: str, y: str, value: str) -> Spec:
     height = (STEP if few else STEP / 2) * len(down)
     if texts:
         marks = chart.mark_point(filled=True, size=110 if few else 45, opacity=1)
-        return _spec(marks.encode(**places | _of_series(rows, value) | _shapes(rows, value)), height)
+        return _spec(marks.encode(**places | _of_series(rows, value) | _shapes(rows, value)), data, height)
     legend = alt.Legend(orient="bottom", title=value, gradientLength=200)
     shade = alt.Color("value:Q", scale=alt.Scale(range=list(SHADES)), legend=legend)
-    return _spec(chart.mark_rect().encode(color=shade, **places), height)
+    return _spec(chart.mark_rect().encode(color=shade, **places), data, height)
 
 
 def _data(
@@ -179,19 +184,23 @@ def _data(
     log_x: bool = False,
     log_y: bool = False,
     texts: Sequence[str] = ("series",),
-) -> Any:
-    """Altair's, under names of ours: a column's own might be taken for a path into an object."""
-    import altair as alt
-
+) -> list[Row]:
+    """Under names of ours: a column's own might be taken for a path into an object."""
     known = {name: column for name, column in columns.items() if column is not None}
-    values = []
+    values: list[Row] = []
     for row in rows:
         one = {name: row.get(column) for name, column in known.items()}
         numbers = {name: one[name] for name in ("x", "y", "value", "low", "high") if name in one and name not in texts}
         least = {"x": 0.0 if log_x else -math.inf, "y": 0.0 if log_y else -math.inf}
         if all(_drawn(number, least.get(name, -math.inf)) for name, number in numbers.items()):
             values.append({name: _text(cell) if name in texts else cell for name, cell in one.items()})
-    return alt.Data(values=values)
+    return values
+
+
+def _places(rows: Sequence[Row], column: str) -> list[str]:
+    values = list(dict.fromkeys(row.get(column) for row in rows))
+    numbers = [value for value in values if isinstance(value, int)]
+    return [*map(_text, sorted(numbers) if len(numbers) == len(values) else values)]
 
 
 def _drawn(number: Cell, least: float) -> bool:
@@ -278,10 +287,12 @@ def _told(rows: Sequence[Row], columns: Mapping[str, str | None]) -> list[Any]:
     return told
 
 
-def _spec(chart: Any, height: float = HEIGHT) -> Spec:
-    """As plain JSON, as wide as its place."""
+def _spec(chart: Any, data: Sequence[Row], height: float = HEIGHT) -> Spec:
+    """As plain JSON, as wide as its place. The data come in here: Altair would copy them again and again."""
     fit = {"type": "fit-x", "contains": "padding"}
     spec: Spec = chart.properties(width="container", height=height, autosize=fit).to_dict(validate=False)
     spec.pop("$schema", None)  # an address, that a page without a network has no use for
     spec.pop("config", None)  # the page's
-    return spec
+    for layer in spec.get("layer", []):
+        layer.pop("data", None)  # the name of none
+    return spec | {"data": {"values": data}}
