@@ -43,7 +43,7 @@ figure { margin: 1.4rem 0; }
 .chart text { fill: var(--ink); }
 .chart .role-axis-grid line { stroke: var(--grid); }
 .chart .role-axis-tick line, .chart .role-axis-domain line { stroke: var(--quiet); }
-.wide { overflow-x: auto; max-width: 100%; margin: .4rem 0; }
+.wide { overflow-x: auto; max-width: 100%; margin: .4rem 0 1.3rem; }
 table { border-collapse: collapse; font-size: .92rem; overflow-wrap: normal; }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; border-bottom-color: var(--quiet); }

@@ -8,8 +8,10 @@ page's Content-Security-Policy runs the page's own script alone and asks no netw
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import html
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +32,8 @@ MOST_ROWS = (1000, 300, 100, 20)
 """Of a table that a page shows, the most for which it is not too large; its JSON has all of them."""
 LONGEST_LINE = 4000
 """Characters of one line of text."""
+FORMULA = ("=", "+", "-", "@", "\t")
+"""What a formula begins with in a spreadsheet."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,17 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section], m
     write_text(page, path)
     content = values_of(title, lead, sections, made_with)
     write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", path.with_suffix(".json"))
+
+
+def write_csv(table: Table, path: Path) -> None:
+    """One table for a spreadsheet, which takes none of its texts for a formula. Raises OutputError: it cannot be
+    written."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    for row in (table.columns, *table.rows):
+        cells = [_plain(cell) for cell in row]
+        writer.writerow([f"'{cell}" if isinstance(cell, str) and cell[:1] in FORMULA else cell for cell in cells])
+    write_text(text.getvalue(), path)
 
 
 def values_of(title: str, lead: str, sections: Sequence[Section], made_with: Mapping[str, str]) -> dict[str, Any]:
@@ -236,7 +251,7 @@ def shown(value: Cell) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:#.4g}".rstrip(".")
     return str(_plain(value))
 
 

@@ -52,14 +52,14 @@ def time_parts(results: RunResults, withheld: Withheld) -> list[Part]:
     train = sum(uplink.seconds_train for uplink in results.uplinks)
     encode = sum(uplink.seconds_encode for uplink in results.uplinks)
     rows: list[Row] = [
-        {"phase": "training, one of a round after another's", "seconds": train},
-        {"phase": "encoding, likewise", "seconds": encode},
-        {"phase": "decoding, server", "seconds": decode},
+        {"phase": "training", "seconds": train},
+        {"phase": "encoding", "seconds": encode},
+        {"phase": "decoding", "seconds": decode},
         {"phase": "the rest", "seconds": max(0.0, results.seconds - _busy(results) - decode)},
     ]
     alt = (
         f"The run took {seconds_text(results.seconds)}. Training and encoding are added up over clients, which may "
-        "work at the same time. The rest is what remains without the slowest clients' work and the decoding: "
+        "work at the same time. The rest is what remains without the slowest clients' work and the server's decoding: "
         "evaluation, sending, waiting."
     )
     return [Figure("Seconds by phase", alt, charts.bars(rows, "phase", "seconds"), rows)]
