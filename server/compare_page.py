@@ -164,12 +164,15 @@ def runs_table(kinds: Sequence[Kind]) -> Table:
 
 
 def _losses(kinds: Sequence[Kind]) -> list[Part]:
-    curved = sorted((kind for kind in kinds if any(len(run.losses) > 1 for run in kind.runs)), key=lambda k: k.loss)
-    rows = [row for kind in curved[:MOST_CURVES] for row in _curve(kind)]
+    curved = [kind for kind in kinds if any(len(run.losses) > 1 for run in kind.runs)]
+    best = {id(kind) for kind in sorted(curved, key=lambda kind: kind.loss)[:MOST_CURVES]}
+    drawn = [kind for kind in curved if id(kind) in best]
+    drawn.sort(key=lambda kind: not kind.bytes_in_all)  # last, so that all figures have the same colours
+    rows = [row for kind in drawn for row in _curve(kind)]
     if not rows:
         return []
     left = f" The best {MOST_CURVES} of {len(curved)} are drawn." if len(curved) > MOST_CURVES else ""
-    several = any(len(kind.runs) > 1 for kind in curved[:MOST_CURVES])
+    several = any(len(kind.runs) > 1 for kind in drawn)
     band = "; a band is from the least to the most over seeds" if several else ""
     over_rounds = charts.lines(rows, "round", LOSS, KIND, band=("least", "most") if several else None)
     parts: list[Part] = [
