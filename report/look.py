@@ -69,7 +69,7 @@ footer { padding-top: 1rem; padding-bottom: 2rem; border-top: 1px solid var(--li
   }
   body { font-size: 10.5pt; } button, nav { display: none; } figure, tr { break-inside: avoid; }
   h2, caption, figcaption { break-after: avoid; }
-  .wide { overflow: visible; }
+  .wide { overflow: visible; } table { font-size: 8pt; } th, td { padding-right: .45rem; }
 }
 """
 
