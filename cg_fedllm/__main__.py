@@ -6,6 +6,7 @@
   cg-fedllm client --server ...        a node                                  (python -m client)
   cg-fedllm status [RUN]               how a run is doing                      (python -m server status)
   cg-fedllm tgap [OVERRIDES ...]       trains an artifact of the codec         (python -m tgap)
+  cg-fedllm compare RUN ...            finished runs beside each other         (python -m server.compare)
   cg-fedllm score RUN ...              benchmarks of what was trained          (python -m server.score)
   cg-fedllm export RUN ...             the adapter for other programs          (python -m server.export)
 
@@ -28,6 +29,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "client": ("client",),
     "status": ("server", "status"),
     "tgap": ("tgap",),
+    "compare": ("server.compare",),
     "score": ("server.score",),
     "export": ("server.export",),
 }

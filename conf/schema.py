@@ -43,6 +43,8 @@ from tasks.settings import is_hub_name as is_hub_dataset
 Run = TypeVar("Run", bound="Settings")
 ARMS = ("base", "centralised", "dense", "coded")
 BACKENDS = ("simulation", "inprocess", "superlink")
+MOST_ANSWERS = 64
+"""That a report shows; they are generated at once."""
 CHECKOUT = Path(__file__).resolve().parents[1]
 """Where the model and the codec that ship with the project lie."""
 
@@ -65,6 +67,7 @@ class FederationSettings:
         6  # coded: of the server on its held-out text before round 1, which follows no update; 0: none
     )
     metrics_port: int | None = None  # Prometheus text on 127.0.0.1, while the run lasts
+    sample_answers: int = 3  # held-out prompts that the report shows answers to, before and after; 0: none
 
 
 @dataclass
@@ -204,10 +207,12 @@ def check_settings(settings: Settings) -> None:
 
 def _check_federation(federation: FederationSettings) -> None:
     least = {"rounds": 1, "num_clients": 1, "clients_per_round": 1, "retries": 0, "rest_rounds": 0, "max_failures": 1}
-    least["rehearsal_steps"] = 0
+    least |= {"rehearsal_steps": 0, "sample_answers": 0}
     for key, lowest in least.items():
         if getattr(federation, key) < lowest:
             raise ValueError(f"federation.{key}={getattr(federation, key)} must be at least {lowest}")
+    if federation.sample_answers > MOST_ANSWERS:
+        raise ValueError(f"federation.sample_answers={federation.sample_answers} must be at most {MOST_ANSWERS}")
     if federation.clients_per_round > federation.num_clients:
         raise ValueError(
             f"federation.clients_per_round={federation.clients_per_round} is more than "
