@@ -41,6 +41,8 @@ def codecs_of(
     basis = settings.codec.basis
     if basis == "auto" and (codec.tables.leading or not codec.tables.serve_derived):
         basis = "artifact"
+    if basis == "auto" and settings.server.base == "none":
+        basis = "moves"  # which the server knows as well
     settings.codec.basis = basis
     if basis == "artifact":
         return SameCodec(codec)
