@@ -133,7 +133,8 @@ class Poll:
             config = ConfigRecord({SETTINGS: settings, SERVER_ROUND: self.server_round, **of_adapter})
             self._messages.append(Message(RecordDict({ARRAYS: arrays, CONFIG: config}), node, MessageType.EVALUATE))
             self.observer.downlink(dataclasses.replace(sent, server_round=self.server_round, evaluating=True))
-        self._replies = replies_to(grid, self._messages, seconds, self._again)
+        if self._messages:
+            self._replies = replies_to(grid, self._messages, seconds, self._again)
 
     def losses(self) -> list[NodeLoss]:
         """Of those that gave one, by ascending partition, once all have answered or their time is over."""
