@@ -15,7 +15,6 @@ from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
-from types import SimpleNamespace
 from typing import Any
 
 import hydra
