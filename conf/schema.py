@@ -64,6 +64,9 @@ class FederationSettings:
     rehearsal_steps: int = (
         6  # coded: of the server on its held-out text before round 1, which follows no update; 0: none
     )
+    keep_best: bool = False  # the adapter of the round with the lowest held-out loss is the final one, not the last
+    patience: int | None = None  # so many rounds without an improvement end the run; null: all rounds are run
+    min_improvement: float = 0.0  # with patience: of the held-out loss, nats per token, that counts as one
     metrics_port: int | None = None  # Prometheus text on 127.0.0.1, while the run lasts
 
 
@@ -225,9 +228,22 @@ def _check_federation(federation: FederationSettings) -> None:
         )
     if federation.metrics_port is not None and not 1 <= federation.metrics_port <= 65535:
         raise ValueError(f"federation.metrics_port={federation.metrics_port} must lie between 1 and 65535, or be null")
+    _check_patience(federation)
     for key in ("wait_seconds", "round_seconds"):
         if not getattr(federation, key) > 0:
             raise ValueError(f"federation.{key}={getattr(federation, key)} must be greater than 0")
+
+
+def _check_patience(federation: FederationSettings) -> None:
+    if federation.patience is not None and federation.patience < 1:
+        raise ValueError(f"federation.patience={federation.patience} must be at least 1, or null")
+    if not federation.min_improvement >= 0:
+        raise ValueError(f"federation.min_improvement={federation.min_improvement} must be at least 0")
+    if federation.min_improvement and federation.patience is None:
+        raise ValueError(
+            f"federation.min_improvement={federation.min_improvement} needs federation.patience=N, the rounds that may "
+            "pass without one"
+        )
 
 
 def _check_together(settings: Settings) -> None:
@@ -240,8 +256,25 @@ def _check_together(settings: Settings) -> None:
         raise ValueError(f"resume=... needs arm=dense or arm=coded, not arm={settings.arm}")
     if settings.record is not None and settings.arm != "dense":
         raise ValueError(f"record=... needs arm=dense, not arm={settings.arm}: payloads are no updates")
+    _check_rounds(settings)
     if settings.privacy.is_private or settings.privacy.secure_aggregation:
         _check_private_run(settings)
+
+
+def _check_rounds(settings: Settings) -> None:
+    """What training changes from round to round."""
+    train, rounds = settings.train, settings.federation.rounds
+    if train.round_warmup >= rounds:
+        raise ValueError(
+            f"train.round_warmup={train.round_warmup} must be less than federation.rounds={rounds}: the whole learning "
+            "rate would never be reached"
+        )
+    follows = train.round_schedule != "constant" or train.round_warmup > 0
+    if follows and settings.strategy.name == "fedadam" and settings.arm in ("dense", "coded"):
+        raise ValueError(
+            "train.round_schedule and train.round_warmup do not go with strategy=fedadam, which divides what clients "
+            "send by its own size and so takes the factor out again: choose strategy=fedavg or fedavgm"
+        )
 
 
 def _check_private_run(settings: Settings) -> None:

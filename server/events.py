@@ -2,8 +2,8 @@
 
 Every event has ``time`` (Unix seconds) and ``event``: ``run_started``, ``waiting``, ``nodes``, ``round_started``,
 ``downlink``, ``uplink``, ``fault``, ``node_refused``, ``checkpoint_failed``, ``round_finished``, ``evaluated``,
-``run_resumed``, ``run_finished``, ``run_stopped`` or ``run_failed``. A reader takes what it knows and
-leaves the rest: a file may be of another version, damaged or hostile.
+``budget_spent``, ``ended_early``, ``run_resumed``, ``run_finished``, ``run_stopped`` or ``run_failed``. A reader
+takes what it knows and leaves the rest: a file may be of another version, damaged or hostile.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class RunStatus:
         finite = isinstance(loss, float) or -LARGEST < loss < LARGEST
         self.heldout_loss = [*self.heldout_loss[:done], float(loss) if finite else math.inf]
 
-    def _spend(self, event: Event) -> None:
+    def _end_early(self, event: Event) -> None:
         self.reason = printable(event["reason"])
 
     def _finish(self, event: Event) -> None:
@@ -222,7 +222,8 @@ _CHANGES: dict[str, Callable[[RunStatus, Event], None]] = {
     "fault": RunStatus._take_fault,
     "round_finished": RunStatus._finish_round,
     "evaluated": RunStatus._evaluate,
-    "budget_spent": RunStatus._spend,
+    "budget_spent": RunStatus._end_early,
+    "ended_early": RunStatus._end_early,
     "run_finished": RunStatus._finish,
     "run_failed": RunStatus._fail,
     "run_stopped": RunStatus._stop,

@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # slow to import, and not needed to refuse a setting
 register_schemas()
 register_resolver()
 
-FIXED = ("federation.num_clients", "federation.clients_per_round")
+FIXED = ("federation.num_clients", "federation.clients_per_round", "federation.keep_best")
 """Of the settings of a federation, those that a resumed run cannot change."""
 TRUST = "model.trust_remote_code"
 """Whether code that comes with a model is run: a resumed run's folder does not decide that."""
@@ -68,7 +68,7 @@ def main(config: DictConfig) -> float:
             sys.exit(str(stop) or f"stopped; {continuation(Path(settings.output))}")
     except ValueError as error:
         sys.exit(f"error: {printable(error, 2000)}")
-    return results.heldout_loss[-1] if results is not None else math.nan
+    return results.final_loss if results is not None else math.nan
 
 
 def one(settings: Settings) -> RunResults | None:
@@ -85,10 +85,10 @@ def one(settings: Settings) -> RunResults | None:
     if not settings.run_id:
         settings.run_id = uuid.uuid4().hex[:12]
     results = run(settings)
-    losses = results.heldout_loss
+    losses, kept = results.heldout_loss, "" if results.adapter_round is None else f" of round {results.adapter_round}"
     print(
-        f"{label(settings)}: held-out loss {losses[0]:.4f} -> {losses[-1]:.4f} (perplexity "
-        f"{results.heldout_perplexity[0]:.2f} -> {results.heldout_perplexity[-1]:.2f}), "
+        f"{label(settings)}: held-out loss {losses[0]:.4f} -> {results.final_loss:.4f}{kept} (perplexity "
+        f"{results.heldout_perplexity[0]:.2f} -> {results.final_perplexity:.2f}), "
         f"{results.payload_bytes_per_client_round:.0f} payload bytes a client and round, "
         f"{results.seconds:.0f} s, results in {settings.output}"
     )

@@ -50,6 +50,7 @@ class RunResults:
     codec_cost: CodecCost = NOTHING
     privacy: dict[str, Any] = field(default_factory=dict)  # what is promised of the clients' data (privacy.guarantee)
     ended_early: str = ""  # before its last round, and why
+    adapter_round: int | None = None  # that the final adapter is of, if it is the best one; None: the last
 
     def account(self) -> Account:
         """Of the whole run."""
@@ -81,6 +82,21 @@ class RunResults:
     def heldout_perplexity(self) -> list[float]:
         """Infinite where float64 ends: a run that diverged still gets its results."""
         return [math.exp(loss) if not loss > MAX_EXPONENT else math.inf for loss in self.heldout_loss]
+
+    @property
+    def judged_by(self) -> list[float]:
+        """Before the first round and after each, the loss by which rounds are compared, the lower the better."""
+        return self.heldout_loss
+
+    @property
+    def final_loss(self) -> float:
+        """The held-out loss of the final adapter."""
+        return self.heldout_loss[-1 if self.adapter_round is None else self.adapter_round]
+
+    @property
+    def final_perplexity(self) -> float:
+        """Of the final adapter."""
+        return self.heldout_perplexity[-1 if self.adapter_round is None else self.adapter_round]
 
     def participation(self) -> dict[int, dict[str, int]]:
         """Partition -> in how many rounds it was ``asked``, and what became of that: ``accepted`` or a kind of fault. A
@@ -121,7 +137,6 @@ class RunResults:
         account = self.account().to_json()
         sent = {
             "rounds": f"{done}, {federation.clients_per_round} of {federation.num_clients} clients drawn for each",
-            **({"ended early": self.ended_early} if self.ended_early else {}),
             **({} if settings.privacy.secret_sampling else self._who_took_part()),
             "codec": settings.codec.name if settings.arm == "coded" else "none",
             "bytes up per client and round": f"{self.payload_bytes_per_client_round:,.0f}",
@@ -133,12 +148,17 @@ class RunResults:
             "arm": settings.arm,
             **(sent if self.uplinks else {}),
             "adapter parameters": f"{self.num_parameters:,}",
-            "held-out loss, nats per token": f"{self.heldout_loss[0]:.4f} -> {self.heldout_loss[-1]:.4f}",
-            "held-out perplexity": f"{self.heldout_perplexity[0]:.3f} -> {self.heldout_perplexity[-1]:.3f}",
+            **({"ended early": self.ended_early} if self.ended_early else {}),
+            **({} if self.adapter_round is None else {"kept": self._kept()}),
+            "held-out loss, nats per token": f"{self.heldout_loss[0]:.4f} -> {self.final_loss:.4f}",
+            "held-out perplexity": f"{self.heldout_perplexity[0]:.3f} -> {self.final_perplexity:.3f}",
             "task": settings.task.name,
             "seed": str(settings.seed),
             "made with": ", ".join(f"{name} {version}" for name, version in provenance().items()),
         }
+
+    def _kept(self) -> str:
+        return f"the adapter of round {self.adapter_round} of {len(self.heldout_loss) - 1}, which had the lowest loss"
 
     def notes(self) -> dict[str, list[str]]:
         """Sections of a model card, title -> paragraphs."""
@@ -163,6 +183,7 @@ class RunResults:
             "codec_cost": dataclasses.asdict(self.codec_cost),
             "privacy": self.privacy,
             "ended_early": self.ended_early,
+            "adapter_round": self.adapter_round,
         }
 
     @classmethod
@@ -181,6 +202,7 @@ class RunResults:
             _record(CodecCost, state["codec_cost"]),
             _typed(state.get("privacy", {}), dict),
             _typed(state.get("ended_early", ""), str),
+            _round_of(state.get("adapter_round"), len(state["heldout_loss"])),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -215,6 +237,13 @@ def _typed(value: Any, kind: type[T]) -> T:
         value = float(value)
     if type(value) is not kind:
         raise TypeError(f"{str(value)[:60]!r} is no {kind.__name__}")
+    return value
+
+
+def _round_of(value: Any, num_losses: int) -> int | None:
+    """Raises TypeError: it is none of the rounds that were evaluated."""
+    if value is not None and not 0 <= _typed(value, int) < num_losses:
+        raise TypeError(f"{value} is none of {num_losses} rounds")
     return value
 
 
