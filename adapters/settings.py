@@ -52,6 +52,11 @@ class LoraSettings:
     dropout: float = 0.0
     # attention: its projections, whatever the architecture calls them | all-linear | names of modules
     target_modules: list[str] = field(default_factory=lambda: [ATTENTION])
+    # pattern of PEFT's (a regular expression, on the end of a module's name) -> another rank, or another alpha
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rslora: bool = False  # scale alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023)
+    dora: bool = False  # a trained magnitude for every output of an adapted layer (DoRA, Liu et al. 2024)
     train: str = "both"  # both factors | b: A stays as it was drawn (FFA-LoRA, Sun et al. 2024)
     start: str | None = None  # PEFT adapter directory on the server from which training starts; null: a fresh one
 
@@ -182,6 +187,28 @@ def check_lora(settings: LoraSettings) -> None:
         raise ValueError(f"lora.dropout={settings.dropout} must be at least 0 and less than 1")
     if not settings.target_modules:
         raise ValueError(f"lora.target_modules is empty: try [{ATTENTION}]")
+    _check_patterns(settings)
+
+
+def _check_patterns(settings: LoraSettings) -> None:
+    patterns = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
+    for key, pattern in ((key, pattern) for key, found in patterns.items() for pattern in found):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"lora.{key}: {pattern!r} is no regular expression: {error}") from None
+    for pattern, rank in settings.rank_pattern.items():
+        if rank < 1:
+            raise ValueError(f"lora.rank_pattern: {pattern!r} has rank {rank}, which must be at least 1")
+    for pattern, alpha in settings.alpha_pattern.items():
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise ValueError(f"lora.alpha_pattern: {pattern!r} has alpha {alpha}, which must be greater than 0")
+
+
+def start_is_known(settings: LoraSettings) -> bool:
+    """Whether every machine makes the adapter that a run starts from on its own, to the bit. DoRA's magnitudes are
+    norms of the base weights, which machines sum up in orders of their own."""
+    return settings.start is None and not settings.dora
 
 
 def check_training(settings: TrainSettings) -> None:

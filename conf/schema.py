@@ -149,6 +149,8 @@ def register_schemas() -> None:
         config = OmegaConf.structured(schema)
         for group in OPEN:
             OmegaConf.set_struct(config[group].options, False)
+        for patterns in (config.lora.rank_pattern, config.lora.alpha_pattern):
+            OmegaConf.set_struct(patterns, False)
         store.store(name=name, node=config)
     for group, plugins in (("codec", CODECS), ("strategy", STRATEGIES), ("task", TASKS)):
         for name in plugins.names:
@@ -256,6 +258,11 @@ def _check_together(settings: Settings) -> None:
         raise ValueError(f"resume=... needs arm=dense or arm=coded, not arm={settings.arm}")
     if settings.record is not None and settings.arm != "dense":
         raise ValueError(f"record=... needs arm=dense, not arm={settings.arm}: payloads are no updates")
+    if settings.lora.dora and settings.arm == "coded" and settings.codec.name == "b-only":
+        raise ValueError(
+            "lora.dora=true does not go with codec=b-only, which sends B factors alone: the magnitudes would never "
+            "arrive"
+        )
     _check_rounds(settings)
     if settings.privacy.is_private or settings.privacy.secure_aggregation:
         _check_private_run(settings)

@@ -242,9 +242,10 @@ def _typed(value: Any, kind: type[T]) -> T:
 
 def _round_of(value: Any, num_losses: int) -> int | None:
     """Raises TypeError: it is none of the rounds that were evaluated."""
-    if value is not None and not 0 <= _typed(value, int) < num_losses:
-        raise TypeError(f"{value} is none of {num_losses} rounds")
-    return value
+    server_round = None if value is None else _typed(value, int)
+    if server_round is not None and not 0 <= server_round < num_losses:
+        raise TypeError(f"{server_round} is none of {num_losses} rounds")
+    return server_round
 
 
 def _record(schema: type[T], content: Any) -> T:

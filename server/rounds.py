@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from adapters.model import adapter_parts, adapter_shapes
-from adapters.settings import num_examples
+from adapters.settings import num_examples, start_is_known
 from conf.basis import codecs_of
 from conf.output import OutputError, open_output, write_json
 from conf.remedies import TRAIN_ONE, codec_remedies
@@ -193,7 +193,7 @@ def _ways(settings: Settings, layout: Layout, evaluator: Evaluator, books: Books
         receiver = CodedReceiver(intake, codecs, sends_side=not down)
     if not down:
         return Ways(DenseBroadcaster(), receiver)
-    budget, known = broadcast_budget(settings.codec, layout), settings.lora.start is None
+    budget, known = broadcast_budget(settings.codec, layout), start_is_known(settings.lora)
     delivery = Delivery(
         codec_at(codecs, layout), layout, evaluator.initial, settings.run_id, budget, clients, start_is_known=known
     )

@@ -156,15 +156,16 @@ def test_the_proximal_term_is_autograds_whatever_the_passes(
     without = by_hand(model, windows, 0.0, {})
     set_adapter(model, start)
     for ours, theirs in zip(found.values(), wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
-    assert sum(float((a - b).abs().max()) for a, b in zip(wanted, without, strict=True)) > 1e-4
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+    assert sum(float((a - b).abs().max()) for a, b in zip(wanted, without, strict=True)) > 1e-2
     assert sum(float(one.norm()) for one in wanted) < sum(float(one.norm()) for one in without)
 
 
 def test_dp_sgd_adds_the_term_to_what_is_noised(model: PeftModel, windows: Windows) -> None:
     start = get_adapter(model)
     training = dataclasses.replace(TRAINING, proximal_mu=0.8)
-    everybody = dataclasses.replace(protection(seed=3, noise=0.01), uniforms=lambda count: torch.zeros(count))
+    hidden = protection(seed=3, noise=1e-4, clip=100.0)  # no window's gradient is as long
+    everybody = dataclasses.replace(hidden, uniforms=lambda count: torch.zeros(count))
     found, _ = finetune_privately(model, start, windows, training, everybody, seed=0)
     generator = torch.Generator().manual_seed(3)
     shapes = [parameter.shape for parameter in trained_parameters(model)]
@@ -173,10 +174,10 @@ def test_dp_sgd_adds_the_term_to_what_is_noised(model: PeftModel, windows: Windo
         for step in range(training.steps)
     }
     set_adapter(model, start)
-    wanted = by_hand(model, windows, 0.8, noise)  # no window's gradient is as long as the bound of 1
+    wanted = by_hand(model, windows, 0.8, noise)
     set_adapter(model, start)
     for ours, theirs in zip(found.values(), wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
 
 
 def test_a_strategy_with_a_term_of_its_own_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
