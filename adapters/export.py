@@ -274,12 +274,16 @@ def _beyond_plain_lora(config: PeftConfig) -> str | None:
     return None
 
 
+_MEANT, _BACKSLASH = re.compile(r"([()\[\]{}:=,\s\\])"), r"\\\1"
+"""What Hydra takes for its own in a key, unless a backslash stands before it."""
+
+
 def _said(value: object) -> str:
     """As the command line takes it."""
     if isinstance(value, list):
         return f"[{','.join(value)}]"
     if isinstance(value, dict):
-        return "'{" + ",".join(f"{json.dumps(key)}:{one}" for key, one in value.items()) + "}'"
+        return "'{" + ", ".join(f"{_MEANT.sub(_BACKSLASH, key)}: {one}" for key, one in value.items()) + "}'"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

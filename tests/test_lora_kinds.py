@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import heavy_tailed_update
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_federation import run, settings_for
 from transformers import AutoModelForCausalLM
 
+from adapters.export import load_start, save_adapter
 from adapters.finetune import finetune
 from adapters.model import adapter_parts, adapter_shapes, empty_model, get_adapter, load_model
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_lora
@@ -94,6 +97,16 @@ def test_patterns_come_from_the_command_line_and_travel() -> None:
     assert Settings.from_json(settings.to_json()) == settings
     with pytest.raises(ValueError, match=r"lora\.rank_pattern.*'many'"):
         changed(Settings(), ["lora.rank_pattern={q_proj: many}"])
+
+
+def test_a_start_says_its_patterns_as_the_command_line_takes_them(tmp_path: Path) -> None:
+    patterns = {r"layers\.[01]\..*": 4, "(q|k)_proj": 2}
+    made = load_model(ModelSettings(), LoraSettings(rank_pattern=patterns), seed=0)
+    save_adapter(get_adapter(made), made.peft_config["default"], {}, tmp_path / "made")
+    with pytest.raises(ValueError, match=r"has another rank_pattern than this run: give lora\.rank_pattern=") as error:
+        load_start(tmp_path / "made", load_model(ModelSettings(), LoraSettings(), seed=0))
+    (said,) = shlex.split(str(error.value).rpartition("give ")[2])
+    assert OverridesParser.create().parse_override(said).value() == patterns
 
 
 def test_a_vector_is_a_block_of_one_row_and_comes_back_as_it_was() -> None:
