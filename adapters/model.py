@@ -17,6 +17,7 @@ from peft import (
     prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -83,6 +84,10 @@ def _with_adapter(base: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftM
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
         target_modules=target_modules(base, lora.target_modules),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
         task_type="CAUSAL_LM",
@@ -93,8 +98,22 @@ def _with_adapter(base: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftM
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-            parameter.requires_grad = lora.train == "both" or ".lora_B." in name
+            parameter.requires_grad = lora.train == "both" or ".lora_A." not in name
+    _check_patterns(model, lora)
     return model
+
+
+def _check_patterns(model: PeftModel, lora: LoraSettings) -> None:
+    """Raises ValueError: a pattern is of no adapted layer, and so would change nothing."""
+    head = "base_model.model."
+    layers = [name.removeprefix(head).partition(".lora_A.")[0] for name in adapter_shapes(model) if ".lora_A." in name]
+    for key, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for pattern in patterns:
+            if all(get_pattern_key([pattern], layer) != pattern for layer in layers):
+                raise ValueError(
+                    f"lora.{key}: {pattern!r} is the end of no adapted layer's name, such as {layers[0]!r}: PEFT "
+                    "matches a regular expression with all of it, or with what is behind a dot"
+                )
 
 
 def adapter_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:

@@ -25,7 +25,7 @@ from adapters.footprint import check_fits
 from adapters.gguf import model_folder
 from adapters.model import Adapter, adapter_parts, adapter_shapes, get_adapter, load_model, on_host, set_adapter
 from adapters.private import finetune_privately
-from adapters.settings import is_hub_name, num_examples
+from adapters.settings import for_round, is_hub_name, num_examples
 from adapters.team import Team
 from client.console import note, round_line
 from client.memory import DiskMemory
@@ -265,7 +265,8 @@ class Trainer:
         assert work.adapter is not None
         self.model.zero_grad()  # a message that failed within a step left its gradients
         adapter = {name: torch.from_numpy(array) for name, array in work.adapter.items()}
-        windows, training = self.shard(work.partition).train, self.settings.train
+        windows, rounds = self.shard(work.partition).train, self.settings.federation.rounds
+        training = for_round(self.settings.train, work.server_round, rounds)
         seed = training_seed(self.settings.seed, work.server_round, work.partition)
         guard = self.guard(work.partition, work.memory)
         if guard is not None and self.settings.privacy.name == "record_dp":

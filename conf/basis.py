@@ -67,6 +67,6 @@ def codecs_of(
 
 def priors_of(model: ModelSettings, layout: Layout) -> dict[str, Prior]:
     """What the base model says of where each block's updates will lie. Raises ValueError: it cannot be read."""
-    wanted = [Wanted(block.name, block.tensor, block.rows) for block in layout.blocks]
+    wanted = [Wanted(block.name, block.tensor, block.rows) for block in layout.blocks if not block.is_vector]
     spaces = spaces_of(model, wanted)
     return {name: Prior(space.directions_WK, space.shares_K) for name, space in spaces.items()}

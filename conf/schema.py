@@ -68,6 +68,9 @@ class FederationSettings:
     rehearsal_steps: int = (
         6  # coded: of the server on its held-out text before round 1, which follows no update; 0: none
     )
+    keep_best: bool = False  # the adapter of the round with the lowest held-out loss is the final one, not the last
+    patience: int | None = None  # so many rounds without an improvement end the run; null: all rounds are run
+    min_improvement: float = 0.0  # with patience: of the held-out loss, nats per token, that counts as one
     metrics_port: int | None = None  # Prometheus text on 127.0.0.1, while the run lasts
     sample_answers: int = 3  # held-out prompts that the report shows answers to, before and after; 0: none
     # nodes evaluate the global adapter on their own held-out windows before the first round, after every Nth and after
@@ -163,6 +166,8 @@ def register_schemas() -> None:
         config = OmegaConf.structured(schema)
         for group in OPEN:
             OmegaConf.set_struct(config[group].options, False)
+        for patterns in (config.lora.rank_pattern, config.lora.alpha_pattern):
+            OmegaConf.set_struct(patterns, False)
         store.store(name=name, node=config)
     for group, plugins in (("codec", CODECS), ("strategy", STRATEGIES), ("task", TASKS)):
         for name in plugins.names:
@@ -256,6 +261,19 @@ def _check_counts(federation: FederationSettings) -> None:
             )
     if federation.metrics_port is not None and not 1 <= federation.metrics_port <= 65535:
         raise ValueError(f"federation.metrics_port={federation.metrics_port} must lie between 1 and 65535, or be null")
+    _check_patience(federation)
+
+
+def _check_patience(federation: FederationSettings) -> None:
+    if federation.patience is not None and federation.patience < 1:
+        raise ValueError(f"federation.patience={federation.patience} must be at least 1, or null")
+    if not federation.min_improvement >= 0:
+        raise ValueError(f"federation.min_improvement={federation.min_improvement} must be at least 0")
+    if federation.min_improvement and federation.patience is None:
+        raise ValueError(
+            f"federation.min_improvement={federation.min_improvement} needs federation.patience=N, the rounds that may "
+            "pass without one"
+        )
 
 
 def _check_together(settings: Settings) -> None:
@@ -268,6 +286,12 @@ def _check_together(settings: Settings) -> None:
         raise ValueError(f"resume=... needs arm=dense or arm=coded, not arm={settings.arm}")
     if settings.record is not None and settings.arm != "dense":
         raise ValueError(f"record=... needs arm=dense, not arm={settings.arm}: payloads are no updates")
+    if settings.lora.dora and settings.arm == "coded" and settings.codec.name == "b-only":
+        raise ValueError(
+            "lora.dora=true does not go with codec=b-only, which sends B factors alone: the magnitudes would never "
+            "arrive"
+        )
+    _check_rounds(settings)
     if settings.privacy.is_private or settings.privacy.secure_aggregation:
         _check_private_run(settings)
     if settings.federation.evaluate_every:
@@ -293,6 +317,12 @@ def _check_without_base(settings: Settings) -> None:
     """What a server without base model and text cannot do."""
     if settings.arm not in ("dense", "coded"):
         raise ValueError(f"server.base=none needs arm=dense or arm=coded: arm={settings.arm} runs on the server itself")
+    federation = settings.federation
+    if (federation.keep_best or federation.patience is not None) and not federation.evaluate_every:
+        raise ValueError(
+            "federation.keep_best and federation.patience go by losses, and with server.base=none nodes alone measure "
+            "them: give federation.evaluate_every=1"
+        )
     if settings.strategy.name == "fltrust":
         raise ValueError("server.base=none and strategy=fltrust do not go together: it trains on the server's own text")
     if settings.privacy.secure_aggregation:
@@ -304,6 +334,22 @@ def _check_without_base(settings: Settings) -> None:
         raise ValueError(
             "server.base=none and codec.basis=model do not go together, as the server decodes by directions of the "
             "base model: give codec.basis=auto, moves or artifact, or a codec without directions, such as codec=rotated"
+        )
+
+
+def _check_rounds(settings: Settings) -> None:
+    """What training changes from round to round."""
+    train, rounds = settings.train, settings.federation.rounds
+    if train.round_warmup >= rounds:
+        raise ValueError(
+            f"train.round_warmup={train.round_warmup} must be less than federation.rounds={rounds}: the whole learning "
+            "rate would never be reached"
+        )
+    follows = train.round_schedule != "constant" or train.round_warmup > 0
+    if follows and settings.strategy.name == "fedadam" and settings.arm in ("dense", "coded"):
+        raise ValueError(
+            "train.round_schedule and train.round_warmup do not go with strategy=fedadam, which divides what clients "
+            "send by its own size and so takes the factor out again: choose strategy=fedavg or fedavgm"
         )
 
 

@@ -18,7 +18,7 @@ from adapters.base import check_vocabulary, load_tokenizer, max_positions, resol
 from adapters.finetune import DivergedError, finetune
 from adapters.footprint import check_fits, estimate_memory, free_bytes
 from adapters.model import Adapter, load_model, on_host, set_adapter
-from adapters.settings import for_evaluation
+from adapters.settings import for_evaluation, for_round
 from adapters.windows import Windows
 from conf.footprint import server_memory
 from conf.schema import Settings
@@ -72,7 +72,8 @@ class Evaluator(Outline):
         """The update of so many training steps on held-out text, one window each: it lies in the directions in which
         the clients' first updates will lie. None: there is no memory for it here, or it diverged, as theirs will."""
         model = for_evaluation(settings.model)
-        train = replace(settings.train, steps=steps, epochs=None, warmup_steps=0, batch_size=1, micro_batch_size=1)
+        train = for_round(settings.train, 1, settings.federation.rounds)
+        train = replace(train, steps=steps, epochs=None, warmup_steps=0, batch_size=1, micro_batch_size=1)
         needed = estimate_memory(model, settings.lora, train, settings.task.window)
         free = free_bytes(resolve_device(model))
         if free is not None and needed.total - needed.weights > free:
@@ -91,8 +92,9 @@ class Evaluator(Outline):
             RoundError: it diverged.
         """
         seed = settings.seed + server_round
+        train = for_round(settings.train, server_round, settings.federation.rounds)
         try:
-            return on_host(finetune(self.model, adapter, self.heldout, settings.train, seed)[0])
+            return on_host(finetune(self.model, adapter, self.heldout, train, seed)[0])
         except DivergedError as error:
             raise RoundError(f"round {server_round}: the server's own update: {error}") from None
 

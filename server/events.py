@@ -2,8 +2,8 @@
 
 Every event has ``time`` (Unix seconds) and ``event``: ``run_started``, ``waiting``, ``nodes``, ``round_started``,
 ``downlink``, ``uplink``, ``fault``, ``node_refused``, ``checkpoint_failed``, ``round_finished``, ``evaluated``,
-``evaluated_on_nodes``, ``run_resumed``, ``run_finished``, ``run_stopped`` or ``run_failed``. A reader takes what it
-knows and leaves the rest: a file may be of another version, damaged or hostile.
+``evaluated_on_nodes``, ``budget_spent``, ``ended_early``, ``run_resumed``, ``run_finished``, ``run_stopped`` or
+``run_failed``. A reader takes what it knows and leaves the rest: a file may be of another version, damaged or hostile.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class RunStatus:
             self.node_losses = {n: one for n, one in self.node_losses.items() if n < done} | {done: loss}
             self.worst_client = worst
 
-    def _spend(self, event: Event) -> None:
+    def _end_early(self, event: Event) -> None:
         self.reason = printable(event["reason"])
 
     def _finish(self, event: Event) -> None:
@@ -237,7 +237,8 @@ _CHANGES: dict[str, Callable[[RunStatus, Event], None]] = {
     "round_finished": RunStatus._finish_round,
     "evaluated": RunStatus._evaluate,
     "evaluated_on_nodes": RunStatus._evaluate_on_nodes,
-    "budget_spent": RunStatus._spend,
+    "budget_spent": RunStatus._end_early,
+    "ended_early": RunStatus._end_early,
     "run_finished": RunStatus._finish,
     "run_failed": RunStatus._fail,
     "run_stopped": RunStatus._stop,

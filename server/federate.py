@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # slow to import, and not needed to refuse a setting
 register_schemas()
 register_resolver()
 
-FIXED = ("federation.num_clients", "federation.clients_per_round")
+FIXED = ("federation.num_clients", "federation.clients_per_round", "federation.keep_best")
 """Of the settings of a federation, those that a resumed run cannot change."""
 TRUST = "model.trust_remote_code"
 """Whether code that comes with a model is run: a resumed run's folder does not decide that."""
@@ -68,7 +68,7 @@ def main(config: DictConfig) -> float:
             sys.exit(str(stop) or f"stopped; {continuation(Path(settings.output))}")
     except ValueError as error:
         sys.exit(f"error: {printable(error, 2000)}")
-    loss = None if results is None else results.last_loss
+    loss = None if results is None else results.final_loss
     return math.nan if loss is None else loss
 
 

@@ -18,7 +18,7 @@ from adapters.base import empty_base, load_config, max_positions
 from adapters.export import what_to_know
 from adapters.footprint import MemoryEstimate
 from adapters.model import adapter_parts, adapter_shapes, empty_model
-from adapters.settings import TrainSettings, num_steps
+from adapters.settings import LoraSettings, TrainSettings, num_steps, start_is_known
 from conf.console import bytes_text, printable
 from conf.footprint import client_memory, server_memory
 from conf.schema import NONE, Settings, check_settings
@@ -164,7 +164,7 @@ class Plan:
 
     @property
     def _start_bytes(self) -> int:
-        return self.dense_bytes if self.settings.lora.start is not None else 0
+        return 0 if start_is_known(self.settings.lora) else self.dense_bytes
 
     @property
     def _axes(self) -> int:
@@ -270,8 +270,7 @@ def _lines(plan: Plan) -> dict[str, str]:
     steps = "an unknown number of" if plan.steps is None else f"{plan.steps:,}"
     lines = {
         "model": f"{model.path}: {plan.num_base_parameters / 1e9:.2f} B parameters, {held}",
-        "adapter": f"rank {lora.rank}, alpha {lora.alpha:g}: {plan.layout.num_parameters:,} parameters in "
-        f"{len(plan.layout.shapes)} tensors",
+        "adapter": f"{_kind_of(lora)}: {plan.layout.num_parameters:,} parameters in {len(plan.layout.shapes)} tensors",
         **({"note": "; ".join(plan.warnings)} if plan.warnings else {}),
         "data": _data_line(plan),
         **_memory_lines(plan),
@@ -308,6 +307,13 @@ def _evaluation_lines(plan: Plan) -> dict[str, str]:
     )
     nodes = f"{plan.num_evaluations} answers of nodes, {rounds}" if every else "on no node"
     return {"evaluation": f"{here}; {nodes}"}
+
+
+def _kind_of(lora: LoraSettings) -> str:
+    kind = f"rank {lora.rank}, alpha {lora.alpha:g}"
+    for name, patterns in (("rank", lora.rank_pattern), ("alpha", lora.alpha_pattern)):
+        kind += "".join(f", {name} {value:g} of {pattern}" for pattern, value in patterns.items())
+    return kind + (", rank-stabilised" if lora.rslora else "") + (", DoRA" if lora.dora else "")
 
 
 def _memory_lines(plan: Plan) -> dict[str, str]:

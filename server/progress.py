@@ -54,7 +54,7 @@ class RunView:
         elif kind == "uplink":
             self._came.append(printable(event.get("partition"), 12))
             self._sent += max(0, size) if isinstance(size := event.get("payload_bytes"), int) else 0
-        elif kind in ("fault", "node_refused", "checkpoint_failed", "budget_spent"):
+        elif kind in ("fault", "node_refused", "checkpoint_failed", "budget_spent", "ended_early"):
             self._wrong(event)
         elif kind == "round_finished":
             self._finish_round()

@@ -58,6 +58,7 @@ class RunResults:
     privacy: dict[str, Any] = field(default_factory=dict)  # what is promised of the clients' data (privacy.guarantee)
     ended_early: str = ""  # before its last round, and why
     node_losses: list[NodeLoss] = field(default_factory=list)  # of evaluations on the nodes
+    adapter_round: int | None = None  # that the final adapter is of, if it is the best one; None: the last
 
     def account(self) -> Account:
         """Of the whole run."""
@@ -96,10 +97,10 @@ class RunResults:
         return dict(enumerate(self.heldout_loss))
 
     @property
-    def last_loss(self) -> float | None:
-        """The last of ``deciding_losses``; None: there is none."""
+    def final_loss(self) -> float | None:
+        """Of ``deciding_losses`` that of the adapter which is kept, or the last; None: there is none."""
         losses = self.deciding_losses
-        return losses[max(losses)] if losses else None
+        return losses.get(max(losses, default=0) if self.adapter_round is None else self.adapter_round)
 
     @property
     def payload_bytes_per_client_round(self) -> float:
@@ -116,13 +117,14 @@ class RunResults:
         return [perplexity(loss) for loss in self.heldout_loss]
 
     def change_of_loss(self) -> str:
-        """From the first to the last, in words: by the server's text, or else on the nodes."""
-        losses = [*self.deciding_losses.values()]
-        if not losses:
+        """From the first to that of the final adapter, in words: by the server's text, or else on the nodes."""
+        losses, final = [*self.deciding_losses.values()], self.final_loss
+        if not losses or final is None:
             return "no loss, as the server holds no base model and no node was asked (federation.evaluate_every)"
         where = "held-out loss" if self.heldout_loss else "loss on the nodes"
-        before, after = perplexity(losses[0]), perplexity(losses[-1])
-        return f"{where} {losses[0]:.4f} -> {losses[-1]:.4f} (perplexity {before:.2f} -> {after:.2f})"
+        kept = "" if self.adapter_round is None else f" of round {self.adapter_round}"
+        before, after = perplexity(losses[0]), perplexity(final)
+        return f"{where} {losses[0]:.4f} -> {final:.4f}{kept} (perplexity {before:.2f} -> {after:.2f})"
 
     def participation(self) -> dict[int, dict[str, int]]:
         """Partition -> in how many rounds it was ``asked``, and what became of that: ``accepted`` or a kind of fault. A
@@ -163,7 +165,6 @@ class RunResults:
         account = self.account().to_json()
         sent = {
             "rounds": f"{done}, {federation.clients_per_round} of {federation.num_clients} clients drawn for each",
-            **({"ended early": self.ended_early} if self.ended_early else {}),
             **({} if settings.privacy.secret_sampling else self._who_took_part()),
             "codec": settings.codec.name if settings.arm == "coded" else "none",
             "bytes up per client and round": f"{self.payload_bytes_per_client_round:,.0f}",
@@ -175,6 +176,8 @@ class RunResults:
             "arm": settings.arm,
             **(sent if self.uplinks else {}),
             "adapter parameters": f"{self.num_parameters:,}",
+            **({"ended early": self.ended_early} if self.ended_early else {}),
+            **({} if self.adapter_round is None else {"kept": self._kept()}),
             **self._losses(),
             **in_words_of_nodes(self.federated_loss),
             "task": settings.task.name,
@@ -186,11 +189,14 @@ class RunResults:
         """For a model card: by the server's own text."""
         if not self.heldout_loss:
             return {"held-out loss": "not measured by the server, which held neither base model nor text"}
-        first, last = self.heldout_perplexity[0], self.heldout_perplexity[-1]
+        first, last = self.heldout_loss[0], self.heldout_loss[-1 if self.adapter_round is None else self.adapter_round]
         return {
-            "held-out loss, nats per token": f"{self.heldout_loss[0]:.4f} -> {self.heldout_loss[-1]:.4f}",
-            "held-out perplexity": f"{first:.3f} -> {last:.3f}",
+            "held-out loss, nats per token": f"{first:.4f} -> {last:.4f}",
+            "held-out perplexity": f"{perplexity(first):.3f} -> {perplexity(last):.3f}",
         }
+
+    def _kept(self) -> str:
+        return f"the adapter of round {self.adapter_round} of {self.rounds_done}, which had the lowest loss"
 
     def notes(self) -> dict[str, list[str]]:
         """Sections of a model card, title -> paragraphs."""
@@ -216,6 +222,7 @@ class RunResults:
             "node_losses": [dataclasses.asdict(one) for one in self.node_losses],
             "privacy": self.privacy,
             "ended_early": self.ended_early,
+            "adapter_round": self.adapter_round,
         }
 
     @classmethod
@@ -235,6 +242,7 @@ class RunResults:
             _typed(state.get("privacy", {}), dict),
             _typed(state.get("ended_early", ""), str),
             [_record(NodeLoss, one) for one in _typed(state.get("node_losses", []), list)],
+            _typed_or_none(state.get("adapter_round"), int | None),
         )
 
     def to_json(self) -> dict[str, Any]:

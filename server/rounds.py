@@ -20,7 +20,7 @@ from flwr.supercore import log
 from safetensors import SafetensorError
 from torch import Tensor
 
-from adapters.settings import num_examples
+from adapters.settings import num_examples, start_is_known
 from conf.basis import codecs_of
 from conf.output import OutputError, open_output, write_json
 from conf.remedies import TRAIN_ONE, codec_remedies
@@ -40,6 +40,7 @@ from privacy.errors import BudgetSpentError
 from privacy.secagg import least_stay
 from server.account import NOTHING, CodecCost
 from server.alive import alive
+from server.best import best_round, enough
 from server.checkpoint import Checkpoint, go_back, load_checkpoint, save_checkpoint
 from server.evaluate import Evaluator
 from server.events import EventLog
@@ -51,7 +52,7 @@ from server.private import Books
 from server.progress import shown
 from server.results import RunResults
 from strategies.broadcast import CodedBroadcaster, DenseBroadcaster
-from strategies.build import build_inner
+from strategies.build import build_inner, proximal_mu_of
 from strategies.coded import CodedReceiver
 from strategies.dense import DenseReceiver
 from strategies.errors import RoundError
@@ -115,6 +116,11 @@ def prepare(
         return evaluator.root_update(settings, server_round, adapter)
 
     inner = build_inner(settings.strategy, root)  # first, as a plug-in may refuse its settings
+    if (asked := proximal_mu_of(inner)) != 0.0 and asked != settings.train.proximal_mu:
+        raise ValueError(
+            f"strategy.name={settings.strategy.name} asks clients for a proximal term of {asked:g}, and they take it "
+            f"from train.proximal_mu={settings.train.proximal_mu:g} alone: give train.proximal_mu={asked:g}"
+        )
     codec_cost = NOTHING
     if settings.arm == "coded" and entry_of(settings.codec.name).needs_artifact:
         with codec_remedies(TRAIN_ONE):
@@ -190,7 +196,7 @@ def _ways(settings: Settings, layout: Layout, evaluator: Outline, books: Books) 
         receiver = CodedReceiver(intake, codecs, sends_side=not down)
     if not down:
         return Ways(DenseBroadcaster(), receiver)
-    budget, known = broadcast_budget(settings.codec, layout), settings.lora.start is None
+    budget, known = broadcast_budget(settings.codec, layout), start_is_known(settings.lora)
     delivery = Delivery(
         codec_at(codecs, layout), layout, evaluator.initial, settings.run_id, budget, clients, start_is_known=known
     )
@@ -233,13 +239,15 @@ class Federation:
         self.done = 0  # rounds
         self.evaluation = _evaluation(settings, strategy)
         self._asked_after = -1  # the round whose adapter the nodes were last asked about
+        self.best: Mapping[str, Tensor] | None = None  # adapter of the round with the lowest loss, where it is wanted
         self._good: tuple[int, Mapping[str, Tensor]] | None = None  # the last round that was evaluated, and its adapter
 
     def restore(self, before: Checkpoint) -> None:
         """Goes on from a checkpoint. Raises ValueError: it is of another model, or its state is none."""
         where = f"resume={self.settings.resume}"
-        if before.adapter.keys() != self.adapter.keys():
+        if any(one.keys() != self.adapter.keys() for one in (before.adapter, before.best) if one is not None):
             raise ValueError(f"{where}: its adapter is not that of model.path={self.settings.model.path}")
+        self.best = before.best
         self.adapter = {name: before.adapter[name] for name in self.adapter}  # strategies zip them by position
         self.done = before.server_round
         try:
@@ -292,7 +300,7 @@ class Federation:
             self.books.report(self.results)
             if self.recording is not None and self.settings.record is not None:
                 self.recording.save(Path(self.settings.record))
-            self._write_adapter(self.adapter)
+            self._write_final(self.adapter)
             write_json(self.results.to_json(), self.output / "results.json")
         except (OSError, OutputError, SafetensorError) as error:
             raise ValueError(
@@ -300,7 +308,11 @@ class Federation:
                 f"resume={self.output} writes them"
             ) from None
 
-    def _write_adapter(self, adapter: Mapping[str, Tensor]) -> None:
+    def _write_final(self, last: Mapping[str, Tensor]) -> None:
+        """The best adapter, if it is to be kept, or the last one."""
+        adapter = last
+        if self.best is not None and self.results.deciding_losses:
+            self.results.adapter_round, adapter = best_round(self.results.deciding_losses), self.best
         self.evaluator.save(adapter, self.results.facts(), self.output / "adapter", self.results.notes())
 
     def _run_rounds(self) -> None:
@@ -308,13 +320,14 @@ class Federation:
         the last is kept. Nodes are asked in between, when they have nothing else to do."""
         self._ask_nodes()
         for server_round in range(self.done + 1, self.settings.federation.rounds + 1):
+            if self._has_enough():
+                break
             try:
                 new = from_record(self._round(server_round))
             except BudgetSpentError as error:
                 if not self.done:
                     raise
-                self.results.ended_early = f"after round {self.done} of {self.settings.federation.rounds}: {error}"
-                self.journal.event("budget_spent", server_round=self.done, reason=self.results.ended_early)
+                self._end_early("budget_spent", str(error))
                 break
             if not all(bool(tensor.isfinite().all()) for tensor in new.values()):
                 raise Diverged(f"the adapter after round {server_round} holds NaN or infinity")
@@ -326,6 +339,21 @@ class Federation:
             self._ask_nodes()
         self._evaluate()
         self._ask_nodes(is_last=True)
+
+    def _has_enough(self) -> bool:
+        """Whether patience is at its end: to know it, the last round is evaluated before the next one begins."""
+        federation = self.settings.federation
+        if federation.patience is None:
+            return False
+        self._evaluate()
+        why = enough(self.results.deciding_losses, federation.patience, federation.min_improvement)
+        if why is not None:
+            self._end_early("ended_early", why)
+        return why is not None
+
+    def _end_early(self, event: str, why: str) -> None:
+        self.results.ended_early = f"after round {self.done} of {self.settings.federation.rounds}: {why}"
+        self.journal.event(event, server_round=self.done, reason=self.results.ended_early)
 
     def _round(self, server_round: int) -> ArrayRecord:
         """The next adapter. A round that comes to nothing is tried again.
@@ -373,6 +401,7 @@ class Federation:
             if not loss <= self._limit():
                 raise Diverged(f"the held-out loss after round {self.done} is {loss:.4g}")
             self.journal.evaluated(self.done, loss)
+            self._keep_best()
         self._good = self.done, self.adapter
 
     def _ask_nodes(self, is_last: bool = False) -> None:
@@ -403,6 +432,13 @@ class Federation:
         if done:  # those that answered hold it
             self.results.delivery_bytes[-1] = self._missing_bytes()
         self.journal.evaluated_on_nodes(done, len(poll.nodes), losses)
+        self._keep_best()
+
+    def _keep_best(self) -> None:
+        """The adapter whose loss became known, if there was no better one."""
+        losses = self.results.deciding_losses
+        if self.settings.federation.keep_best and losses and best_round(losses) == self.done:
+            self.best = self.adapter
 
     def _missing_bytes(self) -> int:
         """What would bring every client to the last round's adapter."""
@@ -435,7 +471,8 @@ class Federation:
 
     def _save(self) -> None:
         """A checkpoint; where it cannot be written the run goes on, and the next round tries again."""
-        checkpoint = Checkpoint(self.settings, self.done, dict(self.adapter), self.results, self.strategy.state())
+        best = None if self.best is None else dict(self.best)
+        checkpoint = Checkpoint(self.settings, self.done, dict(self.adapter), self.results, self.strategy.state(), best)
         try:
             self.books.report(self.results)
             save_checkpoint(checkpoint, self.output)
@@ -462,5 +499,6 @@ class Federation:
         if good > 0:
             go_back(self.output, good)
             what += f". resume={self.output} goes on from round {good}"
-        self._write_adapter(adapter)
-        return f"{what}. The adapter of round {good} is in {self.output / 'adapter'}"
+        self._write_final(adapter)
+        kept = good if self.results.adapter_round is None else self.results.adapter_round
+        return f"{what}. The adapter of round {kept} is in {self.output / 'adapter'}"

@@ -177,7 +177,7 @@ def ask_all(
         if not rows:
             with model.disable_adapter():
                 rows.append(Row("base", adapter.settings.model.path, base_loss(adapters), answers(model)))
-        loss = None if adapter.results is None else next(reversed(adapter.results.heldout_loss), None)
+        loss = None if adapter.results is None else adapter.results.final_loss
         rows.append(Row(label(adapter, adapters), adapter.path, loss, answers(model)))
         del model  # or two would be held while the next one is loaded
     return rows

@@ -103,7 +103,7 @@ def test_what_nodes_say_is_what_the_server_measures_on_the_same_windows(both_way
         assert [answer.partition for answer in one.answers] == [0, 1, 2]
         assert len({answer.loss for answer in one.answers}) == 3, "each has text of its own"
     assert results.deciding_losses == dict(enumerate(results.heldout_loss)), "its own text decides, where it has some"
-    assert results.last_loss == results.heldout_loss[-1]
+    assert results.final_loss == results.heldout_loss[-1]
 
 
 def test_all_bytes_of_an_evaluation_are_counted_and_what_it_brings_is_not_brought_again(
@@ -358,7 +358,7 @@ def test_a_server_without_base_model_makes_the_same_run(tmp_path: Path, base_les
     assert none.heldout_loss == []
     assert [one.loss for one in none.federated_loss] == [one.loss for one in whole.federated_loss]
     assert none.deciding_losses == {one.server_round: one.loss for one in none.federated_loss}
-    assert none.last_loss == pytest.approx(whole.heldout_loss[-1], rel=1e-5)
+    assert none.final_loss == pytest.approx(whole.heldout_loss[-1], rel=1e-5)
     for name, tensor in adapter_of(whole).items():
         assert torch.equal(adapter_of(none)[name], tensor)
     configs = [
