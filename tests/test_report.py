@@ -35,6 +35,7 @@ from server.compare_page import differing_settings, kinds_of, on_the_front
 from server.curves import bytes_by_round, pareto_front
 from server.finished import read_run, read_runs
 from server.inprocess import run_in_process
+from server.page_clients import OWN_WORDS
 from server.results import RunResults
 from server.run_page import sections_of, write_run_page
 from tasks.settings import TaskSettings
@@ -264,7 +265,14 @@ def test_what_privacy_withholds_does_not_come_back(privacy: dict[str, Any], gone
         "Continuations",
     ):
         assert secret not in everything
-    if results.settings.privacy.secret_sampling:
+    if not results.settings.privacy.secret_sampling:
+        (faults,) = (part for part in parts_of(content) if part.get("title") == "Replies of no use")
+        assert {row[0]: row[1] for row in faults["rows"]} == {
+            "absent": "its node is not connected",
+            "failed": OWN_WORDS,
+            "refused": "too long",
+        }
+    else:
         titles = {part["title"] for part in parts_of(content) if "title" in part}
         assert not titles & {"Rounds and clients", "How often each client took part", "Bytes by client", "By client"}
         (kinds,) = (part for part in parts_of(content) if part.get("title") == "Replies of no use")
