@@ -17,7 +17,7 @@ from peft import (
     prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -26,6 +26,9 @@ from adapters.base import empty_base, is_quantized, load_base, resolve_device
 from adapters.settings import LoraSettings, ModelSettings
 
 Adapter = dict[str, Tensor]
+_QUANTISED = {"int8": torch.uint8, "nf4": torch.bfloat16}
+"""``model.quantization`` -> the type that PEFT rounds an adapter to when it is made over such layers; none over
+integers. Over nf4 it is the one that is computed in (``base.load_base``)."""
 
 
 def load_model(settings: ModelSettings, lora: LoraSettings, seed: int) -> PeftModel:
@@ -50,6 +53,29 @@ def empty_model(settings: ModelSettings, lora: LoraSettings) -> PeftModel:
         ValueError: as ``load_model``.
     """
     return _with_adapter(empty_base(settings), lora, seed=0)
+
+
+def outline_model(settings: ModelSettings, lora: LoraSettings, seed: int) -> PeftModel:
+    """What ``load_model`` gives, from config.json alone: the adapter that the seed gives, bit for bit, on the CPU, in a
+    base model without weights. Every tensor of the base is one zero, expanded, which takes no memory: what PEFT makes
+    of the seed depends on the base's shapes and types alone.
+
+    Raises:
+        ValueError: as ``load_model``; or the model is stored quantised, and its types are not known from config.json.
+    """
+    base = empty_base(settings)
+    if getattr(base.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"model.path={settings.path!r} is stored quantised: the adapter that the seed gives there is not known "
+            "from config.json alone (server.base=none); give a model that is not, and model.quantization=nf4 or int8"
+        )
+    for module in base.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                dtype = _QUANTISED.get(settings.quantization) if isinstance(module, nn.Linear) else None
+                zeros = torch.zeros((), dtype=dtype or parameter.dtype).expand(parameter.shape)
+                module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+    return _with_adapter(base, lora, seed)
 
 
 def _with_adapter(base: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from client.link import ResidentTrainer, trainer_at
 from client.sums import Member
 from client.work import MAX_EPSILON, NODE_KEY, PEER_KEYS, TRUST, Summed, Work
 from gradcodec.transfers import Broadcast
+from privacy.errors import BudgetSpentError, PrivacyError
 from privacy.secagg import Invitation, least_stay
 from privacy.settings import PrivacySettings
 from strategies.folding import fold, unfold
@@ -25,6 +27,9 @@ from strategies.wire import (
     CONFIG,
     HELD,
     HELD_BEFORE,
+    HELDOUT_LOSS,
+    HELDOUT_TOKENS,
+    HELDOUT_WINDOWS,
     INVITATION,
     LACKS,
     MEMORY_VARIABLE,
@@ -36,10 +41,12 @@ from strategies.wire import (
     REQUEST,
     RUN_ID,
     SECONDS_ENCODE,
+    SECONDS_EVALUATE,
     SECONDS_TRAIN,
     SERVER_ROUND,
     SETTINGS,
     SIDE,
+    SPENT,
     TRAIN_LOSS,
     UNMASK,
     UNMASKED,
@@ -53,6 +60,8 @@ from strategies.wire import (
 
 if TYPE_CHECKING:
     from client.trainer import Trainer
+
+_LOG = logging.getLogger(__name__)
 
 NODE_KEYS = ("model-path", "task-path", "codec-artifact", TRUST, MAX_EPSILON)
 """Keys of a node's config by which it says where its own copies lie, whom it trusts, and what it gives away."""
@@ -100,24 +109,22 @@ def train(message: Message, context: Context) -> Message:
     config = config_of(content)
     settings = _settings(content)
     privacy = _privacy(settings, context)
-    partition = int(context.node_config[PARTITION])
     trainer = _trainer(content, context)
-    side = content.array_records.get(SIDE)
-    bundle = unwrap_bundle(content)
     invitation = _invitation(config) if privacy.secure_aggregation else None
-    work = Work(
-        adapter=unwrap_adapter(content) if bundle is None else None,
-        side=arrays_of(side)[SIDE] if side else None,
-        partition=partition,
-        server_round=int(str(config[SERVER_ROUND])),
-        accepted=str(config.get(ACCEPTED, "")),
-        memory=_memory(settings["run_id"], context),
-        broadcast=None if bundle is None else Broadcast(bundle, str(config[HELD_BEFORE]), str(config[HELD])),
-        sum=None if invitation is None else _summed(config, invitation),
-    )
-    done = trainer.train(work)
+    work = _work(content, context, None if invitation is None else _summed(config, invitation))
+    try:
+        done = trainer.train(work)
+    except BudgetSpentError:
+        return _instead(SPENT, True, message)
+    except PrivacyError:
+        raise
+    except Exception as error:
+        if not privacy.protects:
+            raise
+        _LOG.warning("local training failed: %r", error)
+        raise ValueError("local training failed; why its own log says alone, as it may tell of the data") from None
     if done.lacks is not None:
-        return Message(fold(RecordDict({CONFIG: ConfigRecord({LACKS: done.lacks})})), reply_to=message)
+        return _instead(LACKS, done.lacks, message)
     if done.payload is not None and invitation is not None:
         member = _member(settings["run_id"], context)
         stay = least_stay(privacy, len(invitation.members), int(settings["federation"]["min_replies"]))
@@ -130,7 +137,7 @@ def train(message: Message, context: Context) -> Message:
     metrics = MetricRecord(
         {
             NUM_EXAMPLES: done.num_examples,
-            PARTITION: partition,
+            PARTITION: work.partition,
             SERVER_ROUND: work.server_round,
             SECONDS_TRAIN: 0.0 if privacy.protects else done.seconds_train,  # how long it took tells how much there is
             SECONDS_ENCODE: 0.0 if privacy.protects else done.seconds_encode,
@@ -139,6 +146,49 @@ def train(message: Message, context: Context) -> Message:
     if not privacy.protects:
         metrics[TRAIN_LOSS] = done.train_loss
     return Message(fold(RecordDict({ARRAYS: arrays, METRICS: metrics})), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """The global adapter in, its loss on this client's own held-out windows out: a few numbers."""
+    content = unfold(message.content)
+    settings = _settings(content)
+    _privacy(settings, context)
+    work = _work(content, context)
+    done = _trainer(content, context).evaluate(work)
+    if done.lacks is not None:
+        return _instead(LACKS, done.lacks, message)
+    metrics = MetricRecord(
+        {
+            PARTITION: work.partition,
+            SERVER_ROUND: work.server_round,
+            HELDOUT_LOSS: done.loss,
+            HELDOUT_TOKENS: done.tokens,
+            HELDOUT_WINDOWS: done.windows,
+            SECONDS_EVALUATE: done.seconds,
+        }
+    )
+    return Message(fold(RecordDict({METRICS: metrics})), reply_to=message)
+
+
+def _instead(key: str, value: str | bool, message: Message) -> Message:
+    """The reply of a client that sends no update."""
+    return Message(fold(RecordDict({CONFIG: ConfigRecord({key: value})})), reply_to=message)
+
+
+def _work(content: RecordDict, context: Context, summed: Summed | None = None) -> Work:
+    """What a message brings to train from, or to evaluate."""
+    config, side, bundle = config_of(content), content.array_records.get(SIDE), unwrap_bundle(content)
+    return Work(
+        adapter=unwrap_adapter(content) if bundle is None else None,
+        side=arrays_of(side)[SIDE] if side else None,
+        partition=int(context.node_config[PARTITION]),
+        server_round=int(str(config[SERVER_ROUND])),
+        accepted=str(config.get(ACCEPTED, "")),
+        memory=_memory(_settings(content)["run_id"], context),
+        broadcast=None if bundle is None else Broadcast(bundle, str(config[HELD_BEFORE]), str(config[HELD])),
+        sum=summed,
+    )
 
 
 def _trainer(content: RecordDict, context: Context) -> Trainer | ResidentTrainer:

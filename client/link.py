@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from client.work import Overrides, Summed, Trained, Work
+from client.work import Evaluated, Overrides, Summed, Trained, Work
 from gradcodec.transfers import Broadcast
+from privacy.errors import BudgetSpentError, PrivacyError
 
 if TYPE_CHECKING:
     from client.trainer import Trainer
@@ -39,6 +40,8 @@ MOST_DEATHS = 3
 """How often a trainer may die of one question, before its client fails."""
 _FRAME = struct.Struct("<QQ")
 _MAX_HEAD, _MAX_BODY = 1 << 24, 1 << 38
+_KINDS: dict[str, type[ValueError]] = {one.__name__: one for one in (PrivacyError, BudgetSpentError)}
+"""Errors that a ClientApp tells apart."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -59,11 +62,17 @@ class ResidentTrainer:
         head, body = pack_work(work)
         return unpack_trained(*self._ask({"verb": "train", **head}, body))
 
+    def evaluate(self, work: Work) -> Evaluated:
+        """As ``Trainer.evaluate``."""
+        head, body = pack_work(work)
+        answer, _ = self._ask({"verb": "evaluate", **head}, body)
+        return Evaluated(**answer)
+
     def _ask(self, head: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
         """Asks until a trainer answers. The same question again does no harm: residuals are kept by round.
 
         Raises:
-            ValueError: the trainer refuses.
+            ValueError: the trainer refuses; PrivacyError and BudgetSpentError as such.
             ConnectionError: there was none for ``RESTART_SECONDS``, or it died ``MOST_DEATHS`` times.
         """
         question = {**head, "settings": self._settings_json, "overrides": self._overrides}
@@ -89,7 +98,8 @@ class ResidentTrainer:
                 _LOG.warning("the resident trainer at %s is gone (%r): asking again", self._path, error)
                 time.sleep(0.5)
         if "error" in answer:
-            raise (RuntimeError if answer.get("fatal") else ValueError)(answer["error"])
+            kind = RuntimeError if answer.get("fatal") else _KINDS.get(answer["kind"], ValueError)
+            raise kind(answer["error"])
         return answer, content
 
 

@@ -79,18 +79,18 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 class Owner:
-    """What a node's owner allows of a partition's data over all runs: their epsilons add up (Dwork and Roth 2014,
+    """What a node's owner allows of its data over all runs: their epsilons add up (Dwork and Roth 2014,
     theorem 3.16), and so do their deltas, of which each is bounded."""
 
-    def __init__(self, memory: Path, partition: int, max_epsilon: float | None) -> None:
+    def __init__(self, memory: Path, max_epsilon: float | None) -> None:
         """
         Args:
-            memory: the node's, of all runs.
-            partition: whose data they are.
+            memory: the node's, of all runs and partitions: a run counts once, as the partitions of one share no data,
+                and their numbers say nothing of whose data they are in another.
             max_epsilon: None: the owner sets no bound, and nothing is kept.
         """
         self.max_epsilon = max_epsilon
-        self._path = memory / f"spent-{partition}.json"
+        self._path = memory / "spent.json"
 
     def check(self, settings: Settings) -> None:
         """Raises PrivacyError: the owner does not allow for this run."""

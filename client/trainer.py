@@ -23,14 +23,14 @@ from adapters.base import check_vocabulary, load_tokenizer, max_positions, resol
 from adapters.finetune import finetune
 from adapters.footprint import check_fits
 from adapters.gguf import model_folder
-from adapters.model import Adapter, adapter_parts, adapter_shapes, get_adapter, load_model, on_host
+from adapters.model import Adapter, adapter_parts, adapter_shapes, get_adapter, load_model, on_host, set_adapter
 from adapters.private import finetune_privately
 from adapters.settings import is_hub_name, num_examples
 from adapters.team import Team
 from client.console import note, round_line
 from client.memory import DiskMemory
 from client.private import Guard, Owner, keep_terms, secret_of, with_noise
-from client.work import MAX_EPSILON, TRUST, Arrays, Overrides, Trained, Work
+from client.work import MAX_EPSILON, TRUST, Arrays, Evaluated, Overrides, Trained, Work
 from conf.basis import codecs_of
 from conf.footprint import client_memory
 from conf.remedies import COPY_IT, codec_remedies
@@ -42,10 +42,12 @@ from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
 from gradcodec.rounds import Codecs, codec_at
 from gradcodec.sums import PublicRound, basis_at
+from privacy.errors import PrivacyError
 from strategies.settings import StrategySettings
-from strategies.wire import TRUST_VARIABLE
-from tasks.settings import check_window
+from strategies.wire import MOST_LOSS, TRUST_VARIABLE
+from tasks.settings import TaskSettings, check_window
 from tasks.shards import Shard, load_shard, what_is_lost
+from tasks.windows import heldout_loss
 
 _LOG = logging.getLogger(__name__)
 
@@ -123,11 +125,22 @@ class Trainer:
             if self.own_data:
                 task, client, sharers = dataclasses.replace(task, partition="iid", partition_by=None), 0, 1
             check_window(task, max_positions(self.settings.model))
-            shard = self._shards[partition] = load_shard(task, self.tokenizer, client, sharers)
+            shard = self._shards[partition] = self._read(task, client, sharers)
             if self.own_data:  # the server warns of what it sees itself
                 for warning in what_is_lost([shard], task):
                     _LOG.warning(warning)
         return self._shards[partition]
+
+    def _read(self, task: TaskSettings, client: int, sharers: int) -> Shard:
+        """Raises ValueError: the data cannot be used. Why may quote them: where they are protected that stays here."""
+        tokenizer = self.tokenizer
+        try:
+            return load_shard(task, tokenizer, client, sharers)
+        except ValueError as error:
+            if not self.settings.privacy.protects:
+                raise
+            note(f"its data cannot be used: {error}")
+            raise ValueError("its data cannot be used; what is wrong with them its own log says alone") from None
 
     def guard(self, partition: int, memory: Path) -> Guard | None:
         """What hides this partition's data; None: the run asks for nothing of the kind."""
@@ -145,7 +158,7 @@ class Trainer:
             PrivacyError: the node's owner does not allow for this run, or it has changed its terms.
         """
         keep_terms(self.settings, work.memory, work.partition)
-        Owner(work.memory.parent, work.partition, self.max_epsilon).enter(self.settings)
+        Owner(work.memory.parent, self.max_epsilon).enter(self.settings)
         if (guard := self.guard(work.partition, work.memory)) is not None:
             guard.spend(work.server_round, self._secret(work))
 
@@ -153,7 +166,7 @@ class Trainer:
         """Loads everything that training needs. Raises ValueError: something is missing or does not fit, or nobody
         knows what was released of the partition, as the run's ``memory`` says."""
         if memory is not None:  # first: what else is refused may quote the data
-            Owner(memory.parent, partition, self.max_epsilon).check(self.settings)
+            Owner(memory.parent, self.max_epsilon).check(self.settings)
         self.shard(partition)
         if memory is not None:
             self.guard(partition, memory)
@@ -197,6 +210,35 @@ class Trainer:
             seconds_encode=time.perf_counter() - trained,
         )
         note(round_line(work.server_round, done))
+        return done
+
+    def evaluate(self, work: Work) -> Evaluated:
+        """Loss of the global adapter on the partition's held-out windows. Nothing is trained, coded or counted.
+
+        Raises:
+            PrivacyError: the run, as it stands or as it began, protects the clients' data: a loss has no noise in it.
+        """
+        if self.settings.privacy.protects:
+            raise PrivacyError("this run protects its clients' data: a loss is neither noised nor masked, and withheld")
+        keep_terms(self.settings, work.memory, work.partition)
+        Owner(work.memory.parent, self.max_epsilon).check(self.settings)
+        try:
+            work = self.resolved(work)
+        except LacksError as error:
+            return Evaluated.nothing(error.holds)
+        assert work.adapter is not None
+        start = time.perf_counter()
+        torch.set_num_threads(self.settings.train.threads)
+        set_adapter(self.model, {name: torch.from_numpy(array) for name, array in work.adapter.items()})
+        windows = self.shard(work.partition).heldout
+        loss = heldout_loss(self.model, windows, self.settings.train.micro_batch_size)
+        done = Evaluated(
+            loss=loss if loss < MOST_LOSS else MOST_LOSS,  # of NaN, too
+            tokens=windows.num_counted,
+            windows=len(windows),
+            seconds=time.perf_counter() - start,
+        )
+        note(f"after round {work.server_round}: held-out loss here {done.loss:.4f}")
         return done
 
     def resolved(self, work: Work) -> Work:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapters.settings import ModelSettings
 from adapters.spaces import NoWeightsError, Wanted, spaces_of
-from conf.schema import Settings
+from conf.schema import NONE, Settings
 from gradcodec.build import build_codec
 from gradcodec.errors import ArtifactError
 from gradcodec.layout import Layout
@@ -41,6 +41,8 @@ def codecs_of(
     basis = settings.codec.basis
     if basis == "auto" and (codec.tables.leading or not codec.tables.serve_derived):
         basis = "artifact"
+    if basis == "auto" and settings.server.base == NONE:
+        basis = "moves"  # which the server knows as well
     settings.codec.basis = basis
     if basis == "artifact":
         return SameCodec(codec)

@@ -45,6 +45,8 @@ ARMS = ("base", "centralised", "dense", "coded")
 BACKENDS = ("simulation", "inprocess", "superlink")
 MOST_ANSWERS = 64
 """That a report shows; they are generated at once."""
+WHOLE, NONE = "whole", "none"
+BASES = (WHOLE, NONE)
 CHECKOUT = Path(__file__).resolve().parents[1]
 """Where the model and the codec that ship with the project lie."""
 
@@ -68,6 +70,17 @@ class FederationSettings:
     )
     metrics_port: int | None = None  # Prometheus text on 127.0.0.1, while the run lasts
     sample_answers: int = 3  # held-out prompts that the report shows answers to, before and after; 0: none
+    # nodes evaluate the global adapter on their own held-out windows before the first round, after every Nth and after
+    # the last; 0: never
+    evaluate_every: int = 0
+    evaluate_clients: int | None = None  # how many of them, the same ones throughout; null: all that are connected
+
+
+@dataclass
+class ServerSettings:
+    """What the server itself holds."""
+
+    base: str = "whole"  # whole: base model and text, by which it evaluates | none: neither; config.json is enough
 
 
 @dataclass
@@ -100,6 +113,7 @@ class Settings:
     codec: CodecSettings = field(default_factory=CodecSettings)
     strategy: StrategySettings = field(default_factory=StrategySettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
     backend: BackendSettings = field(default_factory=BackendSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
 
@@ -186,6 +200,8 @@ def check_settings(settings: Settings) -> None:
     _check_options(settings)
     if settings.arm not in ARMS:
         raise ValueError(f"arm={settings.arm!r} is none of {', '.join(ARMS)}")
+    if settings.server.base not in BASES:
+        raise ValueError(f"server.base={settings.server.base!r} is none of {', '.join(BASES)}")
     if settings.backend.name not in BACKENDS:
         raise ValueError(f"backend.name={settings.backend.name!r} is none of {', '.join(BACKENDS)}")
     _check_federation(settings.federation)
@@ -207,12 +223,20 @@ def check_settings(settings: Settings) -> None:
 
 def _check_federation(federation: FederationSettings) -> None:
     least = {"rounds": 1, "num_clients": 1, "clients_per_round": 1, "retries": 0, "rest_rounds": 0, "max_failures": 1}
-    least |= {"rehearsal_steps": 0, "sample_answers": 0}
+    least |= {"rehearsal_steps": 0, "sample_answers": 0, "evaluate_every": 0}
     for key, lowest in least.items():
         if getattr(federation, key) < lowest:
             raise ValueError(f"federation.{key}={getattr(federation, key)} must be at least {lowest}")
     if federation.sample_answers > MOST_ANSWERS:
         raise ValueError(f"federation.sample_answers={federation.sample_answers} must be at most {MOST_ANSWERS}")
+    for key in ("wait_seconds", "round_seconds"):
+        if not getattr(federation, key) > 0:
+            raise ValueError(f"federation.{key}={getattr(federation, key)} must be greater than 0")
+    _check_counts(federation)
+
+
+def _check_counts(federation: FederationSettings) -> None:
+    """Numbers of clients, which bound each other, and ports."""
     if federation.clients_per_round > federation.num_clients:
         raise ValueError(
             f"federation.clients_per_round={federation.clients_per_round} is more than "
@@ -223,16 +247,15 @@ def _check_federation(federation: FederationSettings) -> None:
             f"federation.min_replies={federation.min_replies} must lie between 1 and "
             f"federation.clients_per_round={federation.clients_per_round}"
         )
-    if federation.min_clients is not None and not 1 <= federation.min_clients <= federation.num_clients:
-        raise ValueError(
-            f"federation.min_clients={federation.min_clients} must lie between 1 and "
-            f"federation.num_clients={federation.num_clients}, or be null"
-        )
+    for key in ("min_clients", "evaluate_clients"):
+        number = getattr(federation, key)
+        if number is not None and not 1 <= number <= federation.num_clients:
+            raise ValueError(
+                f"federation.{key}={number} must lie between 1 and federation.num_clients={federation.num_clients}, or "
+                "be null"
+            )
     if federation.metrics_port is not None and not 1 <= federation.metrics_port <= 65535:
         raise ValueError(f"federation.metrics_port={federation.metrics_port} must lie between 1 and 65535, or be null")
-    for key in ("wait_seconds", "round_seconds"):
-        if not getattr(federation, key) > 0:
-            raise ValueError(f"federation.{key}={getattr(federation, key)} must be greater than 0")
 
 
 def _check_together(settings: Settings) -> None:
@@ -247,6 +270,41 @@ def _check_together(settings: Settings) -> None:
         raise ValueError(f"record=... needs arm=dense, not arm={settings.arm}: payloads are no updates")
     if settings.privacy.is_private or settings.privacy.secure_aggregation:
         _check_private_run(settings)
+    if settings.federation.evaluate_every:
+        _check_evaluation(settings)
+    if settings.server.base == NONE:
+        _check_without_base(settings)
+
+
+def _check_evaluation(settings: Settings) -> None:
+    """What evaluation on the nodes needs of the rest."""
+    what, privacy = f"federation.evaluate_every={settings.federation.evaluate_every}", settings.privacy
+    if settings.arm not in ("dense", "coded"):
+        raise ValueError(f"{what} needs arm=dense or arm=coded: arm={settings.arm} asks no clients")
+    if privacy.protects:
+        asked = f"privacy={privacy.name}" if privacy.is_private else "privacy.secure_aggregation=true"
+        raise ValueError(
+            f"{what} and {asked} do not go together: nodes withhold their losses in a run that protects their data, as "
+            "these are neither accounted for nor masked; give federation.evaluate_every=0"
+        )
+
+
+def _check_without_base(settings: Settings) -> None:
+    """What a server without base model and text cannot do."""
+    if settings.arm not in ("dense", "coded"):
+        raise ValueError(f"server.base=none needs arm=dense or arm=coded: arm={settings.arm} runs on the server itself")
+    if settings.strategy.name == "fltrust":
+        raise ValueError("server.base=none and strategy=fltrust do not go together: it trains on the server's own text")
+    if settings.privacy.secure_aggregation:
+        raise ValueError(
+            "server.base=none and privacy.secure_aggregation=true do not go together: the first sum's steps come from "
+            "a rehearsal on the server's base model and text"
+        )
+    if settings.arm == "coded" and settings.codec.basis == "model":
+        raise ValueError(
+            "server.base=none and codec.basis=model do not go together, as the server decodes by directions of the "
+            "base model: give codec.basis=auto, moves or artifact, or a codec without directions, such as codec=rotated"
+        )
 
 
 def _check_private_run(settings: Settings) -> None:
@@ -317,7 +375,8 @@ def check_files(settings: Settings) -> None:
     Raises:
         ValueError: a file or folder is missing; the message names its key.
     """
-    check_data(settings.task)
+    if settings.server.base != NONE:  # else the nodes alone have data
+        check_data(settings.task)
     start = settings.lora.start
     if start is not None and not (Path(start) / ADAPTER_CONFIG).is_file():
         raise ValueError(f"lora.start={start!r} holds no {ADAPTER_CONFIG}: give a PEFT adapter directory")

@@ -31,9 +31,15 @@ class Ledger:
         self._fits = fits
         self.releases: dict[int, int] = {}  # client -> how often it may have released
         self.rounds: list[tuple[int, int, int]] = []  # round, how many were drawn for it, of how many
+        self.closed: set[int] = set()  # clients that release nothing more, whatever is allowed
 
     def is_spent(self, client: int) -> bool:
-        return self.allowed is not None and self.releases.get(client, 0) >= self.allowed
+        return client in self.closed or (self.allowed is not None and self.releases.get(client, 0) >= self.allowed)
+
+    def close(self, client: int) -> None:
+        """This client releases nothing more, by its own count: it may know what bounds it, and this end not."""
+        self.closed.add(client)
+        self._write(self.state())
 
     def spend(self, server_round: int, clients: Iterable[int], drawn: int, pool: int) -> None:
         """One release more of each of these, written down.
@@ -48,9 +54,8 @@ class Ledger:
         asked = sorted(clients)
         for client in asked:
             if self.is_spent(client):
-                raise BudgetSpentError(
-                    f"client {client} has released {self.releases[client]} times, all that its privacy budget allows"
-                )
+                times = self.releases.get(client, 0)
+                raise BudgetSpentError(f"client {client} has released {times} times, all that its budget allows")
         releases = self.releases | {client: self.releases.get(client, 0) + 1 for client in asked}
         rounds = [*self.rounds, (server_round, drawn, pool)]
         sizes = [(size, of) for _, size, of in rounds]
@@ -68,6 +73,7 @@ class Ledger:
         return {
             "releases": {str(client): count for client, count in sorted(self.releases.items())},
             "rounds": [list(entry) for entry in self.rounds],
+            "closed": sorted(self.closed),
         }
 
     def load_state(self, state: object) -> None:
@@ -76,8 +82,9 @@ class Ledger:
             assert isinstance(state, dict)
             releases = {int(client): count for client, count in state["releases"].items()}
             rounds = [(entry[0], entry[1], entry[2]) for entry in state["rounds"]]
-            numbers = [*releases, *releases.values(), *(number for entry in rounds for number in entry)]
+            closed = list(state.get("closed", []))
+            numbers = [*releases, *releases.values(), *(number for entry in rounds for number in entry), *closed]
             assert all(type(number) is int and number >= 0 for number in numbers)
         except (AssertionError, AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise PrivacyError(f"the count of what was released cannot be read: {error!r}") from None
-        self.releases, self.rounds = releases, rounds
+        self.releases, self.rounds, self.closed = releases, rounds, set(closed)

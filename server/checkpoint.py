@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.output import replace_file
-from conf.schema import Settings
+from conf.schema import NONE, Settings
 from gradcodec.state import State
 from server.results import RunResults
 
@@ -136,7 +136,8 @@ def _checkpoint_of(tensors: dict[str, Tensor]) -> Checkpoint:
     if type(server_round) is not int or server_round < 1 or not isinstance(values, dict):
         raise ValueError("round or strategy's state are of the wrong type")
     results = RunResults.of_state(settings, rest["results"])
-    if len(results.heldout_loss) not in (server_round, server_round + 1):
+    known = (0,) if settings.server.base == NONE else (server_round, server_round + 1)
+    if len(results.heldout_loss) not in known:
         raise ValueError(f"{len(results.heldout_loss)} held-out losses do not belong to round {server_round}")
     strategy = State(values, _under(_STRATEGY, tensors))
     return Checkpoint(settings, server_round, _under(_ADAPTER, tensors), results, strategy)

@@ -68,7 +68,8 @@ def main(config: DictConfig) -> float:
             sys.exit(str(stop) or f"stopped; {continuation(Path(settings.output))}")
     except ValueError as error:
         sys.exit(f"error: {printable(error, 2000)}")
-    return results.heldout_loss[-1] if results is not None else math.nan
+    loss = None if results is None else results.last_loss
+    return math.nan if loss is None else loss
 
 
 def one(settings: Settings) -> RunResults | None:
@@ -85,10 +86,8 @@ def one(settings: Settings) -> RunResults | None:
     if not settings.run_id:
         settings.run_id = uuid.uuid4().hex[:12]
     results = run(settings)
-    losses = results.heldout_loss
     print(
-        f"{label(settings)}: held-out loss {losses[0]:.4f} -> {losses[-1]:.4f} (perplexity "
-        f"{results.heldout_perplexity[0]:.2f} -> {results.heldout_perplexity[-1]:.2f}), "
+        f"{label(settings)}: {results.change_of_loss()}, "
         f"{results.payload_bytes_per_client_round:.0f} payload bytes a client and round, "
         f"{results.seconds:.0f} s, results in {settings.output}"
     )

@@ -59,6 +59,11 @@ class Books:
         """The seed of who is asked: clients know the run's, and this server alone the other."""
         return self._secret if self.settings.privacy.secret_sampling else self.settings.seed
 
+    @property
+    def num_closed(self) -> int:
+        """Clients that said themselves that their budget is spent."""
+        return 0 if self.ledger is None else len(self.ledger.closed)
+
     def next_sum(self) -> int:
         """The number of another masked sum, written down: clients take part in each number once, from round to round
         and over resumes."""

@@ -156,7 +156,7 @@ class Sweep:
         else:
             job.state = "finished"
             if results is not None:
-                job.heldout_loss, job.seconds = results.heldout_loss[-1], results.seconds
+                job.heldout_loss, job.seconds = results.last_loss, results.seconds
                 job.payload_bytes_per_client_round = results.payload_bytes_per_client_round
         if job.state == "failed":
             say(f"job {job.number} failed: {job.reason}")

@@ -329,7 +329,9 @@ class FederatedStrategy(AdapterStrategy):
         node, reason = self._nodes.get(partition, 0), refused.reason
         if refused.claims_another:
             self.roll.forget(node)
-        if refused.kind != ABSENT:
+        if refused.has_spent:
+            self.sampling.has_spent(partition)
+        elif refused.kind != ABSENT:
             reason += self.sampling.failed(server_round, partition)
         log(WARNING, "partition %s (node %s) is left out of round %s: %s", partition, node, server_round, reason)
         self.observer.fault(Fault(server_round, partition, reason, refused.kind, node))

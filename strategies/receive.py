@@ -33,6 +33,7 @@ from strategies.wire import (
     SECONDS_ENCODE,
     SECONDS_TRAIN,
     SERVER_ROUND,
+    SPENT,
     TRAIN_LOSS,
     metric,
 )
@@ -71,6 +72,7 @@ class Refused:
     kind: str
     reason: str
     claims_another: bool = False  # it says that it holds another partition
+    has_spent: bool = False  # it says that its privacy budget allows no more answers
 
 
 class Receiver(Protocol):
@@ -104,11 +106,16 @@ class Receiver(Protocol):
 
 def lacks_of(reply: Message) -> str | None:
     """What a client claims to hold that cannot take in what it was sent; None: the reply says nothing of it."""
+    lacks = _said(reply, LACKS)
+    return lacks if isinstance(lacks, str) else None
+
+
+def _said(reply: Message, key: str) -> object:
+    """What a reply says instead of an update; None: nothing of the kind."""
     if reply.has_error() or not reply.has_content():
         return None
     config = reply.content.config_records.get(CONFIG)
-    lacks = None if config is None else config.get(LACKS)
-    return lacks if isinstance(lacks, str) else None
+    return None if config is None else config.get(key)
 
 
 def receive(
@@ -138,6 +145,8 @@ def checked(reply: Message | None, asked: Asked) -> MetricRecord | Refused:
         code = reply.error.code
         kind = ABSENT if code == ErrorCode.NODE_UNAVAILABLE else FAILED
         return Refused(kind, clean(reply.error.reason or "") or f"Flower's error {code}")
+    if _said(reply, SPENT) is True:
+        return Refused(REFUSED, "its own count says that its privacy budget in this run is spent", has_spent=True)
     if lacks_of(reply) is not None:
         reason = "it does not come to hold the adapter that the server holds: another base model, or another PyTorch?"
         return Refused(REFUSED, reason)

@@ -88,6 +88,11 @@ class Sampling:
         self.resting[partition] = server_round + self.rest_rounds
         return f"; it failed {count} times in a row and rests for {self.rest_rounds} rounds"
 
+    def has_spent(self, partition: int) -> None:
+        """It says that its privacy budget allows no more answers: it is not asked again."""
+        if self.ledger is not None:
+            self.ledger.close(partition)
+
     def answered(self, partition: int) -> None:
         """Its reply was used: what it failed before is forgotten."""
         self.failures.pop(partition, None)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 from conftest import RunProgram
@@ -29,10 +30,19 @@ MAIN = {"client": client.__main__.main, "server": server.__main__.main, "client.
 def services() -> dict[str, dict[str, object]]:
     """The services of the compose file, variables replaced by their defaults."""
     text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (DOCKER / "compose.yaml").read_text())
-    content = OmegaConf.to_container(OmegaConf.create(text))
+    content = OmegaConf.to_container(OmegaConf.create(yaml.safe_load(text)))
     assert isinstance(content, dict)
     found: dict[str, dict[str, object]] = content["services"]
     return found
+
+
+def unit_command(path: Path) -> list[str]:
+    """What a unit of systemd starts, without the program; variables as its own remarks have them."""
+    text = path.read_text().replace("\\\n", " ")
+    given = dict(re.findall(r"^#   (\w+)=(.*)$", text, re.MULTILINE))
+    (command,) = re.findall(r"^ExecStart=\S+/cg-fedllm (.*)$", text, re.MULTILINE)
+    filled = re.sub(r"\$\{?(\w+)\}?", lambda found: given[found[1]], command.replace("%i", "0"))
+    return shlex.split(filled)
 
 
 def command_of(service: str) -> list[str]:
@@ -44,6 +54,7 @@ def command_of(service: str) -> list[str]:
     ("service", "module", "said"),
     [
         ("node", "client", "--ca /node/ca.crt is no file"),
+        ("node-cpu", "client", "--ca /node/ca.crt is no file"),
         ("server", "server", "ca.crt is missing: make keys with"),
     ],
 )
@@ -92,6 +103,58 @@ def test_the_nodes_health_check_asks_where_its_logs_lie(run_program: RunProgram)
     status, _, stderr = run_program(MAIN["client.health"], check[4:])  # no node runs here
     assert status == 1
     assert "no node runs with its logs in /node/logs" in stderr
+
+
+def test_a_node_without_gpus_reserves_none_and_is_a_node_otherwise() -> None:
+    node, other = services()["node"], services()["node-cpu"]
+    assert "devices" in node["deploy"]["resources"]["reservations"]  # type: ignore[index]
+    assert "devices" not in other["deploy"]["resources"]["reservations"]  # type: ignore[index]
+    assert command_of("node-cpu") == [word if word != "all" else "none" for word in command_of("node")]
+    assert {key: node[key] for key in node if key not in ("profiles", "deploy", "command")} == {
+        key: other[key] for key in other if key not in ("profiles", "deploy", "command")
+    }
+
+
+def test_models_data_and_codec_have_one_name_on_every_host() -> None:
+    folders = {"/models", "/data", "/codec"}
+    for name in ("server", "node", "node-cpu"):
+        mounts = {mount["target"]: mount for mount in services()[name]["volumes"]}  # type: ignore[attr-defined]
+        assert folders <= mounts.keys() and all(mounts[folder]["read_only"] for folder in folders)
+
+
+@pytest.mark.parametrize("name", ["server", "node"])
+def test_a_linter_finds_nothing_in_the_manifests(name: str) -> None:
+    """Against the schemas of Kubernetes itself; unknown keys are errors."""
+    for document in yaml.safe_load_all((KUBERNETES / f"{name}.yaml").read_text()):
+        kubernetes_validate.validate(document, "1.33", strict=True)
+
+
+def test_the_linter_of_manifests_finds_what_is_wrong() -> None:
+    (document,) = yaml.safe_load_all((KUBERNETES / "node.yaml").read_text())
+    document["spec"]["template"]["spec"]["containers"][0]["arguments"] = []
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(document, "1.33", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("unit", "said"),
+    [("cg-fedllm-server", "ca.crt is missing: make keys with"), ("cg-fedllm-node@", "--ca ca.crt is no file")],
+)
+def test_the_units_of_systemd_start_ours(unit: str, said: str, tmp_path: Path, run_program: RunProgram) -> None:
+    path = DOCKER / "systemd" / f"{unit}.service"
+    program, *arguments = (word.replace("/var/lib/cg-fedllm", str(tmp_path)) for word in unit_command(path))
+    status, _, stderr = run_program(MAIN[program], arguments)
+    assert status != 0
+    assert said in stderr
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd here")
+@pytest.mark.parametrize("unit", ["cg-fedllm-server", "cg-fedllm-node@"])
+def test_systemd_finds_nothing_wrong_in_the_units(unit: str, tmp_path: Path) -> None:
+    text = (DOCKER / "systemd" / f"{unit}.service").read_text()
+    (copy := tmp_path / f"{unit}.service").write_text(text.replace("/opt/cg-fedllm/bin/cg-fedllm", "/bin/true"))
+    done = subprocess.run(["systemd-analyze", "verify", copy], capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", ["server", "client"])

@@ -28,7 +28,12 @@ from conf.schema import Settings, check_settings, register_schemas, settings_of,
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")])
-COMPOSED = {"server.federate": "federate", "server.preview": "preview", "tgap": "tgap"}
+COMPOSED = {
+    "server.federate": "federate",
+    "server.preview": "preview",
+    "server.resources": "preview",
+    "tgap": "tgap",
+}
 """Program -> its configuration, for those that Hydra composes."""
 ALL_OPTIONS = {**OPTIONS, **server.federate.OPTIONS, **tgap.__main__.OPTIONS}
 PROGRAM = re.compile(r"(kubectl .* -- env )?(\w+=\S+ )*(python -m|cg-fedllm) ")
@@ -128,7 +133,7 @@ def understood_by_hydra(module: str, arguments: list[str]) -> None:
     settings.model.path, settings.model.sha256 = str(ROOT / "assets/tiny-llama"), None  # theirs are not here
     settings.dry_run = True
     settings.codec.artifact = settings.codec.artifact or str(ROOT / "gradcodec/general")
-    if module == "server.preview":  # it holds no rounds
+    if COMPOSED[module] == "preview":  # it holds no rounds
         settings.federation.clients_per_round = 1
     check_settings(settings)
 

@@ -17,6 +17,7 @@ from scipy import stats
 from test_federation import run, settings_for
 
 import client.private as private
+import client.trainer as trainer
 from client.app import app as client_app
 from conf.schema import Settings, check_settings
 from gradcodec.client import ClientEnd
@@ -286,8 +287,8 @@ def test_an_owner_bounds_all_runs_together(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="takes part in runs with a privacy budget alone"):
         attempt(settings_for(tmp_path, "open", arm="dense"))
     attempt(private_settings(tmp_path, "small", epsilon=2.0, clip=1e-3))
-    for spent in (tmp_path / "memory").glob("spent-*.json"):
-        assert sum(json.loads(spent.read_text()).values()) <= 10
+    spent = json.loads((tmp_path / "memory" / "spent.json").read_text())
+    assert sorted(spent.values()) == [2.0, 8.0]
 
 
 def test_a_node_believes_no_budget_that_the_noise_does_not_keep(tmp_path: Path) -> None:
@@ -300,7 +301,58 @@ def test_a_node_believes_no_budget_that_the_noise_does_not_keep(tmp_path: Path) 
         private.Guard(private_settings(tmp_path, "run", epsilon=1.0, noise_multiplier=0.1), 10, tmp_path, 1)
     loose = private_settings(tmp_path, "run", epsilon=1.0, delta=0.5)
     with pytest.raises(PrivacyError, match=r"takes a delta of 1e-05 at most, not 0\.5"):
-        private.Owner(tmp_path, 0, 10.0).check(loose)
+        private.Owner(tmp_path, 10.0).check(loose)
+
+
+def test_a_run_ends_whose_clients_alone_know_their_budgets(tmp_path: Path) -> None:
+    """How often a client may answer follows from its number of windows, if the noise is given: it says when no more."""
+    settings = private_settings(tmp_path, "run", "record_dp", epsilon=6.0, noise_multiplier=0.9)
+    settings.task.max_windows = 20
+    settings.federation.rounds, settings.federation.retries = 9, 0
+    settings.federation.clients_per_round = settings.federation.num_clients
+    results = run(settings, tmp_path)
+    done = len(results.heldout_loss) - 1
+    assert 0 < done < 9 and results.ended_early.startswith(f"after round {done} of 9: round {done + 1}: the privacy")
+    assert {fault.server_round for fault in results.faults} == {done + 1}
+    assert all("its own count says" in fault.reason for fault in results.faults)
+    for own in (tmp_path / "memory").rglob("privacy-?.json"):
+        state = json.loads(own.read_text())
+        assert list(state["releases"].values()) == [done] and state["account"]["epsilon"] <= 6.0
+    state = json.loads((tmp_path / "run" / LEDGER).read_text())["ledger"]
+    assert state["closed"] == [0, 1, 2]
+    copy = Ledger(None, lambda state: None)
+    copy.load_state(state)
+    assert copy.is_spent(0) and not copy.is_spent(3)
+
+
+@pytest.mark.parametrize("kind", ["client_dp", "none"])
+def test_what_is_wrong_with_protected_data_stays_on_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def unreadable(*_: object) -> Any:
+        raise ValueError("line 3: 'Mary Smith of Leeds' is no JSON object")
+
+    monkeypatch.setattr(trainer, "load_shard", unreadable)
+    with pytest.raises(ValueError, match="cannot take part") as error:
+        run(private_settings(tmp_path, "run", kind), tmp_path)
+    assert ("Mary Smith" in str(error.value)) == (kind == "none")
+    assert ("its own log says alone" in str(error.value)) == (kind != "none")
+
+
+@pytest.mark.parametrize("kind", ["client_dp", "none"])
+def test_why_training_failed_stays_on_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    def fails(*_: object, **__: object) -> Any:
+        raise RuntimeError("no token for 'Mary Smith of Leeds'")
+
+    monkeypatch.setattr(trainer, "finetune", fails)
+    settings = private_settings(tmp_path, "run", kind)
+    settings.federation.retries = 0
+    with pytest.raises(ValueError, match="0 usable replies"):
+        run(settings, tmp_path)
+    faults = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    reasons = [event["reason"] for event in faults if event["event"] == "fault"]
+    assert len(reasons) == 2
+    assert all(("Mary Smith" in reason) == (kind == "none") for reason in reasons)
 
 
 def test_a_run_keeps_its_terms(tmp_path: Path) -> None:
