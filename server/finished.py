@@ -15,12 +15,11 @@ from typing import Any
 from conf.console import printable
 from conf.standard import OF_THIS_RUN, flat
 from server.curves import bytes_by_round
+from strategies.outcomes import DOWNLINK_BYTES
 
 RESULTS, SUMMARY = "results.json", "summary.json"
 LARGEST = 1 << 30
 """Bytes of a file that is read."""
-DOWN = ("step_bytes", "catch_up_bytes", "snapshot_bytes", "side_bytes")
-"""Of a downlink; ``strategies.outcomes`` has them, and loads Flower."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,10 @@ def _run_of(folder: Path, content: Mapping[str, Any]) -> FinishedRun:
     sizes = content["bytes"]
     curve = bytes_by_round(
         [(_count(one["server_round"]), _count(one["payload_bytes"])) for one in content["uplinks"]],
-        [(_count(one["server_round"]), sum(_count(one[part]) for part in DOWN)) for one in content["downlinks"]],
+        [
+            (_count(one["server_round"]), sum(_count(one[part]) for part in DOWNLINK_BYTES))
+            for one in content["downlinks"]
+        ],
         [_count(size) for size in content["delivery_bytes"]],
         _count(sizes["artifact"]) + _count(sizes.get("recording", 0)),  # which earlier versions did not count
         len(losses) - 1,

@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -19,16 +20,21 @@ from typing import Any
 
 import hydra
 import pytest
+import torch
 from run_results import HOSTILE, pretended_results, standard_settings
 
-import server.answers
 from adapters.settings import TrainSettings
+from adapters.windows import Windows
+from bench import demo_grpc
+from bench.demo_page import write_demo_page
 from conf.schema import FederationSettings, Settings, changed, register_schemas, settings_of
 from conf.standard import OF_THIS_RUN, command, flat, set_by_hand, standard
 from report import charts
 from report.charts import Row
-from report.page import LARGEST_PAGE, Facts, Figure, Section, Table, page_of, shown, write_csv, write_page
+from report.look import STYLE
+from report.page import LARGEST_PAGE, Facts, Figure, Section, Table, page_of, shown, values_of, write_csv, write_page
 from server import finish
+from server.answers import PROMPT_TOKENS, _split
 from server.compare import main as compare
 from server.compare import write_comparison
 from server.compare_page import differing_settings, kinds_of, on_the_front
@@ -36,6 +42,7 @@ from server.curves import bytes_by_round, pareto_front
 from server.evaluate import Evaluator
 from server.finished import read_run, read_runs
 from server.inprocess import run_in_process
+from server.page_clients import OWN_WORDS
 from server.results import RunResults
 from server.run_page import sections_of, write_run_page
 from strategies.outcomes import FAILED, Fault, NodeLoss
@@ -195,7 +202,9 @@ def test_nothing_of_a_page_runs_or_asks_a_network_but_its_own_script(tmp_path: P
     text, _ = written(pretended_results(), tmp_path)
     page = Page(text)
     assert [kind for kind, _ in page.scripts] == ["application/json", "", ""]
-    assert "<img" not in text and not any(tag == "img" for tag, _ in page.tags)
+    drawn = [attrs for tag, attrs in page.tags if tag == "div" and attrs.get("class") == "chart"]
+    assert len(drawn) == 7 and all(attrs.get("role") == "img" and attrs.get("aria-label") for attrs in drawn)
+    assert not {"img", "iframe", "object", "embed", "form", "base"} & {tag for tag, _ in page.tags}
     assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on")]
     addresses = [attrs[key] for _, attrs in page.tags for key in ("src", "href", "action", "srcset") if key in attrs]
     assert addresses and all(address == "data:," or str(address).startswith("#section-") for address in addresses)
@@ -291,7 +300,14 @@ def test_what_privacy_withholds_does_not_come_back(privacy: dict[str, Any], gone
         "Continuations",
     ):
         assert secret not in everything
-    if results.settings.privacy.secret_sampling:
+    if not results.settings.privacy.secret_sampling:
+        (faults,) = (part for part in parts_of(content) if part.get("title") == "Replies of no use")
+        assert {row[0]: row[1] for row in faults["rows"]} == {
+            "absent": "its node is not connected",
+            "failed": OWN_WORDS,
+            "refused": "too long",
+        }
+    else:
         titles = {part["title"] for part in parts_of(content) if "title" in part}
         assert not titles & {"Rounds and clients", "How often each client took part", "Bytes by client", "By client"}
         (kinds,) = (part for part in parts_of(content) if part.get("title") == "Replies of no use")
@@ -299,18 +315,27 @@ def test_what_privacy_withholds_does_not_come_back(privacy: dict[str, Any], gone
         assert "Was every client heard?" not in everything
 
 
-def test_colours_are_told_apart_on_light_and_dark() -> None:
-    """Contrast as WCAG 2 has it: 3 to 1 for marks, on both pages."""
+def contrast(one: str, other: str) -> float:
+    """Of two colours, as WCAG 2 has it."""
 
     def luminance(colour: str) -> float:
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    for colour in charts.COLOURS:
-        for page in ("#ffffff", "#14171c"):
-            high, low = sorted((luminance(colour), luminance(page)), reverse=True)
-            assert (high + 0.05) / (low + 0.05) >= 3, (colour, page)
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_texts_and_marks_stand_out_on_light_dark_and_paper() -> None:
+    """Level AA: 4.5 to 1 for texts, 3 to 1 for marks."""
+    blocks = re.findall(r"\{([^{}]*--page: #[^{}]*)\}", STYLE)
+    themes = [dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block)) for block in blocks]
+    assert len(themes) == 4  # light, dark by the system, dark by hand, paper
+    for theme in themes:
+        for text in ("ink", "quiet", "link"):
+            assert min(contrast(theme[text], theme[page]) for page in ("page", "panel")) >= 4.5, (text, theme)
+        assert min(contrast(colour, theme["page"]) for colour in charts.COLOURS) >= 3, theme
 
 
 def test_the_standard_settings_are_those_that_hydra_makes() -> None:
@@ -440,6 +465,58 @@ def test_a_spreadsheet_finds_no_formula(tmp_path: Path) -> None:
     assert (tmp_path / "t.csv").read_text() == 'a,b\n\'=1+1,-2.5\n"x,y",\n'
 
 
+def test_a_comparison_loads_no_engine() -> None:
+    asked = "import server.compare, sys; print(*(m for m in ('torch', 'flwr', 'altair', 'numpy') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_the_demos_write_the_same_kind_of_page(tmp_path: Path) -> None:
+    results = json.loads(Path("bench/results/demo-real.json").read_text())
+    write_demo_page(results, tmp_path / "report.html")
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert Page((tmp_path / "report.html").read_text()).tables == tables_of(content)
+    arms = {row[0]: row for row in parts_of(content)[0]["rows"]}
+    assert arms["coded"][2] == pytest.approx(100 * results["kept_fraction"], abs=0.5)  # of means, and a mean
+    assert arms["base"][2] is None and arms["dense"][2] == 100
+    assert [section["title"] for section in content["sections"]][:2] == ["Arms", "Loss"]
+    assert {*results["tables"]} <= {section["title"] for section in content["sections"]}
+    over_rounds = next(part for part in parts_of(content) if part.get("title") == "Loss over rounds")
+    dense = [row for row in over_rounds["rows"] if row[0] == "dense"]
+    assert [row[2] for row in dense] == results["arms"]["dense"]["heldout_loss"]
+    last = [run["arms"]["dense"]["heldout_loss"][-1] for run in results["runs"]]
+    assert dense[-1][3:] == [min(last), max(last)]
+
+
+def test_the_demo_over_grpc_writes_one_too() -> None:
+    wire = {"up": {"all": 9000, "polling": 600}, "down": {"all": 5000, "polling": 300}}
+    results = {
+        "payloads_equal": True,
+        "payload_digests": {"grpc": ["1/0/ab"], "simulation": ["1/0/ab"]},
+        "heldout_loss": {"grpc": [3.6, 3.5, 3.4, 3.3], "simulation": [3.6, 3.5, 3.4, 3.3]},
+        "payload_bytes_per_client_round": 2000.0,
+        "wire_bytes_per_client": [wire, wire],
+        "rounds": 3,
+        "seconds": 9.0,
+    }
+    content = values_of("t", demo_grpc.lead_of(results), demo_grpc.sections_of(results), {})
+    assert "the same payloads, to the bit; held-out loss 3.6000 -> 3.3000" in content["lead"]
+    (sizes,) = (part for part in parts_of(content) if part["kind"] == "table" and part["columns"][0] == "node")
+    assert sizes["rows"][1] == [1, 2000, 200, 800, 3000, 100, 1667]
+
+
+def test_prompts_end_where_answers_begin() -> None:
+    ids = torch.arange(64)[None]
+    prompt, true = _split(Windows.whole(ids), None)
+    assert prompt.tolist() == [*range(PROMPT_TOKENS)] and int(true[0]) == PROMPT_TOKENS
+    counted = torch.zeros(1, 64, dtype=torch.bool)
+    counted[:, 40:50] = True
+    prompt, true = _split(Windows(ids, counted).trimmed(), None)
+    assert prompt.tolist() == [*range(40)] and true.tolist()[:2] == [40, 41]
+    prompt, _ = _split(Windows(ids, counted), 20)
+    assert len(prompt) <= 20 and int(prompt[-1]) == 39  # what the model takes, less what it is to write
+
+
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResults]:
     """A real run: two rounds of three clients."""
@@ -485,7 +562,6 @@ def test_a_report_that_cannot_be_written_fails_no_run(
         raise OSError("no room")
 
     monkeypatch.setattr(finish, "write_run_page", fail)
-    monkeypatch.setattr(server.answers, "sample_answers", fail)
     monkeypatch.setattr(finish, "sample_answers", fail)
     logger = logging.getLogger("flwr")
     logger.addHandler(caplog.handler)
