@@ -43,6 +43,8 @@ from tasks.settings import is_hub_name as is_hub_dataset
 Run = TypeVar("Run", bound="Settings")
 ARMS = ("base", "centralised", "dense", "coded")
 BACKENDS = ("simulation", "inprocess", "superlink")
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+OBJECTIVES = ("loss", "bytes", "loss_and_bytes")
 CHECKOUT = Path(__file__).resolve().parents[1]
 """Where the model and the codec that ship with the project lie."""
 
@@ -65,6 +67,7 @@ class FederationSettings:
         6  # coded: of the server on its held-out text before round 1, which follows no update; 0: none
     )
     metrics_port: int | None = None  # Prometheus text on 127.0.0.1, while the run lasts
+    trackers: list[str] = field(default_factory=list)  # tensorboard, mlflow, wandb: told of every round
 
 
 @dataclass
@@ -76,6 +79,15 @@ class BackendSettings:
     connection: str = "cg-fedllm"  # superlink: its name in Flower's config.toml
     client_cpus: int = 1  # simulation: CPU cores a client occupies
     client_gpus: float = 0.0  # simulation: GPUs, or share of one, a client occupies; with 0 it sees none
+
+
+@dataclass
+class SearchSettings:
+    """What a sweeper that searches makes as small as it can (``-m +search=fewest_bytes``)."""
+
+    # loss: the final held-out loss | bytes: of the whole run, at no more than target_loss | loss_and_bytes: both
+    objective: str = "loss"
+    target_loss: float | None = None  # nats per token
 
 
 @dataclass
@@ -99,6 +111,7 @@ class Settings:
     federation: FederationSettings = field(default_factory=FederationSettings)
     backend: BackendSettings = field(default_factory=BackendSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -186,6 +199,8 @@ def check_settings(settings: Settings) -> None:
     if settings.backend.name not in BACKENDS:
         raise ValueError(f"backend.name={settings.backend.name!r} is none of {', '.join(BACKENDS)}")
     _check_federation(settings.federation)
+    _check_trackers(settings.federation.trackers)
+    _check_search(settings.search)
     check_privacy(settings.privacy)
     _check_together(settings)
     check_seed(settings.seed)
@@ -228,6 +243,22 @@ def _check_federation(federation: FederationSettings) -> None:
     for key in ("wait_seconds", "round_seconds"):
         if not getattr(federation, key) > 0:
             raise ValueError(f"federation.{key}={getattr(federation, key)} must be greater than 0")
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """By name alone: whether a library is installed is the affair of the host that the rounds run on."""
+    for name in names:
+        if name not in TRACKERS:
+            raise ValueError(f"federation.trackers holds {name!r}, which is none of {', '.join(TRACKERS)}")
+
+
+def _check_search(search: SearchSettings) -> None:
+    if search.objective not in OBJECTIVES:
+        raise ValueError(f"search.objective={search.objective!r} is none of {', '.join(OBJECTIVES)}")
+    if search.objective == "bytes" and search.target_loss is None:
+        raise ValueError(
+            "search.objective=bytes needs search.target_loss=NATS, the held-out loss that the fewest bytes must keep"
+        )
 
 
 def _check_together(settings: Settings) -> None:
