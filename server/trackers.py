@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from server.tracking import FINISHED, TrackedRun
@@ -46,14 +47,24 @@ def _table(pairs: Mapping[str, str]) -> str:
     return "\n".join(["| what | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in pairs.items())])
 
 
+def database(folder: Path) -> str:
+    """MLflow's address of the one in this folder: files, as they once were, it no longer keeps."""
+    return f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+
+
 class Mlflow:
-    """A run at ``MLFLOW_TRACKING_URI``, or in the folder ``mlflow/``."""
+    """A run at ``MLFLOW_TRACKING_URI``, or in the database ``mlflow/mlflow.db``."""
 
     def __init__(self, run: TrackedRun) -> None:
         from mlflow import MlflowClient
 
-        self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or (run.folder / "mlflow").as_uri())
-        experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT)
+        place, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), None
+        if not place:
+            folder = run.folder / "mlflow"
+            folder.mkdir(exist_ok=True)
+            place, artifacts = database(folder), (folder / "artifacts").as_uri()
+        self._client = MlflowClient(place)
+        experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT, artifacts)
         found = self._client.search_runs([experiment], f"tags.{RUN_TAG} = '{run.run_id}'", max_results=1)
         if run.done and found:
             self._run_id, known = found[0].info.run_id, found[0].data.params
@@ -67,9 +78,9 @@ class Mlflow:
             )
         self._tell_settings(run.settings, known)
 
-    def _experiment(self, name: str) -> str:
+    def _experiment(self, name: str, artifacts: str | None) -> str:
         known = self._client.get_experiment_by_name(name)
-        return str(self._client.create_experiment(name) if known is None else known.experiment_id)
+        return str(self._client.create_experiment(name, artifacts) if known is None else known.experiment_id)
 
     def _tell_settings(self, settings: Mapping[str, str], known: Mapping[str, str]) -> None:
         """A param of MLflow's never changes: what a resumed run has changed becomes a tag."""
@@ -119,14 +130,16 @@ class Wandb:
             x_disable_stats=True,  # nor what this machine is and does
             x_disable_meta=True,
             x_disable_machine_info=True,
+            x_save_requirements=False,
         )
+        mode = os.environ.get("WANDB_MODE") or "offline"
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or PROJECT,
-            mode=os.environ.get("WANDB_MODE") or "offline",
+            mode=mode,
             dir=str(run.folder),
             id=run.run_id,
             name=f"{run.name} {run.run_id}",
-            resume="allow" if run.done else None,
+            resume="allow" if run.done and mode == "online" else None,  # offline the id alone says it
             config=dict(run.settings),
             settings=quiet,
         )

@@ -137,6 +137,7 @@ class Tracking:
         self._told = told
         self._secret = settings.privacy.secret_sampling
         self._rounds: dict[int, Round] = {}
+        self._since = 0.0  # when the round before ended; 0: there was none
         self._facts: dict[str, str] = {}
         self._totals: dict[str, float] = {}
 
@@ -147,7 +148,7 @@ class Tracking:
             self._tell(lambda tracker: tracker.figures(event["server_round"], {"heldout_loss": event["heldout_loss"]}))
         if number is None or kind not in ("round_started", "uplink", "downlink", "fault", "round_finished"):
             return
-        own = self._rounds.setdefault(number, Round(began=event["time"]))
+        own = self._rounds.setdefault(number, Round(began=self._since or event["time"]))
         if kind == "uplink":
             own.up += event["payload_bytes"]
             own.answers += 1
@@ -157,7 +158,7 @@ class Tracking:
         elif kind == "fault":
             own.faults += 1
         elif kind == "round_finished":
-            figures = self._rounds.pop(number).figures(event["time"])
+            figures, self._since = self._rounds.pop(number).figures(event["time"]), event["time"]
             kept = {"seconds": figures["seconds"]} if self._secret else figures  # else it tells how many took part
             self._tell(lambda tracker: tracker.figures(number, kept))
 

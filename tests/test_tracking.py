@@ -15,6 +15,7 @@ from conf.schema import CHECKOUT, TRACKERS, Settings, register_schemas, settings
 from server.events import EventLog
 from server.federate import resumed, run
 from server.results import RunResults
+from server.trackers import database
 from server.tracking import FAILED, LIBRARIES, Told, Tracker, Tracking, told_settings, tracked
 from strategies.outcomes import DOWNLINK_BYTES
 
@@ -174,7 +175,7 @@ def test_tensorboard_reads_it(output: Path, results: dict[str, Any]) -> None:
 def test_mlflow_reads_it(output: Path, results: dict[str, Any]) -> None:
     from mlflow import MlflowClient
 
-    client = MlflowClient((output / "mlflow").as_uri())
+    client = MlflowClient(database(output / "mlflow"))
     (experiment,) = [one for one in client.search_experiments() if one.name == "cg-fedllm"]
     (one,) = client.search_runs([experiment.experiment_id])
     assert one.info.status == "FINISHED"
