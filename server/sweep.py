@@ -114,6 +114,7 @@ def wrong_jobs(hydra: Any, jobs: list[list[str]]) -> dict[int, str]:
                 del config["hydra"]
             settings = settings_of(config)
             check_settings(settings)
+            check_side_by_side(hydra, settings.arm, settings.backend.name)
             if not settings.dry_run:
                 check_files(settings)
         except ValueError as error:
@@ -166,15 +167,17 @@ class Sweep:
             ValueError: none can, on this launcher.
         """
         hydra = config.hydra
-        check_side_by_side(hydra, str(config.arm), str(config.backend.name))
-        self._folder = Path(hydra.sweep.dir).absolute()
-        self._plan = Plan(list(hydra.overrides.task))
-        self._plan.tell()
+        plan = Plan(list(hydra.overrides.task))
+        swept = {text.partition("=")[0] for text in plan.arguments} - {*fixed_keys(plan.arguments)}
+        if not swept & {"arm", "backend", "backend.name"}:  # else it is the affair of each job
+            check_side_by_side(hydra, str(config.arm), str(config.backend.name))
+        self._folder, self._plan = Path(hydra.sweep.dir).absolute(), plan
+        plan.tell()
         if not is_hydras(hydra.sweeper):
             self._expected = dict.fromkeys(range(int(hydra.sweeper.get("n_trials") or 0)), "")
             return
         jobs = jobs_of(hydra)
-        self._expected = {number: differing(job, self._plan.arguments) for number, job in enumerate(jobs)}
+        self._expected = {number: differing(job, plan.arguments) for number, job in enumerate(jobs)}
         for number, reason in wrong_jobs(hydra, jobs).items():
             say(f"job {number} will fail, the others go on: {self._expected[number]}: {reason}")
 
