@@ -8,6 +8,7 @@ module names their folders, lets a failing one end alone, and tells at the end w
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -174,6 +175,7 @@ class Sweep:
         self._folder, self._plan = Path(hydra.sweep.dir).absolute(), plan
         plan.tell()
         if not is_hydras(hydra.sweeper):
+            logging.getLogger("optuna.study").setLevel(logging.WARNING)  # what it says, our lines and table say
             self._expected = dict.fromkeys(range(int(hydra.sweeper.get("n_trials") or 0)), "")
             return
         jobs = jobs_of(hydra)
