@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -70,7 +71,6 @@ def _key_values(arguments: list[str]) -> list[str]:
 def fixed_keys(arguments: list[str]) -> list[str]:
     """The keys to which a command line gives one value."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
 
     try:
         overrides = OverridesParser.create().parse_overrides(_key_values(arguments))
@@ -113,6 +113,7 @@ def wrong_jobs(hydra: Any, jobs: list[list[str]]) -> dict[int, str]:
             config = loader.load_configuration(hydra.job.config_name, job, RunMode.RUN)
             with open_dict(config):
                 del config["hydra"]
+                config.output = hydra.sweep.dir  # the job's own folder is not known yet
             settings = settings_of(config)
             check_settings(settings)
             check_side_by_side(hydra, settings.arm, settings.backend.name)
@@ -149,7 +150,10 @@ class Begins(Callback):
     """Hydra's word that a sweep begins, in the process of its command line."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        SWEEP.begin(config)
+        try:
+            SWEEP.begin(config)
+        except ValueError as error:  # which Hydra would make a warning of
+            sys.exit(f"error: {printable(error)}")
 
 
 class Sweep:
@@ -160,6 +164,7 @@ class Sweep:
         self._expected: dict[int, str] = {}
         self._folder: Path | None = None
         self._plan = Plan.told()
+        self._has_workers = False
 
     def begin(self, config: DictConfig) -> None:
         """Before the first job: which there will be, and which of them cannot be served.
@@ -173,12 +178,16 @@ class Sweep:
         if not swept & {"arm", "backend", "backend.name"}:  # else it is the affair of each job
             check_side_by_side(hydra, str(config.arm), str(config.backend.name))
         self._folder, self._plan = Path(hydra.sweep.dir).absolute(), plan
+        self._has_workers = str(hydra.launcher._target_).endswith("JoblibLauncher")
         plan.tell()
         if not is_hydras(hydra.sweeper):
             logging.getLogger("optuna.study").setLevel(logging.WARNING)  # what it says, our lines and table say
             self._expected = dict.fromkeys(range(int(hydra.sweeper.get("n_trials") or 0)), "")
             return
-        jobs = jobs_of(hydra)
+        try:
+            jobs = jobs_of(hydra)
+        except HydraException:  # Hydra will say so itself
+            return
         self._expected = {number: differing(job, plan.arguments) for number, job in enumerate(jobs)}
         for number, reason in wrong_jobs(hydra, jobs).items():
             say(f"job {number} will fail, the others go on: {self._expected[number]}: {reason}")
@@ -233,6 +242,8 @@ class Sweep:
             if self._folder is None:
                 raise
             wrong = f"error: {printable(repr(error))}"
+        if self._has_workers:
+            _end_workers()
         self.end(wrong)
 
     def end(self, wrong: str = "") -> None:
@@ -278,6 +289,13 @@ def _run(job: Job, hydra: Any, config: DictConfig, run: Callable[[Settings], Run
     job.take(results)
     job.target_loss = settings.search.target_loss
     return objective(settings, results)
+
+
+def _end_workers() -> None:
+    """Those of joblib would wait for more jobs for five minutes, each with its model, though this process is gone."""
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 
 def _leave(job: Job, folder: Path) -> None:
