@@ -241,7 +241,7 @@ class Sweep:
         except Exception as error:  # a launcher's or a sweeper's; what its jobs left is told all the same
             if self._folder is None:
                 raise
-            wrong = f"error: {printable(repr(error))}"
+            wrong = f"error: {type(error).__name__}: {printable(str(error).partition(chr(10))[0])}"
         if self._has_workers:
             _end_workers()
         self.end(wrong)
