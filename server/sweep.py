@@ -146,7 +146,7 @@ def register_resolver() -> None:
     )
 
 
-class Begins(Callback):
+class Begins(Callback):  # type: ignore[misc]  # Hydra has no types for us
     """Hydra's word that a sweep begins, in the process of its command line."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:

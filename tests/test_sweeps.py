@@ -51,6 +51,7 @@ def test_long_names_are_cut_and_stay_apart() -> None:
 
 
 def hydra_of(folder: Path, number: int, *overrides: str, sweeper: str = "BasicSweeper", launcher: str = "Basic") -> Any:
+    (folder / str(number)).mkdir(exist_ok=True)  # as Hydra does
     return OmegaConf.create(
         {
             "sweep": {"dir": str(folder)},
@@ -280,7 +281,7 @@ def test_optuna_searches_for_the_fewest_bytes(tmp_path: Path) -> None:
     best = min(jobs, key=lambda job: int(job["total_bytes"]))
     assert summary["best"] == best["number"]
     assert f"fewest bytes at a held-out loss of at most 9: job {best['number']}" in done.stdout
-    found = OmegaConf.load(tmp_path / "optimization_results.yaml")
+    found: Any = OmegaConf.load(tmp_path / "optimization_results.yaml")
     assert found["best_value"] == best["total_bytes"]
     assert f"codec.bits={found['best_params']['codec.bits']}" == best["differs"]
 

@@ -144,9 +144,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.importorskip(LIBRARIES[name])
     folder = tmp_path_factory.mktemp("tracked")
     run(composed("federation.trackers=[tensorboard,mlflow,wandb]", f"output={folder}"))
-    settings = resumed(folder, ["federation.rounds=3"])
-    settings.task.heldout_windows = 2
-    run(settings)
+    run(resumed(folder, ["federation.rounds=3"]))
     return folder
 
 
@@ -206,7 +204,9 @@ def read_wandb(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict
     from wandb.proto.wandb_internal_pb2 import Record
     from wandb.sdk.internal.datastore import DataStore
 
-    rows, config, summary = [], {}, {}
+    rows: list[dict[str, Any]] = []
+    config: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     files = sorted(folder.glob("offline-run-*/*.wandb"))
     assert {file.stem for file in files} == {"run-abc123"}
     for file in files:
