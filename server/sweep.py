@@ -119,6 +119,8 @@ def wrong_jobs(hydra: Any, jobs: list[list[str]]) -> dict[int, str]:
             check_side_by_side(hydra, settings.arm, settings.backend.name)
             if not settings.dry_run:
                 check_files(settings)
+        except HydraException:  # Hydra will say so itself, of all jobs
+            return {}
         except ValueError as error:
             wrong[number] = printable(error)
     return wrong
@@ -235,7 +237,7 @@ class Sweep:
         try:
             program()
         except SystemExit as end:
-            if self._folder is None:
+            if self._folder is None or not self._left():  # refused as a whole
                 raise
             wrong = end.code if isinstance(end.code, str) else ""
         except Exception as error:  # a launcher's or a sweeper's; what its jobs left is told all the same
@@ -246,6 +248,9 @@ class Sweep:
             _end_workers()
         self.end(wrong)
 
+    def _left(self) -> dict[int, Job]:
+        return {**(collect(self._folder, self._plan.identity) if self._folder is not None else {}), **self.jobs}
+
     def end(self, wrong: str = "") -> None:
         """The table and ``summary.json``, if there was a sweep. Exits with 1 if a job did not finish.
 
@@ -254,7 +259,7 @@ class Sweep:
         """
         if self._folder is None:
             return
-        left = {**collect(self._folder, self._plan.identity), **self.jobs}
+        left = self._left()
         stopped = wrong == "stopped" or any(job.state == "stopped" for job in left.values())
         jobs = complete(self._expected, left, stopped, self._plan.identity)
         Console(width=None if sys.stdout.isatty() else 120).print(table_of(jobs))

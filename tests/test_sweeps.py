@@ -216,6 +216,24 @@ def test_what_a_missing_plugin_is_installed_with_is_said() -> None:
     assert refusal(error) == "hydra/launcher=job: there is no such hydra/launcher: did you mean joblib?"
 
 
+def test_a_sweep_that_hydra_refuses_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "server.federate", "-m", "codec=learned,zip", f"hydra.sweep.dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: codec=zip: there is no such codec")
+    assert not (tmp_path / SUMMARY).exists()
+
+
+def test_side_by_side_simulations_are_refused_before_any_job(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    command = [sys.executable, "-m", "server.federate", "-m", "hydra/launcher=joblib", "seed=0,1"]
+    done = subprocess.run([*command, f"hydra.sweep.dir={tmp_path}"], capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert done.stderr.endswith("give backend=inprocess\n")
+    assert not list(tmp_path.iterdir())
+
+
 def swept(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     command = [sys.executable, "-m", "server.federate", "-m", *arguments, "--output", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
