@@ -47,6 +47,8 @@ MOST_ANSWERS = 64
 """That a report shows; they are generated at once."""
 WHOLE, NONE = "whole", "none"
 BASES = (WHOLE, NONE)
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+OBJECTIVES = ("loss", "bytes", "loss_and_bytes")
 CHECKOUT = Path(__file__).resolve().parents[1]
 """Where the model and the codec that ship with the project lie."""
 
@@ -77,6 +79,7 @@ class FederationSettings:
     # the last; 0: never
     evaluate_every: int = 0
     evaluate_clients: int | None = None  # how many of them, the same ones throughout; null: all that are connected
+    trackers: list[str] = field(default_factory=list)  # tensorboard, mlflow, wandb: told of every round
 
 
 @dataclass
@@ -95,6 +98,15 @@ class BackendSettings:
     connection: str = "cg-fedllm"  # superlink: its name in Flower's config.toml
     client_cpus: int = 1  # simulation: CPU cores a client occupies
     client_gpus: float = 0.0  # simulation: GPUs, or share of one, a client occupies; with 0 it sees none
+
+
+@dataclass
+class SearchSettings:
+    """What a sweeper that searches makes as small as it can (``-m +search=fewest_bytes``)."""
+
+    # loss: the final held-out loss | bytes: of the whole run, at no more than target_loss | loss_and_bytes: both
+    objective: str = "loss"
+    target_loss: float | None = None  # nats per token
 
 
 @dataclass
@@ -119,6 +131,7 @@ class Settings:
     server: ServerSettings = field(default_factory=ServerSettings)
     backend: BackendSettings = field(default_factory=BackendSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -210,6 +223,8 @@ def check_settings(settings: Settings) -> None:
     if settings.backend.name not in BACKENDS:
         raise ValueError(f"backend.name={settings.backend.name!r} is none of {', '.join(BACKENDS)}")
     _check_federation(settings.federation)
+    _check_trackers(settings.federation.trackers)
+    _check_search(settings.search)
     check_privacy(settings.privacy)
     _check_together(settings)
     check_seed(settings.seed)
@@ -273,6 +288,22 @@ def _check_patience(federation: FederationSettings) -> None:
         raise ValueError(
             f"federation.min_improvement={federation.min_improvement} needs federation.patience=N, the rounds that may "
             "pass without one"
+        )
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """By name alone: whether a library is installed is the affair of the host that the rounds run on."""
+    for name in names:
+        if name not in TRACKERS:
+            raise ValueError(f"federation.trackers holds {name!r}, which is none of {', '.join(TRACKERS)}")
+
+
+def _check_search(search: SearchSettings) -> None:
+    if search.objective not in OBJECTIVES:
+        raise ValueError(f"search.objective={search.objective!r} is none of {', '.join(OBJECTIVES)}")
+    if search.objective == "bytes" and search.target_loss is None:
+        raise ValueError(
+            "search.objective=bytes needs search.target_loss=NATS, the held-out loss that the fewest bytes must keep"
         )
 
 

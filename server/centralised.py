@@ -27,6 +27,7 @@ from server.events import EventLog
 from server.finish import report_on
 from server.progress import shown
 from server.results import RunResults
+from server.tracking import tracked
 
 
 def run_alone(settings: Settings) -> RunResults:
@@ -42,8 +43,10 @@ def run_alone(settings: Settings) -> RunResults:
     with alive(output, settings.run_id):
         events = EventLog(output)
         try:
-            with shown(events):
-                return _run(settings, output, events)
+            with shown(events), tracked(settings, events) as tracking:
+                results = _run(settings, output, events)
+                tracking.finish(results)
+                return results
         except Exception as error:
             with contextlib.suppress(OutputError):  # a full disk, which is what the error says
                 events.write("run_failed", reason=str(error) if isinstance(error, ValueError) else repr(error))

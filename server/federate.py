@@ -3,6 +3,7 @@
 python -m server.federate [arm=coded|dense|centralised|base] [codec=learned|identity|rotated|...] [key=value ...]
 python -m server.federate --data PATH --model PATH --output PATH     # paths with any characters
 python -m server.federate -m codec=learned,identity seed=0,1        # a sweep
+python -m server.federate -m +search=fewest_bytes search.target_loss=3.4  # Optuna looks for the fewest bytes
 python -m server.federate backend=superlink                          # on a running SuperLink, over gRPC
 python -m server.federate backend=inprocess                          # clients take turns in this process, on its GPU
 python -m server.federate resume=outputs/federate/2026-01-31/12-00-00  # a run that did not end, bit for bit
@@ -35,7 +36,7 @@ from server.alive import check_free
 from server.places import CHECKPOINT, continuation, found, remember
 from server.progress import label
 from server.quiet import quiet
-from server.sweep import Sweep, register_resolver
+from server.sweep import SWEEP, register_resolver
 
 if TYPE_CHECKING:  # slow to import, and not needed to refuse a setting
     from server.plan import Plan
@@ -49,12 +50,11 @@ FIXED = ("federation.num_clients", "federation.clients_per_round", "federation.k
 TRUST = "model.trust_remote_code"
 """Whether code that comes with a model is run: a resumed run's folder does not decide that."""
 OPTIONS = {"--resume": "resume"}
-SWEEP = Sweep()
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="federate")
-def main(config: DictConfig) -> float:
-    """Returns the final held-out loss, for Hydra's sweepers."""
+def main(config: DictConfig) -> float | list[float]:
+    """Returns the final held-out loss; in a sweep what ``search.objective`` names, for Hydra's sweepers."""
     quiet()
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return SWEEP.job(HydraConfig.get(), config, one)
@@ -150,6 +150,10 @@ def run(settings: Settings) -> RunResults:
     output = open_output(Path(settings.output))
     check_free(output)
     remember(output)
+    if settings.federation.trackers and settings.backend.name != "superlink":  # there its host needs the libraries
+        from server.tracking import check_trackers
+
+        check_trackers(settings.federation.trackers)
     say(f"{label(settings)}, seed {settings.seed}, in {output}")
     if settings.arm in ("base", "centralised"):
         from server.centralised import run_alone
@@ -169,8 +173,7 @@ def run(settings: Settings) -> RunResults:
 
 
 if __name__ == "__main__":
+    from server.federate import main as program  # by its name, under which other processes find it, too
+
     with leaving_threads_behind():
-        try:
-            run_program(main, OPTIONS)
-        finally:
-            SWEEP.end()
+        SWEEP.run(lambda: run_program(program, OPTIONS))

@@ -51,6 +51,7 @@ from server.outline import Outline
 from server.private import Books
 from server.progress import shown
 from server.results import RunResults
+from server.tracking import tracked
 from strategies.broadcast import CodedBroadcaster, DenseBroadcaster
 from strategies.build import build_inner, proximal_mu_of
 from strategies.coded import CodedReceiver
@@ -94,8 +95,14 @@ def _run(grid: Grid, settings: Settings, output: Path, bound: Mapping[int, int] 
     (output / "results.json").unlink(missing_ok=True)  # of an earlier run in the same folder, or of fewer rounds
     events = EventLog(output, keep=before is not None)
     try:
-        with shown(events), serve_metrics(settings.federation.metrics_port, events):
-            return prepare(grid, settings, events, before, bound).run()
+        with (
+            shown(events),
+            serve_metrics(settings.federation.metrics_port, events),
+            tracked(settings, events, before.server_round if before is not None else 0) as tracking,
+        ):
+            results = prepare(grid, settings, events, before, bound).run()
+            tracking.finish(results)
+            return results
     except Exception as error:
         with contextlib.suppress(OutputError):  # a full disk, perhaps: the error itself says more
             events.write("run_failed", reason=str(error) if isinstance(error, ValueError) else repr(error))
