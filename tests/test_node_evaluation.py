@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,8 +58,8 @@ class Watched(InProcessGrid):
     """Counts arrays by the kind of message that brings them."""
 
     def sent_bytes(self, kind: str) -> int:
-        arrays = (m.content.array_records.get(ARRAYS, {}) for m in self.sent if m.metadata.message_type == kind)
-        return sum(len(array.data) for record in arrays for array in record.values())
+        sent = [m.content for m in self.sent if m.metadata.message_type == kind]
+        return sum(len(array.data) for content in sent for array in content.array_records[ARRAYS].values())
 
     def evaluated(self) -> list[int]:
         """The rounds of all messages that asked for a loss."""
@@ -182,8 +183,8 @@ def test_a_dense_run_trains_the_same_whether_nodes_are_asked_or_not(tmp_path: Pa
     assert 0 < meant.evaluation - planned.evaluation < 0.1 * planned.evaluation, "safetensors' heads, and the answers"
 
 
-def answer_of(**changes: object) -> Message:
-    said = {
+def answer_of(**changes: Any) -> Message:
+    said: dict[str, Any] = {
         PARTITION: 1,
         SERVER_ROUND: 2,
         HELDOUT_LOSS: 3.5,
@@ -191,11 +192,11 @@ def answer_of(**changes: object) -> Message:
         HELDOUT_WINDOWS: 4,
         SECONDS_EVALUATE: 0.5,
     }
-    said |= {key.replace("_", "-"): value for key, value in changes.items()}  # type: ignore[dict-item]
+    said |= {key.replace("_", "-"): value for key, value in changes.items()}
     asked = Message(RecordDict(), HOSTILE, "evaluate")
     asked.metadata.__dict__["_message_id"] = "asked"
     kept = {key: value for key, value in said.items() if value is not None}
-    return Message(RecordDict({METRICS: MetricRecord(kept)}), reply_to=asked)  # type: ignore[arg-type]
+    return Message(RecordDict({METRICS: MetricRecord(kept)}), reply_to=asked)
 
 
 def test_an_honest_answer_is_taken() -> None:
@@ -224,7 +225,7 @@ def test_an_honest_answer_is_taken() -> None:
         ({"more": 1.0}, "is not one record of"),
     ],
 )
-def test_answers_that_are_none(changes: dict[str, object], said: str) -> None:
+def test_answers_that_are_none(changes: dict[str, Any], said: str) -> None:
     found = judged(answer_of(**changes), 2, 1, BOUNDS)
     assert isinstance(found, Refused)
     assert said in found.reason
@@ -285,7 +286,10 @@ def test_too_few_answers_are_said_and_the_run_goes_on(tmp_path: Path, caplog: py
         ({"federation__evaluate_every": -1}, r"federation\.evaluate_every=-1 must be at least 0"),
         ({"federation__evaluate_clients": 4}, r"federation\.evaluate_clients=4 must lie between 1 and .*num_clients=3"),
         ({"federation__evaluate_every": 2, "arm": "base"}, "arm=base asks no clients"),
-        ({"federation__evaluate_every": 2, "privacy__name": "client_dp"}, "withhold their losses .* evaluate_every=0"),
+        (
+            {"federation__evaluate_every": 2, "privacy__name": "client_dp"},
+            r"withhold their losses .*\.evaluate_every=0",
+        ),
         (
             {"federation__evaluate_every": 2, "privacy__secure_aggregation": True, "codec__bits": 1.0},
             r"privacy\.secure_aggregation=true do not go together: nodes withhold",
