@@ -25,12 +25,14 @@ from bench.drop_outs import Run
 from client.app import app as client_app
 from client.trainer import Trainer
 from client.work import Work
+from conf.console import Display
 from conf.schema import Settings, check_settings
 from privacy.errors import PrivacyError
 from server.events import read_status
 from server.federate import resumed
 from server.node_losses import federated_losses
 from server.plan import plan_of
+from server.progress import RunView
 from server.results import RunResults
 from server.rounds import run_federation
 from server.trained import read_trained
@@ -151,6 +153,49 @@ def test_results_events_status_and_card_say_what_nodes_said(both_ways: tuple[Run
     card = (output / "adapter" / "README.md").read_text()
     assert f"{last['loss']:.4f} after round 5, 3 clients" in card
     assert "0% of the clients worse than before the first round" in card
+
+
+class Lines(Display):
+    """A display without a terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def tell(self, text: str) -> None:
+        self.told.append(text)
+
+    def show(self, done: float, total: float, text: str) -> None:
+        raise AssertionError("there is no bar")
+
+
+def test_what_a_person_sees_of_a_server_without_base_model() -> None:
+    shown = Lines()
+    view = RunView(shown)
+    sizes = {"partition": 0, "catch_up_bytes": 0, "snapshot_bytes": 0, "side_bytes": 0}
+    for number, (event, fields) in enumerate(
+        [
+            ("run_started", {"arm": "dense", "rounds": 2, "base": "none"}),
+            ("downlink", {"server_round": 0, "step_bytes": 1000, "evaluating": True, **sizes}),
+            (
+                "evaluated_on_nodes",
+                {"server_round": 0, "loss": 3.6, "worst": 4.0, "worst_client": 2, "clients": 3, "asked": 3},
+            ),
+            ("downlink", {"server_round": 1, "step_bytes": 500, "evaluating": False, **sizes}),
+            ("round_started", {"server_round": 1, "clients": 1}),
+            ("uplink", {"server_round": 1, "partition": 0, "payload_bytes": 100}),
+            ("round_finished", {"server_round": 1}),
+            ("evaluated_on_nodes", {"server_round": 1, "clients": 0, "asked": 3}),
+        ]
+    ):
+        view({"time": 1e9 + number, "event": event, **fields})
+    assert shown.told == [
+        "dense, 2 rounds",
+        "on the nodes after round 0: loss 3.6000, worst 4.0000 (client 2), 3 of 3 clients",
+        "round 1 of 2: 1 of 1 clients (0), 100 B up and 500 B down each, 0:00:02 left",
+        "on the nodes after round 1: no loss, 0 of 3 clients",
+    ]
+    assert (view.status.bytes_down, view.status.bytes_evaluating) == (1500, 1000)
 
 
 def test_fairness() -> None:
