@@ -53,7 +53,8 @@ class Outline:
     @property
     def device(self) -> torch.device:
         """Where the codec works."""
-        return self.model.device
+        found: torch.device = self.model.device
+        return found
 
     @property
     def blind_loss(self) -> float:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +25,14 @@ from bench.drop_outs import Run
 from client.app import app as client_app
 from client.trainer import Trainer
 from client.work import Work
+from conf.console import Display
 from conf.schema import Settings, check_settings
 from privacy.errors import PrivacyError
 from server.events import read_status
 from server.federate import resumed
 from server.node_losses import federated_losses
 from server.plan import plan_of
+from server.progress import RunView
 from server.results import RunResults
 from server.rounds import run_federation
 from server.trained import read_trained
@@ -57,8 +60,8 @@ class Watched(InProcessGrid):
     """Counts arrays by the kind of message that brings them."""
 
     def sent_bytes(self, kind: str) -> int:
-        arrays = (m.content.array_records.get(ARRAYS, {}) for m in self.sent if m.metadata.message_type == kind)
-        return sum(len(array.data) for record in arrays for array in record.values())
+        sent = [m.content for m in self.sent if m.metadata.message_type == kind]
+        return sum(len(array.data) for content in sent for array in content.array_records[ARRAYS].values())
 
     def evaluated(self) -> list[int]:
         """The rounds of all messages that asked for a loss."""
@@ -152,6 +155,49 @@ def test_results_events_status_and_card_say_what_nodes_said(both_ways: tuple[Run
     assert "0% of the clients worse than before the first round" in card
 
 
+class Lines(Display):
+    """A display without a terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def tell(self, text: str) -> None:
+        self.told.append(text)
+
+    def show(self, done: float, total: float, text: str) -> None:
+        raise AssertionError("there is no bar")
+
+
+def test_what_a_person_sees_of_a_server_without_base_model() -> None:
+    shown = Lines()
+    view = RunView(shown)
+    sizes = {"partition": 0, "catch_up_bytes": 0, "snapshot_bytes": 0, "side_bytes": 0}
+    for number, (event, fields) in enumerate(
+        [
+            ("run_started", {"arm": "dense", "rounds": 2, "base": "none"}),
+            ("downlink", {"server_round": 0, "step_bytes": 1000, "evaluating": True, **sizes}),
+            (
+                "evaluated_on_nodes",
+                {"server_round": 0, "loss": 3.6, "worst": 4.0, "worst_client": 2, "clients": 3, "asked": 3},
+            ),
+            ("downlink", {"server_round": 1, "step_bytes": 500, "evaluating": False, **sizes}),
+            ("round_started", {"server_round": 1, "clients": 1}),
+            ("uplink", {"server_round": 1, "partition": 0, "payload_bytes": 100}),
+            ("round_finished", {"server_round": 1}),
+            ("evaluated_on_nodes", {"server_round": 1, "clients": 0, "asked": 3}),
+        ]
+    ):
+        view({"time": 1e9 + number, "event": event, **fields})
+    assert shown.told == [
+        "dense, 2 rounds",
+        "on the nodes after round 0: loss 3.6000, worst 4.0000 (client 2), 3 of 3 clients",
+        "round 1 of 2: 1 of 1 clients (0), 100 B up and 500 B down each, 0:00:02 left",
+        "on the nodes after round 1: no loss, 0 of 3 clients",
+    ]
+    assert (view.status.bytes_down, view.status.bytes_evaluating) == (1500, 1000)
+
+
 def test_fairness() -> None:
     said = [NodeLoss(0, 0, 3.0, 10, 1, 0.1), NodeLoss(0, 1, 4.0, 30, 1, 0.1), NodeLoss(0, 2, 2.0, 10, 1, 0.1)]
     said += [NodeLoss(4, 0, 2.0, 10, 1, 0.1), NodeLoss(4, 1, 4.5, 30, 1, 0.1), NodeLoss(4, 3, 1.0, 10, 1, 0.1)]
@@ -182,8 +228,8 @@ def test_a_dense_run_trains_the_same_whether_nodes_are_asked_or_not(tmp_path: Pa
     assert 0 < meant.evaluation - planned.evaluation < 0.1 * planned.evaluation, "safetensors' heads, and the answers"
 
 
-def answer_of(**changes: object) -> Message:
-    said = {
+def answer_of(**changes: Any) -> Message:
+    said: dict[str, Any] = {
         PARTITION: 1,
         SERVER_ROUND: 2,
         HELDOUT_LOSS: 3.5,
@@ -191,11 +237,11 @@ def answer_of(**changes: object) -> Message:
         HELDOUT_WINDOWS: 4,
         SECONDS_EVALUATE: 0.5,
     }
-    said |= {key.replace("_", "-"): value for key, value in changes.items()}  # type: ignore[dict-item]
+    said |= {key.replace("_", "-"): value for key, value in changes.items()}
     asked = Message(RecordDict(), HOSTILE, "evaluate")
     asked.metadata.__dict__["_message_id"] = "asked"
     kept = {key: value for key, value in said.items() if value is not None}
-    return Message(RecordDict({METRICS: MetricRecord(kept)}), reply_to=asked)  # type: ignore[arg-type]
+    return Message(RecordDict({METRICS: MetricRecord(kept)}), reply_to=asked)
 
 
 def test_an_honest_answer_is_taken() -> None:
@@ -224,7 +270,7 @@ def test_an_honest_answer_is_taken() -> None:
         ({"more": 1.0}, "is not one record of"),
     ],
 )
-def test_answers_that_are_none(changes: dict[str, object], said: str) -> None:
+def test_answers_that_are_none(changes: dict[str, Any], said: str) -> None:
     found = judged(answer_of(**changes), 2, 1, BOUNDS)
     assert isinstance(found, Refused)
     assert said in found.reason
@@ -285,7 +331,10 @@ def test_too_few_answers_are_said_and_the_run_goes_on(tmp_path: Path, caplog: py
         ({"federation__evaluate_every": -1}, r"federation\.evaluate_every=-1 must be at least 0"),
         ({"federation__evaluate_clients": 4}, r"federation\.evaluate_clients=4 must lie between 1 and .*num_clients=3"),
         ({"federation__evaluate_every": 2, "arm": "base"}, "arm=base asks no clients"),
-        ({"federation__evaluate_every": 2, "privacy__name": "client_dp"}, "withhold their losses .* evaluate_every=0"),
+        (
+            {"federation__evaluate_every": 2, "privacy__name": "client_dp"},
+            r"withhold their losses .*\.evaluate_every=0",
+        ),
         (
             {"federation__evaluate_every": 2, "privacy__secure_aggregation": True, "codec__bits": 1.0},
             r"privacy\.secure_aggregation=true do not go together: nodes withhold",
