@@ -139,7 +139,7 @@ def by_hand(
         gradients = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
             for number, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-                parameter -= TRAINING.lr * (gradient + (noise[step][number] if noise else 0.0))
+                parameter.sub_(TRAINING.lr * (gradient + (noise[step][number] if noise else 0.0)))
     return [parameter.detach() - origin for parameter, origin in zip(parameters, start, strict=True)]
 
 
