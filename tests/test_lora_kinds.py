@@ -146,7 +146,8 @@ def test_every_codec_serves_vectors_and_loses_nothing(name: str) -> None:
     carried_RC = layout.to_blocks(decoded) + residual.error_RC
     torch.testing.assert_close(carried_RC, layout.to_blocks(update), rtol=0, atol=1e-6)
     if name != "b-only":  # which sends no vector, and is refused with lora.dora
-        assert fidelity(layout.to_blocks(update), layout.to_blocks(decoded)).cosine > 0.5
+        # a quarter of the coordinates along random directions (projection) keeps half
+        assert fidelity(layout.to_blocks(update), layout.to_blocks(decoded)).cosine > 0.45
     if name in ("learned", "rotated", "identity", "int8", "topk"):
         assert torch.cosine_similarity(decoded[vector], update[vector], dim=0) > 0.5
 
@@ -163,8 +164,7 @@ def kinds() -> dict[str, dict[str, Any]]:
     return {"patterns": PATTERNS, "dora": {"dora": True, "rank_pattern": {"q_proj": 4}}}
 
 
-@pytest.mark.parametrize("down_bits", [None, 1.0])
-@pytest.mark.parametrize("kind", ["patterns", "dora"])
+@pytest.mark.parametrize(("kind", "down_bits"), [("patterns", None), ("dora", 1.0)])
 def test_a_coded_run_of_it_learns_and_its_adapter_is_pefts(
     tmp_path: Path, kinds: dict[str, dict[str, Any]], kind: str, down_bits: float | None
 ) -> None:
@@ -208,7 +208,7 @@ def test_dora_trains_on_a_base_of_four_bits_and_not_of_eight() -> None:
 
 def test_windows_pass_one_by_one_where_hooks_see_no_magnitudes(tmp_path: Path) -> None:
     settings = Settings()
-    settings.privacy = replace(settings.privacy, name="record_dp", noise_multiplier=1.0, clip=1.0)
+    settings.privacy = replace(settings.privacy, name="record_dp", epsilon=None, noise_multiplier=1.0)
     for dora in (False, True):
         settings.lora.dora = dora
         guard = Guard(settings, 100, tmp_path / str(dora), 0)
