@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.architectures import Parts, fused_parts, target_modules
 from adapters.base import empty_base, is_quantized, load_base, resolve_device
-from adapters.settings import LoraSettings, ModelSettings
+from adapters.settings import LoraSettings, ModelSettings, check_kind
 
 Adapter = dict[str, Tensor]
 _QUANTISED = {"int8": torch.uint8, "nf4": torch.bfloat16}
@@ -38,8 +38,10 @@ def load_model(settings: ModelSettings, lora: LoraSettings, seed: int) -> PeftMo
     Adapter weights are float32 whatever the base's type. A quantised base keeps its other weights in float32.
 
     Raises:
-        ValueError: the model cannot be loaded (``base.load_base``), or ``lora.target_modules`` names no module of it.
+        ValueError: the model cannot be loaded (``base.load_base``), ``lora`` names no module of it, or the two do not
+            go together.
     """
+    check_kind(settings, lora)
     base = load_base(settings)
     if is_quantized(base):
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)

@@ -191,8 +191,8 @@ def check_lora(settings: LoraSettings) -> None:
 
 
 def _check_patterns(settings: LoraSettings) -> None:
-    patterns = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
-    for key, pattern in ((key, pattern) for key, found in patterns.items() for pattern in found):
+    named = [("rank_pattern", pattern) for pattern in settings.rank_pattern]
+    for key, pattern in [*named, *(("alpha_pattern", pattern) for pattern in settings.alpha_pattern)]:
         try:
             re.compile(pattern)
         except re.error as error:
@@ -203,6 +203,15 @@ def _check_patterns(settings: LoraSettings) -> None:
     for pattern, alpha in settings.alpha_pattern.items():
         if not (math.isfinite(alpha) and alpha > 0):
             raise ValueError(f"lora.alpha_pattern: {pattern!r} has alpha {alpha}, which must be greater than 0")
+
+
+def check_kind(model: ModelSettings, lora: LoraSettings) -> None:
+    """Raises ValueError: this kind of adapter does not train on a base that is held in this way."""
+    if lora.dora and model.quantization == "int8":
+        raise ValueError(
+            "lora.dora=true does not go with model.quantization=int8: PEFT's norms of int8 weights take from "
+            "bitsandbytes the scales that its layers compute with; choose nf4 or none"
+        )
 
 
 def start_is_known(settings: LoraSettings) -> bool:

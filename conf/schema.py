@@ -21,6 +21,7 @@ from adapters.settings import (
     LoraSettings,
     ModelSettings,
     TrainSettings,
+    check_kind,
     check_lora,
     check_model,
     check_seed,
@@ -230,6 +231,7 @@ def check_settings(settings: Settings) -> None:
     check_seed(settings.seed)
     check_model(settings.model)
     check_lora(settings.lora)
+    check_kind(settings.model, settings.lora)
     check_training(settings.train)
     check_task(settings.task)
     check_strategy(settings.strategy)

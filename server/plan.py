@@ -18,7 +18,7 @@ from adapters.base import empty_base, load_config, max_positions
 from adapters.export import what_to_know
 from adapters.footprint import MemoryEstimate
 from adapters.model import adapter_parts, adapter_shapes, empty_model
-from adapters.settings import LoraSettings, TrainSettings, num_steps, start_is_known
+from adapters.settings import LoraSettings, TrainSettings, for_round, num_steps, start_is_known
 from conf.console import bytes_text, printable
 from conf.footprint import client_memory, server_memory
 from conf.schema import NONE, Settings, check_settings
@@ -277,7 +277,7 @@ def _lines(plan: Plan) -> dict[str, str]:
     }
     if settings.arm == "base":
         return {**lines, "training": "none: arm=base is the model as it is"}
-    lines["training"] = f"{steps} steps of {batch}, lr {training.lr:g}, a client and round"
+    lines["training"] = f"{steps} steps of {batch}, {rates(settings)}, a client and round"
     lines["clients"] = (
         f"{federation.num_clients}, {federation.clients_per_round} of them in each of {federation.rounds} rounds"
     )
@@ -307,6 +307,15 @@ def _evaluation_lines(plan: Plan) -> dict[str, str]:
     )
     nodes = f"{plan.num_evaluations} answers of nodes, {rounds}" if every else "on no node"
     return {"evaluation": f"{here}; {nodes}"}
+
+
+def rates(settings: Settings) -> str:
+    """The learning rate, and where it changes over the rounds those of the first and the last."""
+    rounds = settings.federation.rounds
+    first, last = (for_round(settings.train, server_round, rounds).lr for server_round in (1, rounds))
+    text = f"lr {settings.train.lr:g}"
+    same = first == last == settings.train.lr
+    return text if same else f"{text} at most ({first:.3g} in round 1, {last:.3g} in the last)"
 
 
 def _kind_of(lora: LoraSettings) -> str:

@@ -14,7 +14,7 @@ collect_seldom()
 import gc
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -45,7 +45,7 @@ SHAPES = {
 }
 
 
-def heavy_tailed_update(seed: int, shapes: dict[str, tuple[int, int]] = SHAPES) -> dict[str, Tensor]:
+def heavy_tailed_update(seed: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:
     """Low-rank, heavy-tailed matrices, as gradients are; around 1e-3."""
     generator = torch.Generator().manual_seed(seed)
 

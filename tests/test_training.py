@@ -35,6 +35,7 @@ from server.centralised import run_alone
 from server.checkpoint import load_checkpoint
 from server.evaluate import Evaluator
 from server.federate import resumed
+from server.plan import rates
 from server.rounds import prepare
 from strategies.build import proximal_mu_of
 from strategies.mean import MeanStrategy
@@ -75,6 +76,13 @@ def test_a_rounds_share_of_the_learning_rate_is_the_formulas(how: dict[str, obje
     check_training(training)
     assert [round_factor(training, number, 4) for number in (1, 2, 3, 4)] == pytest.approx(wanted)
     assert for_round(training, 2, 4).lr == pytest.approx(0.5 * wanted[1])
+
+
+def test_the_dry_run_says_where_the_rate_begins_and_ends(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, "run")
+    assert rates(settings) == "lr 0.005"
+    settings.train.round_schedule, settings.train.round_warmup, settings.federation.rounds = "linear", 1, 5
+    assert rates(settings) == "lr 0.005 at most (0.0025 in round 1, 0.00125 in the last)"
 
 
 def test_more_rounds_follow_the_longer_curve() -> None:
@@ -139,7 +147,7 @@ def by_hand(
         gradients = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
             for number, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-                parameter -= TRAINING.lr * (gradient + (noise[step][number] if noise else 0.0))
+                parameter.sub_(TRAINING.lr * (gradient + (noise[step][number] if noise else 0.0)))
     return [parameter.detach() - origin for parameter, origin in zip(parameters, start, strict=True)]
 
 
