@@ -132,7 +132,7 @@ class Wandb:
             x_disable_machine_info=True,
             x_save_requirements=False,
         )
-        mode = os.environ.get("WANDB_MODE") or "offline"
+        mode: Any = os.environ.get("WANDB_MODE") or "offline"
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or PROJECT,
             mode=mode,

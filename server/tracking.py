@@ -13,6 +13,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -207,7 +208,7 @@ def tracked(settings: Settings, events: EventLog, done: int = 0) -> Iterator[Tra
         told_settings(settings),
         done,
     )
-    tracking = Tracking(settings, [Told(name, lambda name=name: open_tracker(name, about)) for name in names])
+    tracking = Tracking(settings, [Told(name, partial(open_tracker, name, about)) for name in names])
     if names:
         events.listeners.append(tracking)
     try:
