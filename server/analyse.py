@@ -5,11 +5,10 @@ python -m server.analyse RUN --codec outputs/codec --codec outputs/codec-resnet 
 python -m server.analyse RUN --only noise,damage --rate 0.1                 # some of them, at another rate
 python -m server.analyse CODED DENSE --only loss --link 10mbit:1mbit/50ms   # over the seconds of a link (down, up)
 
-RUN is a run's output folder, or a recording of updates alone (FILE.safetensors). Losses over bytes and seconds come from
-results.json. All else needs the recording that `server.federate arm=dense record=FILE` or `tgap record=FILE` made; it is
-looked for where it was written, and beside the results. Codecs are trained on the first third of a recording's rounds and
-measured on the last of the rest.
-
+RUN is a run's output folder, or a recording of updates alone (FILE.safetensors). Losses over bytes and seconds come
+from results.json. All else needs the recording that `server.federate arm=dense record=FILE` or `tgap record=FILE` made;
+it is looked for where it was written, and beside the results. Codecs are trained on the first third of a recording's
+rounds and measured on the last of the rest. docs/analyses.md says what each analysis means.
 """
 
 from __future__ import annotations
@@ -146,10 +145,7 @@ def written(found: Found, wanted: Wanted, output: Path) -> list[Path]:
         write_text(page(found, about, made_with), places[-1])
     except ImportError as error:
         places.pop()
-        print(
-            f"note: no analyses.html, as {error.name} is not installed: pip install 'cg-fedllm[report]'",
-            file=sys.stderr,
-        )
+        print(f"note: no analyses.html: {error.name} is not installed (pip install {error.name})", file=sys.stderr)
     return places
 
 

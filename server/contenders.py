@@ -1,4 +1,4 @@
-"""The codecs that an analysis sets side by side on one recording: shipped, given, trained on its first rounds, fixed."""
+"""The codecs that are set side by side on one recording: shipped, given, trained on its first rounds, fixed."""
 
 from __future__ import annotations
 

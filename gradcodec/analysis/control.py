@@ -51,8 +51,9 @@ class Control:
 class Noise:
     """White noise of deviation ``sigma`` added before encoding; sums over the updates, all over their energy.
 
-    ``noise_energy`` is the noise's own, ``error`` that of the output against the update *without* noise: between the two
-    lies what the codec takes out or adds. ``other_error`` is the control: the same for another client's noisy update.
+    ``noise_energy`` is the noise's own, ``error`` that of the output against the update *without* noise: between the
+    two lies what the codec takes out or adds. ``other_error`` is the control: the same for another client's noisy
+    update.
     """
 
     codec: str

@@ -58,7 +58,7 @@ def damaged(
     *,
     flips: Sequence[int] = FLIPS,
     losses: Sequence[float] = LOSSES,
-    trials: int = 12,
+    trials: int = 8,
     seed: int = 0,
 ) -> list[Damage]:
     """Rows of both kinds; every trial damages another of the updates' payloads in another place."""

@@ -1,9 +1,9 @@
 """Signal-to-noise ratio by layer, LoRA factor and round, in dB and as the paper defines it.
 
-The standard ratio is ``10 log10(|g|^2 / |g - d|^2)``, g the update and d what is decoded. The paper's (arXiv 2405.13746)
-sets the summed square of the update against the *mean* square of the error, so that it grows with the number of values:
-it is ``10 log10 n`` dB higher for n of them, 69 dB for a LLaMA-7B adapter, whatever the codec does. An output of nothing
-but zeros has 0 dB by the first, and 69 by the second.
+The standard ratio is ``10 log10(|g|^2 / |g - d|^2)``, g the update and d what is decoded. The paper's (arXiv
+2405.13746) sets the summed square of the update against the *mean* square of the error, so that it grows with the
+number of values: it is ``10 log10 n`` dB higher for n of them, 69 dB for a LLaMA-7B adapter, whatever the codec does.
+An output of nothing but zeros has 0 dB by the first, and 69 by the second.
 """
 
 from __future__ import annotations
