@@ -245,5 +245,5 @@ def read_results(run: Path) -> RunResults:
     try:
         settings = Settings.from_json(json.dumps(json.loads(path.read_text())["settings"]))
         return load_results(path, settings)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not what a run writes ({error!r}): give the run's adapter folder alone") from None

@@ -2,7 +2,8 @@
 
 An output that is the same for every input stays the same under any noise, so that robustness alone proves nothing: the
 paper's networks pass it with an output that ignores the client (docs/negative-results.md). The control feeds the codec
-another input of the same scales and asks how near its output still is to the update that was meant.
+another input of the same scales and asks how near its output still is to the update that was meant. Both are of the
+codec alone (``Coding.codec_alone``): the gain beside a payload's codes keeps any output from adding energy.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def control(coding: Coding, updates: Sequence[Update]) -> Control:
     outputs: dict[tuple[int, int], Tensor] = {}
     for update in updates:
         shifted_RC = shifted(update.blocks_RC, coding.layout)
-        own_RC, other_RC = (coding.through(x, update.round) for x in (update.blocks_RC, shifted_RC))
+        own_RC, other_RC = (coding.codec_alone(x, update.round) for x in (update.blocks_RC, shifted_RC))
         outputs[update.round, update.client] = own_RC
         energy += inner_product(update.blocks_RC, update.blocks_RC)
         own_error += squared_distance(update.blocks_RC, own_RC)
@@ -99,7 +100,7 @@ def noise_before(coding: Coding, updates: Sequence[Update], sigmas: Sequence[flo
         for update in updates:
             noise_N = torch.randn(coding.layout.num_parameters, generator=generator) * sigma
             noise_RC = coding.layout.unflatten(noise_N)
-            decoded_RC = coding.through(update.blocks_RC + noise_RC, update.round)
+            decoded_RC = coding.codec_alone(update.blocks_RC + noise_RC, update.round)
             outputs[update.round, update.client] = decoded_RC
             energy += inner_product(update.blocks_RC, update.blocks_RC)
             added += inner_product(noise_RC, noise_RC)

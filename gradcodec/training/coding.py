@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradcodec.codec import Codec
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
+from gradcodec.frame import HEADER_BYTES
 from gradcodec.layout import Layout
 from gradcodec.training.recording import Recording, side_information_of
 
@@ -51,6 +52,13 @@ class Coding:
     def decoded(self, payload: bytes, number: int) -> Tensor:
         """Inverse of ``payload``, as nearly as the bytes allow, ``[R, C]``. Raises CodecError: it is refused."""
         return self.layout.to_blocks(decode_update(payload, codec=self.codecs[number], side=self.sides[number]))
+
+    def codec_alone(self, blocks_RC: Tensor, number: int) -> Tensor:
+        """What the codec makes of blocks, without the gain that a payload has beside its codes (``exchange.py``): that
+        is one number which depends on the input, whatever the codec does. Raises CodecError as ``payload``."""
+        most = None if self.bits is None else max_payload_bytes(self.bits, self.layout.num_parameters) - HEADER_BYTES
+        codec, side = self.codecs[number], self.sides[number]
+        return codec.decode(codec.encode(blocks_RC, most, side), side)
 
     def through(self, blocks_RC: Tensor, number: int) -> Tensor:
         """What arrives of them."""
