@@ -41,7 +41,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "smollm2, coded": (*SMOLLM2, *BOTH_WAYS),
 }
 """What it is called -> its settings."""
-ASKED = ("--updates", "3", "--network-steps", "60", "--link", "10mbit/50ms", "--link", "100mbit:10mbit/20ms")
+ASKED = ("--updates", "3", "--network-steps", "30", "--link", "10mbit/50ms", "--link", "100mbit:10mbit/20ms")
 FILES = ("analyses.json", "analyses.html")
 
 

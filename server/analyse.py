@@ -128,7 +128,8 @@ def written(found: Found, wanted: Wanted, output: Path) -> list[Path]:
     """``analyses.json``, a CSV file a section, and the page, where what it is made with is installed."""
     made_with = provenance()
     about = {
-        "bits": wanted.rate,
+        "rate": wanted.rate,
+        "links": ", ".join(link.name for link in wanted.links),
         "updates": wanted.updates,
         "network_steps": wanted.given.network_steps,
         "seed": wanted.given.seed,
