@@ -8,6 +8,7 @@
   cg-fedllm tgap [OVERRIDES ...]       trains an artifact of the codec         (python -m tgap)
   cg-fedllm score RUN ...              benchmarks of what was trained          (python -m server.score)
   cg-fedllm export RUN ...             the adapter for other programs          (python -m server.export)
+  cg-fedllm analyse RUN ...            the paper's analyses of runs            (python -m server.analyse)
 
 cg-fedllm COMMAND --help says more of each.
 """
@@ -30,6 +31,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "tgap": ("tgap",),
     "score": ("server.score",),
     "export": ("server.export",),
+    "analyse": ("server.analyse",),
 }
 """Command -> module, and the arguments that it stands for."""
 
