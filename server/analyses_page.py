@@ -20,6 +20,9 @@ def page(found: Found, asked: Mapping[str, Any], made_with: Mapping[str, str]) -
     for title, key, parts in SECTIONS:
         if found.rows.get(key):
             sections.append(Section(title, list(parts(found.rows))))
+    tables = [_table(title, found.rows[key]) for key, title in LONG.items() if found.rows.get(key)]
+    if tables:
+        sections.append(Section("All values", tables, closed=True))
     return page_of("Analyses of the codec", _lead(found), sections, made_with)
 
 
@@ -32,7 +35,7 @@ def _lead(found: Found) -> str:
     deaf = sorted({row["codec"] for row in control if not row["reads_input"]})
     if not deaf:
         return f"{said} Every codec here reads its input."
-    return f"{said} The output of {', '.join(deaf)} does not depend on the client's update: see the control."
+    return f"{said} The output of {', '.join(deaf)} does not depend on what the client sends: see the control."
 
 
 def _runs(found: Found, asked: Mapping[str, Any]) -> Iterator[Part]:
@@ -86,7 +89,6 @@ def _rate(rows: Mapping[str, Sequence[Row]]) -> Iterator[Part]:
             lines(drawn, BITS, ERROR, "codec", log_x=True),
             drawn,
         )
-    yield _table("All rates", rows["rate"])
 
 
 def _noise(rows: Mapping[str, Sequence[Row]]) -> Iterator[Part]:
@@ -107,7 +109,6 @@ def _noise(rows: Mapping[str, Sequence[Row]]) -> Iterator[Part]:
             lines(drawn, "sigma", ERROR, "codec", log_x=True, log_y=True),
             drawn,
         )
-    yield _table("With another client's input as control", rows.get("noise", []))
 
 
 def _damage(rows: Mapping[str, Sequence[Row]]) -> Iterator[Part]:
@@ -210,6 +211,8 @@ SECTIONS: tuple[tuple[str, str, Callable[[Mapping[str, Sequence[Row]]], Iterator
     ("Loss over bytes and seconds", "loss", _loss),
 )
 """Title, the rows without which there is none, and its parts."""
+LONG = {"rate": "Rate and distortion", "noise": "Noise, with another client's input as control", "loss": "Loss"}
+"""Rows that are shown in figures, and whose whole table is for who asks for it -> its title."""
 
 
 def _by(rows: Sequence[Row], key: str) -> Iterator[tuple[str, list[Row]]]:
