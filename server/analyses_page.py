@@ -116,7 +116,23 @@ def _damage(rows: Mapping[str, Sequence[Row]]) -> Iterator[Part]:
         "A damaged payload should be refused: the client's next one then carries the whole update. Unchecked says what "
         "the same damage would have come to without the checksum."
     )
-    yield _table("Flipped bits, and packets of 1,400 bytes lost", rows["damage"])
+    kinds = {"bits": "flipped bits", "packets": "lost packets of 1,400 bytes"}
+    summed = [
+        {
+            "run": run,
+            "codec": codec,
+            "damage": kinds[kind],
+            "refused": _mean(of_kind, "refused"),
+            "unchecked: refused": _mean(of_kind, "unchecked_refused"),
+            "unchecked: worst error": max(
+                (r["unchecked_worst"] for r in of_kind if r["unchecked_worst"]), default=None
+            ),
+        }
+        for run, of_run in _by(rows["damage"], "run")
+        for codec, of_codec in _by(of_run, "codec")
+        for kind, of_kind in _by(of_codec, "kind")
+    ]
+    yield _table("Shares of damaged payloads, whatever the amount of damage", summed)
 
 
 def _transfer(rows: Mapping[str, Sequence[Row]]) -> Iterator[Part]:
@@ -141,7 +157,7 @@ def _spectra(rows: Mapping[str, Sequence[Row]]) -> Iterator[Part]:
                 {"round": row["round"], title: row[column], "of": f"{row['factor']}, {row['of']}"} for row in of_run
             ]
             yield Figure(f"{run}: {title}", f"{title} over rounds.", lines(drawn, "round", title, "of"), drawn)
-        ends = {min(r["round"] for r in of_run), max(r["round"] for r in of_run)}  # type: ignore[type-var]
+        ends = {min(r["round"] for r in of_run), max(r["round"] for r in of_run)}
         own = [row for row in of_run if row["of"] == "clients" and row["round"] in ends]
         shares = [
             {"singular value": k, "share of the energy": share, "of": f"{row['factor']}, round {row['round']}"}
@@ -211,11 +227,16 @@ SECTIONS: tuple[tuple[str, str, Callable[[Mapping[str, Sequence[Row]]], Iterator
     ("Loss over bytes and seconds", "loss", _loss),
 )
 """Title, the rows without which there is none, and its parts."""
-LONG = {"rate": "Rate and distortion", "noise": "Noise, with another client's input as control", "loss": "Loss"}
+LONG = {
+    "damage": "Damage, by amount",
+    "rate": "Rate and distortion",
+    "noise": "Noise, with another client's input as control",
+    "loss": "Loss",
+}
 """Rows that are shown in figures, and whose whole table is for who asks for it -> its title."""
 
 
-def _by(rows: Sequence[Row], key: str) -> Iterator[tuple[str, list[Row]]]:
+def _by(rows: Sequence[Any], key: str) -> Iterator[tuple[str, list[Any]]]:
     """The rows of each value of a column, in their order."""
     for value in dict.fromkeys(row[key] for row in rows):
         yield str(value), [row for row in rows if row[key] == value]
@@ -224,6 +245,10 @@ def _by(rows: Sequence[Row], key: str) -> Iterator[tuple[str, list[Row]]]:
 def _table(title: str, rows: Sequence[Row], columns: Sequence[str] | None = None) -> Table:
     columns = columns or list(dict.fromkeys(key for row in rows for key in row))
     return Table(title, [key.replace("_", " ") for key in columns], [[row.get(key) for key in columns] for row in rows])
+
+
+def _mean(rows: Sequence[Any], key: str) -> float:
+    return float(sum(row[key] for row in rows) / len(rows))
 
 
 def _list(value: Any) -> list[float]:
