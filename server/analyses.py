@@ -94,11 +94,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Held:
-    """A subject with a recording, and the updates that codecs are tried on."""
+    """A subject with a recording."""
 
     subject: Subject
     place: Place
-    tried: Sequence[Update]
 
 
 def analyse(subjects: Sequence[Subject], wanted: Wanted, say: Any) -> Found:
@@ -151,10 +150,11 @@ def _held(subject: Subject, wanted: Wanted, found: Found) -> Held:
     train, rest = subject.recording.first_third()
     if not rest:
         train, rest = [], train
-    place, lacking = place_of(subject.recording, train, subject.results.settings.model if subject.results else None)
+    model = subject.results.settings.model if subject.results else None
+    place, lacking = place_of(subject.recording, train, spread(rest, wanted.updates), model)
     if lacking:
         found.notes.append(f"{subject.name}: {lacking}")
-    return Held(subject, place, spread(rest, wanted.updates))
+    return Held(subject, place)
 
 
 def spread(updates: Sequence[Update], most: int) -> list[Update]:
@@ -191,7 +191,7 @@ def _making(held: Held, wanted: Wanted, say: Any) -> Iterator[Contender | str]:
 
 def _of_codec(held: Held, contender: Contender, wanted: Wanted, found: Found, say: Any) -> None:
     """Raises CodecError: its updates cannot be coded at the rate."""
-    name, recording, tried = held.subject.name, held.place.recording, held.tried
+    name, recording, tried = held.subject.name, held.place.recording, held.place.tried
     say(f"{name}: {contender.name}")
     coding = contender.coding(recording, wanted.rate)
     if "rate" in wanted.sections:
@@ -212,7 +212,7 @@ def _of_codec(held: Held, contender: Contender, wanted: Wanted, found: Found, sa
 def _rate(held: Held, contender: Contender, wanted: Wanted, found: Found) -> None:
     for rate in wanted.rates if contender.has_rate else [None]:
         try:
-            heldout = {"later rounds": list(held.tried)}
+            heldout = {"later rounds": list(held.place.tried)}
             (row,) = measure(contender.name, contender.codec, held.place.recording, heldout, [rate])
         except CodecError as error:
             found.notes.append(f"{held.subject.name}: {contender.name} at {rate} bits: {error}")
@@ -270,7 +270,7 @@ def _transfer(all_held: Sequence[Held], wanted: Wanted, found: Found) -> None:
             try:
                 contender = serving(source, artifact, place)
                 rate = wanted.rate if contender.has_rate else None
-                (row,) = measure(source, contender.codec, place.recording, {"later rounds": list(held.tried)}, [rate])
+                (row,) = measure(source, contender.codec, place.recording, {"later rounds": list(place.tried)}, [rate])
             except CodecError as error:
                 found.add("transfer", held.subject.name, _transferred(source, artifact.kind, str(error)))
                 continue

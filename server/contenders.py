@@ -60,21 +60,24 @@ class Given:
 
 @dataclass(frozen=True)
 class Place:
-    """A recording, with what both ends of its run know."""
+    """A recording, what codecs are trained and what they are tried on, and what both ends of its run know."""
 
     recording: Recording
     train: Sequence[Update]
+    tried: Sequence[Update]
     priors: Mapping[str, Prior]
 
 
-def place_of(recording: Recording, train: Sequence[Update], model: ModelSettings | None) -> tuple[Place, str]:
+def place_of(
+    recording: Recording, train: Sequence[Update], tried: Sequence[Update], model: ModelSettings | None
+) -> tuple[Place, str]:
     """With what the base model says of directions; and in one line why it says nothing, if so."""
     if model is None:
-        return Place(recording, train, {}), "no model is known: directions come from the adapter's moves alone"
+        return Place(recording, train, tried, {}), "no model is known: directions come from the adapter's moves alone"
     try:
-        return Place(recording, train, priors_of(model, recording.layout)), ""
+        return Place(recording, train, tried, priors_of(model, recording.layout)), ""
     except ValueError as error:
-        return Place(recording, train, {}), f"directions come from the adapter's moves alone: {error}"
+        return Place(recording, train, tried, {}), f"directions come from the adapter's moves alone: {error}"
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -122,7 +125,8 @@ def serving(name: str, artifact: Artifact, place: Place) -> Contender:
     codec = codec_of(artifact, layout)
     size = learned_values(artifact.tensors)
     if isinstance(codec, LearnedCodec) and not codec.tables.leading and codec.tables.serve_derived:
-        moved = {number: place.recording.moved_before(number) for number in place.recording.rounds}
+        tried = {update.round for update in place.tried}  # the directions of a round take memory
+        moved = {number: place.recording.moved_before(number) for number in tried}
         by_round = {number: codec.starting_from(place.priors, moved_RC) for number, moved_RC in moved.items()}
         return Contender(name, by_round, entry.has_rate, size)
     return Contender(name, codec, entry.has_rate, size)
