@@ -7,7 +7,7 @@ A row names its run; what could not be done stands in ``notes``, in one line eac
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -100,7 +100,7 @@ class Held:
     place: Place
 
 
-def analyse(subjects: Sequence[Subject], wanted: Wanted, say: Any) -> Found:
+def analyse(subjects: Sequence[Subject], wanted: Wanted, say: Callable[[str], None]) -> Found:
     """All that is wanted of all subjects; ``say`` is told what is being done."""
     found = Found()
     held = []
@@ -165,7 +165,7 @@ def spread(updates: Sequence[Update], most: int) -> list[Update]:
     return sorted(kept, key=lambda update: (update.round, update.client))
 
 
-def _of_recording(held: Held, wanted: Wanted, found: Found, say: Any) -> None:
+def _of_recording(held: Held, wanted: Wanted, found: Found, say: Callable[[str], None]) -> None:
     name = held.subject.name
     if "spectra" in wanted.sections:
         say(f"{name}: spectra")
@@ -184,12 +184,12 @@ def _of_recording(held: Held, wanted: Wanted, found: Found, say: Any) -> None:
             found.notes.append(f"{name}: {contender.name} at {wanted.rate:g} bit: {error}")
 
 
-def _making(held: Held, wanted: Wanted, say: Any) -> Iterator[Contender | str]:
+def _making(held: Held, wanted: Wanted, say: Callable[[str], None]) -> Iterator[Contender | str]:
     say(f"{held.subject.name}: codecs are built and trained")
     yield from contenders(held.place, wanted.given)
 
 
-def _of_codec(held: Held, contender: Contender, wanted: Wanted, found: Found, say: Any) -> None:
+def _of_codec(held: Held, contender: Contender, wanted: Wanted, found: Found, say: Callable[[str], None]) -> None:
     """Raises CodecError: its updates cannot be coded at the rate."""
     name, recording, tried = held.subject.name, held.place.recording, held.place.tried
     say(f"{name}: {contender.name}")
