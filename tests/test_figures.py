@@ -5,13 +5,15 @@ A passage says where its figures are from, in a comment that the site does not s
     <!-- figures: bench/results/both-ways-toy.json bench/results/fidelity-embedded.json#rows.*.snr_db:error -->
 
 It reaches to the next such comment or heading; ``figures of this page:`` holds for all of a page that has no other.
-``<!-- figures: none -->`` ends it, before numbers that were not measured: settings, versions, definitions.
+``<!-- figures: none -->`` ends it, before numbers that were not measured: settings, versions, definitions;
+``<!-- figures: unchecked -->`` before what was measured, or follows from it, and is in no file.
 
 ``FILE#path`` narrows a source to a part of the file, ``*`` standing for every key or entry; ``a~b|c~d`` is the ratio of
-two differences. ``:mean`` takes the mean of all that is there, ``:percent`` a hundred times it, and ``:error`` turns
-decibels into error energy over energy. Checked is every number with a decimal point that is neither code nor a link:
-rounded to as many digits, some number of the sources must be equal, numbers within names and texts among them, in the
-unit that stands behind the number (%, KB, MB, GB, ms, s, minutes). ``1/38.8`` is the number 38.8.
+two differences. ``:mean`` takes the mean of all that is there, ``:percent`` a hundred times it, ``:inverse`` one over
+it, and ``:error`` turns decibels into error energy over energy. Checked is every number with a decimal point that is
+neither code nor a link: rounded to as many digits, some number of the sources must be equal, numbers within names and
+texts among them, in the unit that stands behind the number (%, KB, MB, GB, ms, s, minutes). ``1/38.8`` is the number
+38.8.
 
 On pages that are not in ``NOT_YET`` every such number must lie in a passage that says so.
 """
@@ -124,7 +126,8 @@ def passages(page: Path) -> list[Passage]:
 
 
 ALL = [passage for page in PAGES for passage in passages(page)]
-COVERED = [passage for passage in ALL if passage.sources and passage.sources != ("none",)]
+NONE, UNCHECKED = ("none",), ("unchecked",)
+COVERED = [passage for passage in ALL if passage.sources not in ((), NONE, UNCHECKED)]
 
 
 def figures(text: str) -> Iterator[tuple[str, str]]:
@@ -167,6 +170,7 @@ def difference(contents: list[Any], text: str) -> list[float]:
 
 WAYS: dict[str, Callable[[list[float]], list[float]]] = {
     "error": lambda values: [10 ** (-value / 10) for value in values],
+    "inverse": lambda values: [1 / value for value in values if value],
     "mean": lambda values: [mean(values)],
     "percent": lambda values: [100 * value for value in values],
 }
@@ -216,7 +220,9 @@ def test_every_figure_of_a_passage_is_in_the_files_that_it_names(passage: Passag
 
 
 def uncovered(page: str) -> list[str]:
-    return [number for one in ALL if one.page == page and not one.sources for number, _ in figures(one.text)]
+    return [
+        number for one in ALL if one.page == page and one.sources in ((), UNCHECKED) for number, _ in figures(one.text)
+    ]
 
 
 @pytest.mark.parametrize("page", sorted({passage.page for passage in ALL}))
