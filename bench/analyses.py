@@ -2,7 +2,7 @@
 
     python -m bench.analyses [--output outputs/analyses] [--results docs/results] [key=value ...]
 
-The embedded model with rank 8 and rank 4, four rounds of three clients out of six, dense and coded both ways; and
+The embedded model with rank 8 and rank 4, six rounds of three clients out of six, dense and coded both ways; and
 SmolLM2-135M on text that really differs (bench/real_text.py), three rounds of four clients out of eight with four
 steps each. ``analyses.json`` and ``analyses.html`` go to the results' folder, the CSV files stay in the output folder.
 A bench that was stopped goes on with the runs that are missing.
@@ -23,7 +23,7 @@ from bench.real_text import write_real_text
 from conf.arguments import hydra_value
 from conf.output import open_output
 
-TOY = ("federation.rounds=4", "federation.num_clients=6", "federation.clients_per_round=3")
+TOY = ("federation.rounds=6", "federation.num_clients=6", "federation.clients_per_round=3")
 SMOLLM2 = (
     "+experiment=demo_real",
     "federation.rounds=3",
