@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gradcodec.training.recording import Recording, load_recording
@@ -37,6 +37,8 @@ def _read(path: Path, name: str) -> Subject:
     if path.is_file():
         return Subject(name, None, load_recording(path), "a recording alone: no losses, bytes or model")
     results = read_results(path)
+    model = replace(results.settings.model, trust_remote_code=False)  # whose folder it is may not say so
+    results.settings.model = model
     place = _recording_of(path, results)
     if place is not None:
         return Subject(name, results, load_recording(place))

@@ -32,10 +32,11 @@ from gradcodec.training.coding import Coding
 from gradcodec.training.measure import measure
 from gradcodec.training.recording import Recording, Update, save_recording
 from server.account import account_of
-from server.analyse import main
-from server.analyses import rounded, spread
+from server.analyse import ANALYSES, main
+from server.analyses import SECTIONS, rounded, spread
 from server.links import Link, course
 from server.results import RunResults
+from server.subjects import read_subjects
 from strategies.outcomes import Downlink, Uplink
 
 
@@ -288,6 +289,18 @@ def test_a_run_without_its_recording_says_what_is_lacking(
         "loss",
         "made_with",
     }
+
+
+def test_whose_folder_it_is_may_not_ask_for_code_of_the_models(recorded: Path, tmp_path: Path) -> None:
+    content = json.loads((recorded / "dense" / "results.json").read_text())
+    content["settings"]["model"]["trust_remote_code"] = True
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    (subject,) = read_subjects([str(tmp_path)])
+    assert subject.results is not None and not subject.results.settings.model.trust_remote_code
+
+
+def test_the_program_knows_every_analysis() -> None:
+    assert ANALYSES.split(",") == [*SECTIONS]
 
 
 @pytest.mark.parametrize(
