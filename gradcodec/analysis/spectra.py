@@ -106,7 +106,7 @@ def _spectrum_of(parts: list[Tensor], of: str, number: int, factor: str) -> Spec
 
 def shares_of(part_RW: Tensor) -> Tensor:
     """Squared singular values of a matrix that is not zero over their sum, falling, float64."""
-    squares = torch.linalg.svdvals(part_RW.double()).square()
+    squares: Tensor = torch.linalg.svdvals(part_RW.double()).square()
     return squares / squares.sum()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
-import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradcodec.training.coding import Coding
@@ -104,6 +104,6 @@ def peak_bytes(reset: bool = False) -> int | None:
     return None
 
 
-def learned_values(tensors: dict[str, torch.Tensor]) -> int:
+def learned_values(tensors: Mapping[str, Tensor]) -> int:
     """How many values an artifact holds."""
     return sum(tensor.numel() for tensor in tensors.values())
