@@ -15,6 +15,7 @@ from conftest import RunProgram, heavy_tailed_update
 from test_federation import run, settings_for
 from torch import Tensor
 
+import bench.analyses
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings
 from adapters.work import step_work
 from gradcodec.analysis.control import control, noise_before
@@ -341,3 +342,30 @@ def test_an_artifact_for_another_geometry_is_left_out_and_said(
     asked = ["--only", "rate", "--codecs", "identity", "--codec", str(tmp_path / "empty"), "--output", str(tmp_path)]
     status, _, err = run_program(main, [str(recorded / "dense"), *asked])
     assert status == 0 and "--codec empty is left out" in err
+
+
+def test_the_bench_makes_every_run_and_hands_them_on(
+    tmp_path: Path, run_program: RunProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, list[str]] = {}
+    analysed: list[str] = []
+
+    def analyse(module: str, arguments: list[str]) -> None:
+        analysed.extend(arguments)
+        folder = Path(arguments[arguments.index("--output") + 1])
+        folder.mkdir()
+        for name in bench.analyses.FILES:
+            (folder / name).write_text(module)
+
+    monkeypatch.setattr(bench.analyses, "write_real_text", lambda folder: None)
+    monkeypatch.setattr(bench.analyses, "run_arm", lambda name, output, settings: made.setdefault(name, settings))
+    monkeypatch.setattr(bench.analyses, "run_program", analyse)
+    asked = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "train.lr=0.1"]
+    status, out, err = run_program(bench.analyses.main, asked)
+    assert status == 0 and "minutes" in out, err
+    assert made.keys() == bench.analyses.RUNS.keys()
+    assert all("train.lr=0.1" in settings for settings in made.values())
+    for settings in made.values():
+        assert any(one.startswith("record=") for one in settings) == ("arm=dense" in settings)
+    assert [Path(one).name for one in analysed[:4]] == ["smollm2", "embedded", "embedded-rank-4", "embedded-coded"]
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["analyses.html", "analyses.json"]
