@@ -99,15 +99,13 @@ def first_third(recording: Recording) -> tuple[list[Update], list[Update]]:
     Raises:
         ValueError: fewer than three rounds are recorded.
     """
-    rounds = rounds_of(recording, at_least=3)
-    early = set(rounds[: len(rounds) // 3])
-    train = [update for update in recording.updates if update.round in early]
-    return train, [update for update in recording.updates if update.round not in early]
+    rounds_of(recording, at_least=3)
+    return recording.first_third()
 
 
 def rounds_of(recording: Recording, at_least: int) -> list[int]:
     """The recorded rounds, ascending. Raises ValueError: there are fewer."""
-    rounds = sorted({update.round for update in recording.updates})
+    rounds = recording.rounds
     if len(rounds) < at_least:
         raise ValueError(f"{len(rounds)} rounds are recorded; this bench needs at least {at_least}")
     return rounds

@@ -9,6 +9,7 @@
   cg-fedllm compare RUN ...            finished runs beside each other         (python -m server.compare)
   cg-fedllm score RUN ...              benchmarks of what was trained          (python -m server.score)
   cg-fedllm export RUN ...             the adapter for other programs          (python -m server.export)
+  cg-fedllm analyse RUN ...            the paper's analyses of runs            (python -m server.analyse)
 
 cg-fedllm COMMAND --help says more of each.
 """
@@ -32,6 +33,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "compare": ("server.compare",),
     "score": ("server.score",),
     "export": ("server.export",),
+    "analyse": ("server.analyse",),
 }
 """Command -> module, and the arguments that it stands for."""
 

@@ -105,6 +105,12 @@ def said_digest(folder: Path) -> str | None:
     return digest if isinstance(digest, str) else None
 
 
+def said_kind(folder: Path) -> str | None:
+    """The kind that its head names, unchecked; None: it names none."""
+    kind = _said(folder, "kind")
+    return kind if isinstance(kind, str) else None
+
+
 def _said(folder: Path, *keys: str) -> Any:
     try:
         if (folder / SETTINGS).stat().st_size > MAX_SETTINGS_BYTES:

@@ -300,3 +300,13 @@ def load_results(path: Path, settings: Settings) -> RunResults:
     if not path.is_file():
         raise ValueError(f"the run is finished, but {path} is not on this host: look on the SuperLink's host")
     return RunResults.of_state(settings, json.loads(path.read_text()))
+
+
+def read_results(run: Path) -> RunResults:
+    """What a finished run wrote. Raises ValueError: it cannot be read."""
+    path = run / "results.json"
+    try:
+        settings = Settings.from_json(json.dumps(json.loads(path.read_text())["settings"]))
+        return load_results(path, settings)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not what a run writes ({error!r}): give the run's adapter folder alone") from None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from peft import LoraConfig, PeftModel
 
@@ -14,7 +12,7 @@ from adapters.model import Adapter, load_model, set_adapter
 from adapters.settings import ModelSettings, for_evaluation
 from conf.schema import Settings, changed
 from server.places import adapter_folder
-from server.results import RunResults, load_results
+from server.results import RunResults, read_results
 
 
 @dataclass(frozen=True)
@@ -58,13 +56,3 @@ def read_trained(path: str, overrides: Sequence[str] = ()) -> TrainedAdapter:
     settings = changed(replace(settings, lora=lora_settings(config)), overrides)
     name = results.settings.arm if results is not None else "adapter"
     return TrainedAdapter(name, path, config, adapter, settings, results)
-
-
-def read_results(run: Path) -> RunResults:
-    """What a finished run wrote. Raises ValueError: it cannot be read."""
-    path = run / "results.json"
-    try:
-        settings = Settings.from_json(json.dumps(json.loads(path.read_text())["settings"]))
-        return load_results(path, settings)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not what a run writes ({error!r}): give the run's adapter folder alone") from None

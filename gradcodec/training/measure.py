@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import mean
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from gradcodec.codec import Codec
-from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
 from gradcodec.fidelity import fidelity, gaussian_bound_cosine
-from gradcodec.training.recording import Recording, Update, side_information_of
+from gradcodec.training.coding import Coding
+from gradcodec.training.recording import Recording, Update
 
 
 @dataclass(frozen=True)
@@ -49,36 +49,25 @@ def measure(
 ) -> list[Row]:
     """Fidelity of single updates, each encoded to a payload and decoded again, without error feedback; ``codec`` may be
     one a round."""
-    codecs = codec if isinstance(codec, Mapping) else dict.fromkeys({one.round for one in recording.updates}, codec)
-    sides = side_information_of(recording, next(iter(codecs.values())).side_information)
-    return [_measured(name, part, codecs, updates, sides, rate) for part, updates in heldout.items() for rate in rates]
+    coding = Coding.of(name, codec, recording)
+    return [_measured(replace(coding, bits=rate), part, updates) for part, updates in heldout.items() for rate in rates]
 
 
-def _measured(
-    name: str,
-    part: str,
-    codecs: Mapping[int, Codec],
-    updates: Sequence[Update],
-    sides: dict[int, Tensor | None],
-    rate: float | None,
-) -> Row:
-    layout = next(iter(codecs.values())).layout
-    budget = None if rate is None else max_payload_bytes(rate, layout.num_parameters)
-    found, num_bytes = [], 0
+def _measured(coding: Coding, part: str, updates: Sequence[Update]) -> Row:
+    layout, found, num_bytes = coding.layout, [], 0
     sums: dict[int, tuple[Tensor, Tensor]] = {}
     for update in updates:
-        side, codec = sides[update.round], codecs[update.round]
-        payload, _ = encode_update(layout.to_update(update.blocks_RC), None, codec=codec, max_bytes=budget, side=side)
-        decoded_RC = layout.to_blocks(decode_update(payload, codec=codec, side=side))
+        payload = coding.payload(update.blocks_RC, update.round)
+        decoded_RC = coding.decoded(payload, update.round)
         found.append(fidelity(update.blocks_RC, decoded_RC))
         num_bytes += len(payload)
         target_RC, before_RC = sums.get(update.round, (torch.zeros_like(decoded_RC), torch.zeros_like(decoded_RC)))
         sums[update.round] = (target_RC + update.blocks_RC, before_RC + decoded_RC)
     bits = 8 * num_bytes / layout.num_parameters / len(updates)
     return Row(
-        codec=name,
+        codec=coding.name,
         heldout=part,
-        bits_requested=rate,
+        bits_requested=coding.bits,
         bits=bits,
         cosine=mean(f.cosine for f in found),
         snr_db=mean(f.snr_db for f in found),

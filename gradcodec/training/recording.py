@@ -61,6 +61,18 @@ class Recording:
         known = [mean for mean in means if mean is not None]
         return torch.stack(known).sum(0) if known else None
 
+    @property
+    def rounds(self) -> list[int]:
+        """Those that are recorded, ascending."""
+        return sorted({update.round for update in self.updates})
+
+    def first_third(self) -> tuple[list[Update], list[Update]]:
+        """Updates of the first third of the rounds, one at least, and those of the rest."""
+        rounds = self.rounds
+        early = set(rounds[: max(1, len(rounds) // 3)])
+        train = [update for update in self.updates if update.round in early]
+        return train, [update for update in self.updates if update.round not in early]
+
     def split(self, heldout_rounds: int, heldout_clients: int) -> tuple[list[Update], dict[str, list[Update]]]:
         """Training updates; and by name those held out: later rounds, other clients, both.
 
@@ -71,7 +83,7 @@ class Recording:
             raise ValueError(
                 f"heldout_rounds={heldout_rounds} and heldout_clients={heldout_clients} must be at least 0"
             )
-        rounds = sorted({update.round for update in self.updates})
+        rounds = self.rounds
         clients = sorted({update.client for update in self.updates})
         late = set(rounds[max(0, len(rounds) - heldout_rounds) :])
         others = set(clients[max(0, len(clients) - heldout_clients) :])
