@@ -173,21 +173,20 @@ def test_what_a_person_sees_of_a_server_without_base_model() -> None:
     shown = Lines()
     view = RunView(shown)
     sizes = {"partition": 0, "catch_up_bytes": 0, "snapshot_bytes": 0, "side_bytes": 0}
-    for number, (event, fields) in enumerate(
-        [
-            ("run_started", {"arm": "dense", "rounds": 2, "base": "none"}),
-            ("downlink", {"server_round": 0, "step_bytes": 1000, "evaluating": True, **sizes}),
-            (
-                "evaluated_on_nodes",
-                {"server_round": 0, "loss": 3.6, "worst": 4.0, "worst_client": 2, "clients": 3, "asked": 3},
-            ),
-            ("downlink", {"server_round": 1, "step_bytes": 500, "evaluating": False, **sizes}),
-            ("round_started", {"server_round": 1, "clients": 1}),
-            ("uplink", {"server_round": 1, "partition": 0, "payload_bytes": 100}),
-            ("round_finished", {"server_round": 1}),
-            ("evaluated_on_nodes", {"server_round": 1, "clients": 0, "asked": 3}),
-        ]
-    ):
+    events: list[tuple[str, dict[str, Any]]] = [
+        ("run_started", {"arm": "dense", "rounds": 2, "base": "none"}),
+        ("downlink", {"server_round": 0, "step_bytes": 1000, "evaluating": True, **sizes}),
+        (
+            "evaluated_on_nodes",
+            {"server_round": 0, "loss": 3.6, "worst": 4.0, "worst_client": 2, "clients": 3, "asked": 3},
+        ),
+        ("downlink", {"server_round": 1, "step_bytes": 500, "evaluating": False, **sizes}),
+        ("round_started", {"server_round": 1, "clients": 1}),
+        ("uplink", {"server_round": 1, "partition": 0, "payload_bytes": 100}),
+        ("round_finished", {"server_round": 1}),
+        ("evaluated_on_nodes", {"server_round": 1, "clients": 0, "asked": 3}),
+    ]
+    for number, (event, fields) in enumerate(events):
         view({"time": 1e9 + number, "event": event, **fields})
     assert shown.told == [
         "dense, 2 rounds",
