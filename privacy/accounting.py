@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # it takes half a second to load, and most runs add no noise:
 MAX_RELEASES = 1 << 20
 MAX_NOISE = 1e6
 _TOLERANCE = 1e-4
+_TINY = 1e-9
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,11 @@ def noise_for(
         PrivacyError: none does.
     """
 
-    def fits(noise_multiplier: float) -> bool:
-        return epsilon_of(Release(noise_multiplier, sampling, steps), releases, delta, accountant) <= epsilon
+    def spends(noise_multiplier: float) -> float:
+        return epsilon_of(Release(noise_multiplier, sampling, steps), releases, delta, accountant)
 
     precision = _TOLERANCE if sampling < 1 else _TOLERANCE / 100  # where it is known in closed form
-    return least_noise(fits, f"epsilon={epsilon:g} at delta={delta:g}", precision)
+    return least_noise(spends, epsilon, f"epsilon={epsilon:g} at delta={delta:g}", precision)
 
 
 def releases_within(release: Release, epsilon: float, delta: float, accountant: str = "pld") -> int:
@@ -129,28 +130,43 @@ def most_releases(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def least_noise(fits: Callable[[float], bool], what: str, precision: float = _TOLERANCE) -> float:
-    """The least noise multiplier for which something holds that holds for all larger ones, to the safe side.
+def least_noise(spends: Callable[[float], float], budget: float, what: str, precision: float = _TOLERANCE) -> float:
+    """The least noise multiplier that stays within a budget, to the safe side.
+
+    An evaluation may take a second, and epsilon over noise is nearly a straight line on logarithmic scales: so both
+    ends are drawn to where such a line crosses the budget, and every fourth step halves, whatever the curve is like.
 
     Args:
-        fits: whether it does.
+        spends: noise multiplier -> epsilon, which falls.
+        budget: epsilon at most.
         what: names what was asked for, in an error.
         precision: of the multiplier, relative.
 
     Raises:
-        PrivacyError: it holds for none.
+        PrivacyError: no noise is enough.
     """
-    high = 1.0
-    while not fits(high):
+    high, at_high = 1.0, spends(1.0)
+    while at_high > budget:
         high *= 2
         if high > MAX_NOISE:
             raise PrivacyError(f"no noise is enough for {what}")
-    low = high / 2
-    while low > 1 / MAX_NOISE and fits(low):
-        low, high = low / 2, low
+        at_high = spends(high)
+    low, at_low = high / 2, spends(high / 2)
+    while low > 1 / MAX_NOISE and at_low <= budget:
+        high, at_high, low = low, at_low, low / 2
+        at_low = spends(low)
+    step = 0
     while high - low > precision * high:
+        margin, step = precision * high / 4, step + 1
         middle = (low + high) / 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
+        if step % 4 and budget < at_low < math.inf:
+            share = math.log(at_low / budget) / math.log(at_low / max(at_high, budget * _TINY))
+            crossing = low * (high / low) ** share + (margin if step % 2 else -margin)  # first above it, then below
+            middle = min(max(crossing, low + margin), high - margin)
+        if (at_middle := spends(middle)) <= budget:
+            high, at_high = middle, at_middle
+        else:
+            low, at_low = middle, at_middle
     return high
 
 

@@ -67,15 +67,12 @@ def settled(settings: PrivacySettings, course: Course) -> PrivacySettings:
 def _noise(settings: PrivacySettings, releases: int, rounds: Sequence[tuple[int, int]]) -> float:
     budget, delta = settings.epsilon, settings.delta
     assert budget is not None
-    plain = least_noise(
-        lambda noise: spent_epsilon(settings, Release(noise), releases) <= budget, f"privacy.epsilon={budget:g}"
-    )
+    what = f"privacy.epsilon={budget:g}"
+    plain = least_noise(lambda noise: spent_epsilon(settings, Release(noise), releases), budget, what)
     if not settings.secret_sampling:
         return plain
     try:
-        secret = least_noise(
-            lambda noise: epsilon_of_secret_rounds(noise, rounds, delta) <= budget, f"privacy.epsilon={budget:g}"
-        )
+        secret = least_noise(lambda noise: epsilon_of_secret_rounds(noise, rounds, delta), budget, what)
     except PrivacyError:
         return plain
     return min(plain, secret)
