@@ -483,7 +483,14 @@ def test_a_federation_over_grpc_whose_server_has_neither_base_model_nor_text(tmp
     for source in sorted(Path("tests").glob("test_[a-d]*.py")):
         (texts / f"{source.stem}.txt").write_text(source.read_text())
     model = ["--model-path", str(Path("assets/tiny-llama").absolute()), "--task-path", str(texts)]
-    small = ["federation.rounds=2", "train.steps=4", "train.batch_size=4", "task.window=64", "task.heldout_windows=4"]
+    small = [
+        "federation.rounds=2",
+        "train.steps=4",
+        "train.batch_size=4",
+        "train.micro_batch_size=4",
+        "task.window=64",
+        "task.heldout_windows=4",
+    ]
     sizes = [
         "federation.num_clients=2",
         "federation.clients_per_round=2",
