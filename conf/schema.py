@@ -65,6 +65,7 @@ class FederationSettings:
         6  # coded: of the server on its held-out text before round 1, which follows no update; 0: none
     )
     metrics_port: int | None = None  # Prometheus text on 127.0.0.1, while the run lasts
+    sample_answers: int = 3  # held-out prompts that the report shows answers to, before and after; 0: none
 
 
 @dataclass
@@ -204,7 +205,7 @@ def check_settings(settings: Settings) -> None:
 
 def _check_federation(federation: FederationSettings) -> None:
     least = {"rounds": 1, "num_clients": 1, "clients_per_round": 1, "retries": 0, "rest_rounds": 0, "max_failures": 1}
-    least["rehearsal_steps"] = 0
+    least |= {"rehearsal_steps": 0, "sample_answers": 0}
     for key, lowest in least.items():
         if getattr(federation, key) < lowest:
             raise ValueError(f"federation.{key}={getattr(federation, key)} must be at least {lowest}")

@@ -23,6 +23,7 @@ from conf.schema import Settings, check_settings
 from server.alive import alive
 from server.evaluate import Evaluator
 from server.events import EventLog
+from server.finish import report_on
 from server.progress import shown
 from server.results import RunResults
 
@@ -69,6 +70,7 @@ def _run(settings: Settings, output: Path, events: EventLog) -> RunResults:
     facts = results.facts() | ({"diverged": f"this adapter is that {kept}"} if diverged is not None else {})
     evaluator.save(pooled.adapter, facts, output / "adapter", results.notes())
     write_json(results.to_json(), output / "results.json")
+    report_on(results, evaluator, pooled.adapter)
     if diverged is not None:
         raise DivergedError(f"{diverged}; the adapter {kept} and the results until then are in {output}")
     events.write("run_finished", seconds=results.seconds)

@@ -44,6 +44,7 @@ from server.alive import alive
 from server.checkpoint import Checkpoint, go_back, load_checkpoint, save_checkpoint
 from server.evaluate import Evaluator
 from server.events import EventLog
+from server.finish import report_on
 from server.journal import Journal
 from server.metrics import serve_metrics
 from server.private import Books
@@ -251,6 +252,7 @@ class Federation:
         except Diverged as error:
             raise ValueError(self._kept(error)) from None
         self._write_results()
+        report_on(self.results, self.evaluator, self.adapter)
         self.journal.event("run_finished", seconds=self.results.seconds)
         return self.results
 

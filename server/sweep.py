@@ -26,6 +26,7 @@ from rich.text import Text
 from conf.console import bytes_text, printable, say
 from conf.output import OutputError, write_json
 from conf.schema import Settings, check_files, check_settings, settings_of
+from server.compare import compare_sweep
 from server.progress import label
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ class Sweep:
             try:
                 write_json({"jobs": [dataclasses.asdict(job) for job in self.jobs]}, self._folder / SUMMARY)
                 print(f"summary: {self._folder / SUMMARY}")
+                compare_sweep(self._folder, self.jobs)
             except OutputError as error:
                 print(f"error: {error}", file=sys.stderr)
         for job in failed:

@@ -48,7 +48,7 @@ class Asked:
     server_round: int
     partition: int
     max_examples: float  # a client's weight in the mean is its own word: this bounds it
-    says_loss: bool = True  # else the loss is withheld
+    says_loss: bool = True  # else the loss is withheld, and how many examples there were
 
 
 @dataclass(frozen=True)
@@ -189,4 +189,5 @@ def uplink_of(content: RecordDict, metrics: MetricRecord, asked: Asked) -> Uplin
         metric(metrics, TRAIN_LOSS) if asked.says_loss else None,
         metric(metrics, SECONDS_TRAIN),
         metric(metrics, SECONDS_ENCODE),
+        num_examples=int(metric(metrics, NUM_EXAMPLES)) if asked.says_loss else None,
     )
