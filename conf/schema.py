@@ -65,6 +65,7 @@ class FederationSettings:
         6  # coded: of the server on its held-out text before round 1, which follows no update; 0: none
     )
     metrics_port: int | None = None  # Prometheus text on 127.0.0.1, while the run lasts
+    page_port: int | None = None  # a live page of the run on 127.0.0.1, while it lasts
     sample_answers: int = 3  # held-out prompts that the report shows answers to, before and after; 0: none
 
 
@@ -224,11 +225,21 @@ def _check_federation(federation: FederationSettings) -> None:
             f"federation.min_clients={federation.min_clients} must lie between 1 and "
             f"federation.num_clients={federation.num_clients}, or be null"
         )
-    if federation.metrics_port is not None and not 1 <= federation.metrics_port <= 65535:
-        raise ValueError(f"federation.metrics_port={federation.metrics_port} must lie between 1 and 65535, or be null")
+    _check_ports(federation)
     for key in ("wait_seconds", "round_seconds"):
         if not getattr(federation, key) > 0:
             raise ValueError(f"federation.{key}={getattr(federation, key)} must be greater than 0")
+
+
+def _check_ports(federation: FederationSettings) -> None:
+    for key in ("metrics_port", "page_port"):
+        port = getattr(federation, key)
+        if port is not None and not 1 <= port <= 65535:
+            raise ValueError(f"federation.{key}={port} must lie between 1 and 65535, or be null")
+    if federation.page_port is not None and federation.page_port == federation.metrics_port:
+        raise ValueError(
+            f"federation.page_port={federation.page_port} is federation.metrics_port as well: choose another port"
+        )
 
 
 def _check_together(settings: Settings) -> None:

@@ -18,12 +18,13 @@ from adapters.finetune import DivergedError, finetune
 from adapters.model import get_adapter, on_host
 from adapters.settings import num_steps
 from adapters.windows import Windows
-from conf.output import OutputError, open_output, write_json
+from conf.output import open_output, write_json
 from conf.schema import Settings, check_settings
 from server.alive import alive
 from server.evaluate import Evaluator
 from server.events import EventLog
 from server.finish import report_on
+from server.live_page import serve_page
 from server.progress import shown
 from server.results import RunResults
 
@@ -40,13 +41,10 @@ def run_alone(settings: Settings) -> RunResults:
     output = open_output(Path(settings.output))
     with alive(output, settings.run_id):
         events = EventLog(output)
-        try:
+        with contextlib.ExitStack() as page, events.telling_failure():
+            page.enter_context(serve_page(settings.federation.page_port, output))  # shut after a failure is told
             with shown(events):
                 return _run(settings, output, events)
-        except Exception as error:
-            with contextlib.suppress(OutputError):  # a full disk, which is what the error says
-                events.write("run_failed", reason=str(error) if isinstance(error, ValueError) else repr(error))
-            raise
 
 
 def _run(settings: Settings, output: Path, events: EventLog) -> RunResults:

@@ -46,6 +46,7 @@ from server.evaluate import Evaluator
 from server.events import EventLog
 from server.finish import report_on
 from server.journal import Journal
+from server.live_page import serve_page
 from server.metrics import serve_metrics
 from server.private import Books
 from server.progress import shown
@@ -91,13 +92,10 @@ def _run(grid: Grid, settings: Settings, output: Path, bound: Mapping[int, int] 
         open_output(Path(settings.record).parent)
     (output / "results.json").unlink(missing_ok=True)  # of an earlier run in the same folder, or of fewer rounds
     events = EventLog(output, keep=before is not None)
-    try:
+    with contextlib.ExitStack() as page, events.telling_failure():
+        page.enter_context(serve_page(settings.federation.page_port, output))  # shut after a failure is told
         with shown(events), serve_metrics(settings.federation.metrics_port, events):
             return prepare(grid, settings, events, before, bound).run()
-    except Exception as error:
-        with contextlib.suppress(OutputError):  # a full disk, perhaps: the error itself says more
-            events.write("run_failed", reason=str(error) if isinstance(error, ValueError) else repr(error))
-        raise
 
 
 def prepare(
@@ -241,8 +239,9 @@ class Federation:
         federation = self.settings.federation
         started = "run_resumed" if self.done else "run_started"
         codec = self.settings.codec.name if self.settings.arm == "coded" else ""
+        secret = {"secret_sampling": True} if self.settings.privacy.secret_sampling else {}
         self.journal.event(
-            started, arm=self.settings.arm, codec=codec, rounds=federation.rounds, run_id=self.settings.run_id
+            started, arm=self.settings.arm, codec=codec, rounds=federation.rounds, run_id=self.settings.run_id, **secret
         )
         places = call_roll(self.strategy.roll, self.journal.waiting, federation.min_clients)
         self.journal.event("nodes", count=len(places))

@@ -57,6 +57,7 @@ class Fault:
     reason: str
     kind: str = REFUSED
     node: int = 0  # Flower's id; 0: none is known for the partition
+    rests_until: int = 0  # the last round that it is left out of for this; 0: it does not rest
 
 
 class Observer(Protocol):
