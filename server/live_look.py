@@ -21,15 +21,21 @@ OWN_STYLE = """
 .busy.state::before, td.busy.outcome::before { content: "\\25D4"; }
 :root { --good: #1b6e3c; }
 @media (prefers-color-scheme: dark) { :root { --good: #7fd39b; } }
-#trouble { border-left: 4px solid var(--warn); background: var(--panel); padding: .5rem .9rem; }
+#trouble, #lost { border-left: 4px solid var(--warn); background: var(--panel); padding: .5rem .9rem; }
 progress { width: 100%; height: .9rem; accent-color: var(--link); }
 #plot { width: 100%; height: 15rem; background: var(--panel); border-radius: .5rem; }
 #plot svg { display: block; width: 100%; height: 100%; }
 #plot text { fill: var(--ink); font-size: 12px; font-variant-numeric: tabular-nums; }
 #plot .grid { stroke: var(--line); } #plot .curve { stroke: var(--link); stroke-width: 2; fill: none; }
 #plot .dot { fill: var(--link); }
-.wide table { min-width: 100%; }
-td.reason { min-width: 14rem; }
+#clients-table table { min-width: 100%; }
+tbody th { font-weight: 400; border-bottom-color: var(--line); }
+th.number, td.number { padding: .3rem .4rem; }
+#clients-table :is(th, td):nth-child(2) { padding-left: .9rem; }
+ol.told { list-style: none; padding: 0; margin: .6rem 0 1.3rem; }
+ol.told li { border-bottom: 1px solid var(--line); padding: .35rem 0; }
+ol.told span { display: block; }
+@media (max-width: 40rem) { .head { align-items: flex-start; } }
 [hidden] { display: none !important; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 """
@@ -64,13 +70,25 @@ SCRIPT = """
   }
   function clock(seconds) { return seconds ? new Date(seconds * 1000).toLocaleTimeString('en-GB') : '–'; }
   function loss(value) { return value === null ? 'not finite' : value.toFixed(4); }
-  function rows(id, lines) {
+  function rows(id, columns, lines) {
+    // Cells that are there stay, so that what is selected or read aloud is not taken away.
     const body = at(id);
-    body.replaceChildren(...lines.map(function (cells) {
+    while (body.rows.length > lines.length) body.lastElementChild.remove();
+    while (body.rows.length < lines.length) {
       const row = el('tr');
-      cells.forEach(function (cell) { row.append(cell); });
-      return row;
-    }));
+      columns.forEach(function (kind) {
+        const cell = el(kind === 'head' ? 'th' : 'td', '', kind === 'head' ? 'number' : kind);
+        if (kind === 'head') cell.scope = 'row';
+        row.append(cell);
+      });
+      body.append(row);
+    }
+    lines.forEach(function (texts, i) {
+      texts.forEach(function (text, j) {
+        const cell = body.rows[i].cells[j];
+        if (cell.textContent !== text) cell.textContent = text;
+      });
+    });
   }
   function show(run) {
     const goesOn = run.state === 'waiting' || run.state === 'running';
@@ -110,17 +128,17 @@ SCRIPT = """
       run.clients.length ? '' : 'No client has been asked yet.');
     at('no-clients').hidden = !at('no-clients').textContent;
     at('clients-table').hidden = !run.clients.length;
-    rows('clients', run.clients.map(function (one) {
+    const number = 'number', columns = ['head', 'outcome', number, number, number, number, number, number];
+    rows('clients', columns, run.clients.map(function (one) {
       const state = one.rests_until ? 'rests to round ' + one.rests_until : one.state;
       const answer = one.last_answer === null ? '–' :
         ended ? clock(one.last_answer) : span(run.now - one.last_answer) + ' ago';
-      const head = el('th', count(one.partition), 'number');
-      head.scope = 'row';
-      return [head, el('td', state, 'outcome ' + (KINDS[one.state] || 'bad')),
-        el('td', count(one.last_round), 'number'), el('td', count(one.answered) + ' of ' + count(one.asked), 'number'),
-        el('td', count(one.faults), 'number'), el('td', answer, 'number'),
-        el('td', bytes(one.bytes_up), 'number'), el('td', bytes(one.bytes_down), 'number')];
+      return [count(one.partition), state, count(one.last_round), count(one.answered) + ' of ' + count(one.asked),
+        count(one.faults), answer, bytes(one.bytes_up), bytes(one.bytes_down)];
     }));
+    run.clients.forEach(function (one, i) {
+      at('clients').rows[i].cells[1].className = 'outcome ' + (KINDS[one.state] || 'bad');
+    });
     put('more-clients', run.clients_left_out ?
       count(run.clients_left_out) + ' more clients are not shown; none of them does worse.' : '');
   }
@@ -128,29 +146,33 @@ SCRIPT = """
     const refused = Object.entries(run.refused), kinds = Object.entries(run.kinds);
     put('kinds', kinds.length ? kinds.map(function (one) { return count(one[1]) + ' ' + one[0]; }).join(', ') + '.' :
       'None: every reply that was asked for came and was used.');
-    at('faults-table').hidden = !run.faults.length;
-    rows('faults', run.faults.map(function (one) {
-      return [el('td', clock(one.time)), el('td', count(one.server_round), 'number'),
-        el('td', one.partition === null ? '–' : count(one.partition), 'number'), el('td', one.kind),
-        el('td', one.reason, 'reason')];
+    at('last-faults').hidden = !run.faults.length;
+    list('faults', run.faults.map(function (one) {
+      const who = one.partition === null ? '' : ', partition ' + one.partition;
+      return [clock(one.time) + ', round ' + one.server_round + who + ', ' + one.kind, one.reason];
     }));
     at('refused').hidden = !refused.length;
-    at('refused-nodes').replaceChildren(...refused.map(function (one) { return el('li', one[0] + ': ' + one[1]); }));
+    list('refused-nodes', refused.map(function (one) { return ['Node ' + one[0], one[1]]; }));
+  }
+  function list(id, pairs) {
+    if (at(id).dataset.shown === JSON.stringify(pairs)) return;
+    at(id).dataset.shown = JSON.stringify(pairs);
+    at(id).replaceChildren(...pairs.map(function (pair) {
+      const one = el('li');
+      one.append(el('span', pair[0], 'note'), el('span', pair[1], 'why'));
+      return one;
+    }));
   }
   function plot(losses) {
-    const key = JSON.stringify(losses);
-    const width = Math.round(at('plot').clientWidth), height = Math.round(at('plot').clientHeight);
-    if (last === key + width) return;
-    last = key + width;
     const known = losses.filter(function (one) { return one[1] !== null; });
     at('no-losses').hidden = Boolean(known.length);
     at('plot').hidden = !known.length;
     at('losses-details').hidden = !losses.length;
-    rows('losses', losses.map(function (one) {
-      return [el('td', count(one[0]), 'number'), el('td', loss(one[1]), 'number')];
-    }));
-    if (known.length && !at('plot').clientWidth) { last = null; }
-    if (known.length) draw(losses, known, at('plot').clientWidth || width, at('plot').clientHeight || height);
+    const width = at('plot').clientWidth, height = at('plot').clientHeight, drawn = JSON.stringify([losses, width]);
+    if (drawn === last) return;
+    last = drawn;
+    rows('losses', ['head', 'number'], losses.map(function (one) { return [count(one[0]), loss(one[1])]; }));
+    if (known.length) draw(losses, known, width, height);
   }
   function draw(losses, known, width, height) {
     const values = known.map(function (one) { return one[1]; });
@@ -229,23 +251,12 @@ POLICY = (
 )
 """The page's Content-Security-Policy: its own script and style alone, and nothing from elsewhere."""
 _FACTS = {
-    "rounds": "rounds done", "left": "time left", "seconds": "time", "loss": "held-out loss, nats a token",
+    "rounds": "rounds done", "left": "time left", "seconds": "time", "loss": "held-out loss",
     "answers": "answers in this round", "nodes": "nodes here", "up": "payloads up", "down": "arrays down",
     "num-faults": "faults", "updated": "last event at",
 }  # fmt: skip
 _CLIENTS = ("partition", "state", "in round", "answered", "faults", "last answer", "up", "down")
-_FAULTS = ("time", "round", "partition", "kind", "why")
-
-
-def _table(name: str, caption: str, columns: tuple[str, ...], numbers: tuple[str, ...]) -> str:
-    head = "".join(f'<th scope="col"{" class=number" if one in numbers else ""}>{one}</th>' for one in columns)
-    return (
-        f'<div class=wide id="{name}-table" tabindex="0" role=region aria-label="{caption}" hidden><table>'
-        f'<caption class=unseen>{caption}</caption><thead><tr>{head}</tr></thead><tbody id="{name}"></tbody>'
-        "</table></div>"
-    )
-
-
+_HEADS = "".join(f'<th scope="col"{"" if one == "state" else " class=number"}>{one}</th>' for one in _CLIENTS)
 PAGE = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -259,17 +270,18 @@ PAGE = f"""<!doctype html>
 <main>
 <progress id="rounds-bar" aria-label="Rounds done" max="1" value="0"></progress>
 <dl class=facts>{"".join(f'<div><dt>{name}</dt><dd id="{key}">–</dd></div>' for key, name in _FACTS.items())}</dl>
-<section aria-labelledby="h-loss"><h2 id="h-loss">Held-out loss by round</h2>
+<section aria-labelledby="h-loss"><h2 id="h-loss">Held-out loss by round, nats a token</h2>
 <p id="no-losses">Not evaluated yet.</p><div id="plot" hidden></div>
 <details id="losses-details" hidden><summary>The values of this figure</summary><div class=wide tabindex="0" role=region
 aria-label="Held-out loss by round"><table><thead><tr><th scope="col" class=number>round</th>
 <th scope="col" class=number>nats a token</th></tr></thead><tbody id="losses"></tbody></table></div></details></section>
 <section aria-labelledby="h-clients"><h2 id="h-clients">Clients</h2><p id="no-clients">No client has been asked yet.</p>
-{_table("clients", "What each client does", _CLIENTS, tuple(one for one in _CLIENTS if one != "state"))}
+<div class=wide id="clients-table" tabindex="0" role=region aria-label="What each client does" hidden><table>
+<thead><tr>{_HEADS}</tr></thead><tbody id="clients"></tbody></table></div>
 <p class=note id="more-clients"></p></section>
 <section aria-labelledby="h-faults"><h2 id="h-faults">Faults</h2><p id="kinds"></p>
-{_table("faults", "The last faults, the latest first", _FAULTS, ("round", "partition"))}
-<div id="refused" hidden><h3>Nodes that may not take part</h3><ul id="refused-nodes"></ul></div></section>
+<div id="last-faults" hidden><h3>The last ones, the latest first</h3><ol class=told id="faults"></ol></div>
+<div id="refused" hidden><h3>Nodes that may not take part</h3><ol class=told id="refused-nodes"></ol></div></section>
 </main>
 <footer><p>Read only, from the event log in the run's folder. The same values are in
 <a href="status.json">status.json</a>.</p></footer>

@@ -117,8 +117,8 @@ def _clients(seen: Snapshot, most: int) -> RenderableType:
         return _line("Who takes part is drawn in secret in this run, and shown to nobody.")
     if not seen.clients:
         return _line("No client has been asked yet.")
-    table = Table(box=None, pad_edge=False, expand=False)
-    for name in ("partition", "state", "in round", "answered", "faults", "last answer", "up", "down"):
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("partition", "state", "round", "answered", "faults", "last answer", "up", "down"):
         table.add_column(
             name, justify="left" if name == "state" else "right", no_wrap=True, overflow="ellipsis", header_style="bold"
         )

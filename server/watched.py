@@ -1,7 +1,8 @@
 """What is seen of a run while it goes on: its status, its clients and its faults, folded from the event log.
 
 ``RunWatch`` reads the folder, ``Snapshot`` is one look at it: plain values of bounded number and length, whatever
-stands in the log, which a terminal (``server.watch_view``) and a page (``server.live_page``) show alike. Loads no engine.
+stands in the log, which a terminal (``server.watch_view``) and a page (``server.live_page``) show alike. No engine is
+loaded.
 """
 
 from __future__ import annotations

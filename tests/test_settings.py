@@ -94,6 +94,8 @@ def test_every_option_of_every_group_composes(group: str) -> None:
         ("backend.client_gpus=-1", "backend.client_gpus=-1.0"),
         ("federation.metrics_port=0", "federation.metrics_port=0 must lie between 1 and 65535"),
         ("federation.metrics_port=65536", "federation.metrics_port=65536"),
+        ("federation.page_port=0", "federation.page_port=0 must lie between 1 and 65535"),
+        ("federation.page_port=65536", "federation.page_port=65536"),
         ("backend.name=cloud", "backend.name='cloud' is none of simulation, inprocess, superlink"),
         ("federation.clients_per_round=11", "federation.clients_per_round=11 is more than federation.num_clients=10"),
         ("federation.rounds=0", "federation.rounds=0"),
