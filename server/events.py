@@ -27,6 +27,10 @@ LONGEST_LINE = 1 << 16
 LARGEST = 1 << 62
 """No count of ours is larger."""
 
+WHO, WORDS = "who", "words"
+"""What a run's privacy keeps from who looks on, ``withheld`` of ``run_started``: which clients take part when, and what
+clients say of their faults, which may quote their data."""
+
 Event = Mapping[str, Any]
 
 

@@ -43,7 +43,7 @@ from server.account import NOTHING, CodecCost
 from server.alive import alive
 from server.checkpoint import Checkpoint, go_back, load_checkpoint, save_checkpoint
 from server.evaluate import Evaluator
-from server.events import EventLog
+from server.events import WHO, WORDS, EventLog
 from server.finish import report_on
 from server.journal import Journal
 from server.live_page import serve_page
@@ -239,9 +239,15 @@ class Federation:
         federation = self.settings.federation
         started = "run_resumed" if self.done else "run_started"
         codec = self.settings.codec.name if self.settings.arm == "coded" else ""
-        secret = {"secret_sampling": True} if self.settings.privacy.secret_sampling else {}
+        privacy = self.settings.privacy
+        withheld = [what for what, kept in ((WHO, privacy.secret_sampling), (WORDS, privacy.protects)) if kept]
         self.journal.event(
-            started, arm=self.settings.arm, codec=codec, rounds=federation.rounds, run_id=self.settings.run_id, **secret
+            started,
+            arm=self.settings.arm,
+            codec=codec,
+            rounds=federation.rounds,
+            run_id=self.settings.run_id,
+            **({"withheld": withheld} if withheld else {}),
         )
         places = call_roll(self.strategy.roll, self.journal.waiting, federation.min_clients)
         self.journal.event("nodes", count=len(places))

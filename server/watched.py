@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from conf.console import printable
-from server.events import Event, RunStatus, count_of, number_of
+from server.events import WHO, WORDS, Event, RunStatus, count_of, number_of
 from server.places import continuation
 from server.status import ENDED, Watcher
-from strategies.outcomes import DOWNLINK_BYTES, KINDS
+from strategies.outcomes import DOWNLINK_BYTES, FAILED, KINDS
 
 MOST_CLIENTS = 10_000
 """That are kept apart; of more there are the sums alone."""
@@ -29,6 +29,7 @@ SHOWN_FAULTS = 20
 ASKED, ANSWERED, RESTING, SILENT = "asked", "answered", "resting", "no answer"
 LONGEST_REASON = 300
 """Characters."""
+OWN_WORDS = "withheld: a client's own words may quote its data"
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Clients:
         self.kinds: Counter[str] = Counter()
         self.refused: dict[str, str] = {}  # node -> why it may not take part, the last ones
         self.are_secret = False  # who takes part is drawn in secret, and told to nobody
+        self._are_silent = False  # what clients say of their faults may quote their data
         self._again: set[int] = set()  # that were sent something since the round began
 
     def add(self, event: Event) -> None:
@@ -79,7 +81,9 @@ class Clients:
             return
 
     def _start(self, event: Event) -> None:
-        self.are_secret = event.get("secret_sampling") is True
+        withheld = event.get("withheld")
+        withheld = withheld if isinstance(withheld, list) else []
+        self.are_secret, self._are_silent = WHO in withheld, WORDS in withheld
 
     def _record(self, event: Event) -> ClientRecord | None:
         partition = count_of(event, "partition")
@@ -122,9 +126,11 @@ class Clients:
     def _take_fault(self, event: Event) -> None:
         server_round, partition = count_of(event, "server_round"), count_of(event, "partition")
         kind = event.get("kind")
-        kind = kind if kind in KINDS else "failed"
+        kind = kind if kind in KINDS else FAILED
         rests_until = count_of(event, "rests_until") if "rests_until" in event else 0
         reason = printable(event["reason"], LONGEST_REASON)
+        if self._are_silent and kind == FAILED:
+            reason = OWN_WORDS
         self.faults.append(FaultSeen(number_of(event, "time"), server_round, partition, kind, reason))
         self.kinds[kind] += 1
         record = self._record(event)

@@ -33,7 +33,7 @@ from server.live_look import POLICY
 from server.live_page import LAST_SECONDS, MOST_THREADS, PageServer, is_own, serve_page
 from server.places import CHECKPOINT
 from server.watch_view import bars, picture
-from server.watched import SHOWN_CLIENTS, SHOWN_FAULTS, SHOWN_LOSSES, RunWatch, Snapshot
+from server.watched import OWN_WORDS, SHOWN_CLIENTS, SHOWN_FAULTS, SHOWN_LOSSES, RunWatch, Snapshot
 from strategies.outcomes import DOWNLINK_BYTES
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\x1b]0;owned\x07[/x][bold red]\u202e"
@@ -172,7 +172,7 @@ def test_a_run_is_followed_and_another_in_its_folder_begins_anew(living: Path) -
 
 
 def test_a_secret_draw_is_kept(tmp_path: Path) -> None:
-    write_run(tmp_path, secret_sampling=True)
+    write_run(tmp_path, withheld=["who", "words"])
     seen = RunWatch(tmp_path).look()
     assert seen.are_secret and not seen.clients and not seen.faults
     assert (seen.num_faults, seen.kinds["refused"]) == (3, 1)
@@ -180,9 +180,16 @@ def test_a_secret_draw_is_kept(tmp_path: Path) -> None:
     assert "drawn in secret" in said and "partition 1" not in said
 
 
+def test_what_clients_say_of_protected_data_is_kept(tmp_path: Path) -> None:
+    write_run(tmp_path, withheld=["words"])
+    reasons = [one.reason for one in RunWatch(tmp_path).look().faults]
+    assert reasons[0] == "why" and reasons[1].startswith("too long") and reasons[2] == OWN_WORDS
+
+
 @pytest.mark.parametrize(
     "event",
     [
+        {"event": "run_resumed", "arm": "dense", "rounds": 1, "withheld": 5},
         {"event": "uplink", "server_round": 1, "partition": -1, "payload_bytes": 1},
         {"event": "uplink", "server_round": 1, "partition": "0", "payload_bytes": 1},
         {"event": "uplink", "server_round": 1, "partition": 10**30, "payload_bytes": 1},
@@ -521,7 +528,7 @@ def test_a_browser_shows_the_run_and_follows_it(living: Path) -> None:
         for width in WIDTHS:
             for light in ("light", "dark"):
                 page, said, asked = opened(browser, f"http://127.0.0.1:{port}/", width, light)
-                page.wait_for_function("document.documentElement.dataset.updates")
+                page.wait_for_selector("html[data-updates]")
                 check_page(page, json.loads(got(port)[2]), width)
                 page.locator("summary").click()
                 assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -530,14 +537,14 @@ def test_a_browser_shows_the_run_and_follows_it(living: Path) -> None:
                 assert said == [] and {address.rpartition(str(port))[2] for address in asked} == {"/", "/status.json"}
                 page.context.close()
         page, said, _ = opened(browser, f"http://localhost:{port}/")
-        page.wait_for_function("document.documentElement.dataset.updates")
+        page.wait_for_selector("html[data-updates]")
         log = EventLog(living, keep=True)
         finish(log, 3, 2.875)
-        page.wait_for_function("document.getElementById('rounds').textContent === '3 of 4'")
+        page.wait_for_selector("#rounds:text-is('3 of 4')")
         assert page.locator("#plot circle").count() == 4
         assert page.locator("#news").text_content() == "Run running, 3 of 4 rounds done, held-out loss 2.8750"
         log.write("run_finished", seconds=1.0)
-        page.wait_for_function("document.getElementById('state').textContent === 'finished'")
+        page.wait_for_selector("#state:text-is('finished')")
         assert said == []
         check_page(page, json.loads(got(port)[2]), 1440)
 
@@ -572,7 +579,7 @@ def test_a_browser_says_that_the_page_has_gone(living: Path) -> None:
     with chromium() as browser:
         with served(living) as port:
             page, _, _ = opened(browser, f"http://127.0.0.1:{port}/")
-            page.wait_for_function("document.documentElement.dataset.updates")
+            page.wait_for_selector("html[data-updates]")
         page.wait_for_selector("#lost:visible")
         assert "python -m server.watch" in page.locator("#lost").text_content()
         assert page.locator("#rounds").text_content() == "2 of 4"
