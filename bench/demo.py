@@ -3,7 +3,7 @@
     python -m bench.demo [--seeds 1] [--output outputs/demo] [key=value ...]
 
 Every arm is the program that a user would start, as a process of its own. Further ``key=value`` go to all of them.
-Writes results.json and report.html (self-contained) into the output folder.
+Writes results.json and a page, report.html, which needs no network, into the output folder.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from rich.console import Console
 
 from bench.arms import print_tables, run_arm, summary
+from bench.demo_page import write_demo_page
 from bench.programs import run_program
-from bench.report_html import write_report
 from conf.output import open_output, provenance, write_json
 
 ARMS = {
@@ -53,7 +53,7 @@ def main() -> None:
         sys.exit("stopped")
     results = summary(runs, [*ARMS]) | {"seconds": time.monotonic() - start, "made_with": provenance()}
     write_json(results, output / "results.json")
-    write_report(results, output / "report.html")
+    write_demo_page(results, output / "report.html")
     print_tables(results)
     print(f"results: {output / 'results.json'}\nreport:  {output / 'report.html'}")
 

@@ -28,8 +28,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.arms import folder_of, print_tables, run_arm, summary
+from bench.demo_page import write_demo_page
 from bench.real_text import Question, write_real_text
-from bench.report_html import write_report
 from conf.output import open_output, provenance, write_json
 
 ARMS = {
@@ -101,7 +101,7 @@ def run(
     # of arms from disk and of earlier runs, too
     results["seconds"] = sum(arm["seconds"] for single in results["runs"] for arm in single["arms"].values())
     write_json(results, output / "results.json")
-    write_report(results, output / "report.html")
+    write_demo_page(results, output / "report.html")
     return results
 
 

@@ -7,6 +7,7 @@
   cg-fedllm status [RUN]               how a run is doing                      (python -m server status)
   cg-fedllm watch [RUN]                a live view of a run, or its page       (python -m server.watch)
   cg-fedllm tgap [OVERRIDES ...]       trains an artifact of the codec         (python -m tgap)
+  cg-fedllm compare RUN ...            finished runs beside each other         (python -m server.compare)
   cg-fedllm score RUN ...              benchmarks of what was trained          (python -m server.score)
   cg-fedllm export RUN ...             the adapter for other programs          (python -m server.export)
 
@@ -30,6 +31,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "status": ("server", "status"),
     "watch": ("server.watch",),
     "tgap": ("tgap",),
+    "compare": ("server.compare",),
     "score": ("server.score",),
     "export": ("server.export",),
 }

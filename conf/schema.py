@@ -43,6 +43,8 @@ from tasks.settings import is_hub_name as is_hub_dataset
 Run = TypeVar("Run", bound="Settings")
 ARMS = ("base", "centralised", "dense", "coded")
 BACKENDS = ("simulation", "inprocess", "superlink")
+MOST_ANSWERS = 64
+"""That a report shows; they are generated at once."""
 CHECKOUT = Path(__file__).resolve().parents[1]
 """Where the model and the codec that ship with the project lie."""
 
@@ -210,6 +212,8 @@ def _check_federation(federation: FederationSettings) -> None:
     for key, lowest in least.items():
         if getattr(federation, key) < lowest:
             raise ValueError(f"federation.{key}={getattr(federation, key)} must be at least {lowest}")
+    if federation.sample_answers > MOST_ANSWERS:
+        raise ValueError(f"federation.sample_answers={federation.sample_answers} must be at most {MOST_ANSWERS}")
     if federation.clients_per_round > federation.num_clients:
         raise ValueError(
             f"federation.clients_per_round={federation.clients_per_round} is more than "

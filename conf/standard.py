@@ -17,6 +17,8 @@ OF_THE_GROUPS = {"train.update": "delta", "train.lr": 0.005, "strategy.lr": 1.3}
 """What ``train=delta`` and ``strategy=fedavg`` set."""
 OF_THIS_RUN = ("output", "run_id", "resume", "from_round", "dry_run")
 """Settings by which no two runs are told apart."""
+SETTLED = ("codec.digest",)
+"""What a run finds out for itself."""
 
 
 def flat(settings: Mapping[str, Any], head: str = "") -> dict[str, Any]:
@@ -38,13 +40,13 @@ def standard() -> dict[str, Any]:
 
 
 def set_by_hand(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a run's ``flat`` settings that are not the standard ones, without ``OF_THIS_RUN``."""
+    """Those of a run's ``flat`` settings that are not the standard ones, without ``OF_THIS_RUN`` and ``SETTLED``."""
     usual = standard()
     usual["model.path"] = str(CHECKOUT / usual["model.path"])
     return {
         key: value
         for key, value in settings.items()
-        if key not in OF_THIS_RUN and (key not in usual or usual[key] != value)
+        if key not in (*OF_THIS_RUN, *SETTLED) and (key not in usual or usual[key] != value)
     }
 
 

@@ -1,6 +1,7 @@
 """Vega, Vega-Lite and Vega-Embed as one script to be written into a page, out of ``vl-convert-python``.
 
-It takes seconds to be put together: once for a process, and once for a user where there is a folder for caches.
+It takes seconds to be put together: once for a process, and once for a user, who has it in ``$CG_FEDLLM_CACHE`` or
+``~/.cache/cg-fedllm`` from then on.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ def vega() -> str:
 
 
 def _cached() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    folder = Path(os.environ.get("CG_FEDLLM_CACHE") or "~/.cache/cg-fedllm")
     with contextlib.suppress(RuntimeError):  # nobody's home
         folder = folder.expanduser()
-    return folder / "cg-fedllm" / f"vega-{version('vl-convert-python')}.js"
+    return folder / f"vega-{version('vl-convert-python')}.js"
 
 
 def _made() -> str:

@@ -265,7 +265,7 @@ def _shapes(rows: Sequence[Row], series: str | None) -> dict[str, Any]:
 def _legend() -> Any:
     import altair as alt
 
-    return alt.Legend(orient="bottom", columns=1, labelLimit=320, symbolStrokeWidth=2, symbolSize=70, symbolOpacity=1)
+    return alt.Legend(orient="bottom", columns=1, labelLimit=320, symbolStrokeWidth=0, symbolSize=70, symbolOpacity=1)
 
 
 def _taken(palette: Sequence[Any], count: int) -> list[Any]:

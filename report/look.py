@@ -5,15 +5,15 @@ from __future__ import annotations
 STYLE = """
 :root {
   --page: #ffffff; --panel: #f4f5f7; --ink: #1a1d21; --quiet: #565d66; --line: #c9ced6; --grid: #e3e6ea;
-  --link: #1f5fa8; --warn: #a33a00; color-scheme: light;
+  --link: #1f5fa8; color-scheme: light;
 }
 @media (prefers-color-scheme: dark) { :root:not([data-theme="light"]) {
   --page: #14171c; --panel: #1d2127; --ink: #e8eaed; --quiet: #a4abb5; --line: #474e58; --grid: #2b3038;
-  --link: #7db4f0; --warn: #f2a272; color-scheme: dark;
+  --link: #7db4f0; color-scheme: dark;
 } }
 :root[data-theme="dark"] {
   --page: #14171c; --panel: #1d2127; --ink: #e8eaed; --quiet: #a4abb5; --line: #474e58; --grid: #2b3038;
-  --link: #7db4f0; --warn: #f2a272; color-scheme: dark;
+  --link: #7db4f0; color-scheme: dark;
 }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
@@ -46,9 +46,10 @@ figure { margin: 1.4rem 0; }
 .wide { overflow-x: auto; max-width: 100%; margin: .4rem 0 1.3rem; }
 table { border-collapse: collapse; font-size: .92rem; overflow-wrap: normal; }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; border-bottom-color: var(--quiet); }
+th { font-weight: 600; border-bottom-color: var(--quiet); vertical-align: bottom; }
 td { white-space: pre-line; max-width: 34rem; overflow-wrap: break-word; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.number, th.number { text-align: right; }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { background: var(--panel); border-radius: .5rem; padding: .7rem .9rem; overflow-x: auto; white-space: pre-wrap;
   overflow-wrap: anywhere; font-size: .88rem; }
 details { margin: .4rem 0 1rem; }
@@ -64,11 +65,11 @@ footer { padding-top: 1rem; padding-bottom: 2rem; border-top: 1px solid var(--li
 @media print {
   :root, :root[data-theme="dark"], :root:not([data-theme="light"]) {
     --page: #ffffff; --panel: #f4f5f7; --ink: #000000; --quiet: #444b54; --line: #c9ced6; --grid: #e3e6ea;
-    --link: #000000; --warn: #000000; color-scheme: light;
+    --link: #000000; color-scheme: light;
   }
   body { font-size: 10.5pt; } button, nav { display: none; } figure, tr { break-inside: avoid; }
   h2, caption, figcaption { break-after: avoid; }
-  .wide { overflow: visible; }
+  .wide { overflow: visible; } table { font-size: 8pt; } th, td { padding-right: .45rem; }
 }
 """
 

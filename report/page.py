@@ -263,7 +263,7 @@ def _cell(value: Cell) -> str:
 
 
 def _is_number(value: Cell) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _plain(value: Cell) -> Any:
@@ -317,6 +317,7 @@ PAGE = """<!doctype html>
 <main>
 {body}</main>
 <footer><p>Made with {made_with}</p></footer>
+<noscript><p>Figures need JavaScript; their values are in the tables.</p></noscript>
 <script type="application/json" id="charts">{charts}</script>
 {scripts}</body></html>
 """

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from conf.standard import SETTLED
 from report import charts
 from report.charts import Cell, Row
 from report.page import Facts, Figure, Part, Section, Table, Text
@@ -57,7 +58,7 @@ def kinds_of(runs: Sequence[FinishedRun]) -> list[Kind]:
     for run in runs:
         rest = {key: value for key, value in run.settings.items() if key != SEED}
         found.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(run)
-    keys = [key for key in differing_settings(runs) if key != SEED]
+    keys = [key for key in differing_settings(runs) if key not in (SEED, *SETTLED)]
     labels = [_label(members[0], keys) for members in found.values()]
     return [
         Kind(label if labels.count(label) == 1 else f"{number}: {label}", members)
@@ -66,20 +67,21 @@ def kinds_of(runs: Sequence[FinishedRun]) -> list[Kind]:
 
 
 def differing_settings(runs: Sequence[FinishedRun]) -> list[str]:
-    """The settings that not all of the runs have alike, in the order in which settings stand."""
+    """The settings that not all of the runs have alike which have them, in the order in which settings stand."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
-    return [key for key in keys if len({_told(run, key) for run in runs}) > 1]
+    return [key for key in keys if len({_told(run, key) for run in runs if key in run.settings}) > 1]
 
 
 def _told(run: FinishedRun, key: str) -> str:
     if key not in run.settings:
-        return "-"
+        return "–"
     value = run.settings[key]
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _label(run: FinishedRun, keys: Sequence[str]) -> str:
-    label = ", ".join(f"{key}={_told(run, key)}" for key in keys) or str(run.settings.get("arm", KIND))
+    own = {key: _told(run, key) for key in keys if run.settings.get(key) is not None}
+    label = ", ".join(f"{key}={value}" for key, value in own.items()) or str(run.settings.get("arm", KIND))
     return label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 4] + " ..."
 
 
@@ -164,12 +166,15 @@ def runs_table(kinds: Sequence[Kind]) -> Table:
 
 
 def _losses(kinds: Sequence[Kind]) -> list[Part]:
-    curved = sorted((kind for kind in kinds if any(len(run.losses) > 1 for run in kind.runs)), key=lambda k: k.loss)
-    rows = [row for kind in curved[:MOST_CURVES] for row in _curve(kind)]
+    curved = [kind for kind in kinds if any(len(run.losses) > 1 for run in kind.runs)]
+    best = {id(kind) for kind in sorted(curved, key=lambda kind: kind.loss)[:MOST_CURVES]}
+    drawn = [kind for kind in curved if id(kind) in best]
+    drawn.sort(key=lambda kind: not kind.bytes_in_all)  # last, so that all figures have the same colours
+    rows = [row for kind in drawn for row in _curve(kind)]
     if not rows:
         return []
     left = f" The best {MOST_CURVES} of {len(curved)} are drawn." if len(curved) > MOST_CURVES else ""
-    several = any(len(kind.runs) > 1 for kind in curved[:MOST_CURVES])
+    several = any(len(kind.runs) > 1 for kind in drawn)
     band = "; a band is from the least to the most over seeds" if several else ""
     over_rounds = charts.lines(rows, "round", LOSS, KIND, band=("least", "most") if several else None)
     parts: list[Part] = [

@@ -15,12 +15,11 @@ from typing import Any
 from conf.console import printable
 from conf.standard import OF_THIS_RUN, flat
 from server.curves import bytes_by_round
+from strategies.outcomes import DOWNLINK_BYTES
 
 RESULTS, SUMMARY = "results.json", "summary.json"
 LARGEST = 1 << 30
 """Bytes of a file that is read."""
-DOWN = ("step_bytes", "catch_up_bytes", "snapshot_bytes", "side_bytes")
-"""Of a downlink; ``strategies.outcomes`` has them, and loads Flower."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class FinishedRun:
     """One run."""
 
     folder: str
-    settings: Mapping[str, Any]  # group.key -> value, without those by which no two runs are told apart
+    settings: Mapping[str, Any]  # group.key -> value, without those that tell no two runs apart, or have no effect
     losses: Sequence[float]  # held out, before the first round and after each
     bytes_by_round: Sequence[int]  # everything counted; as many as losses
     bytes_up: float  # of one client and round
@@ -120,21 +119,29 @@ def _run_of(folder: Path, content: Mapping[str, Any]) -> FinishedRun:
     sizes = content["bytes"]
     curve = bytes_by_round(
         [(_count(one["server_round"]), _count(one["payload_bytes"])) for one in content["uplinks"]],
-        [(_count(one["server_round"]), sum(_count(one[part]) for part in DOWN)) for one in content["downlinks"]],
+        [
+            (_count(one["server_round"]), sum(_count(one[part]) for part in DOWNLINK_BYTES))
+            for one in content["downlinks"]
+        ],
         [_count(size) for size in content["delivery_bytes"]],
-        _count(sizes["artifact"]) + _count(sizes["recording"]),
+        _count(sizes["artifact"]) + _count(sizes.get("recording", 0)),  # which earlier versions did not count
         len(losses) - 1,
     )
     settings = flat({str(key): value for key, value in content["settings"].items()})
     return FinishedRun(
         str(folder),
-        {key: value for key, value in settings.items() if key not in OF_THIS_RUN},
+        {key: value for key, value in settings.items() if key not in OF_THIS_RUN and _counts(key, settings)},
         losses,
         curve,
         _number(content["uplink_payload_bytes_per_client_round"]),
         _number(content["bits_per_parameter"]),
         _number(content["seconds"]),
     )
+
+
+def _counts(key: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a setting has an effect: a codec's has none where nothing is coded."""
+    return settings.get("arm") == "coded" or not key.startswith("codec.")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from report import charts
 from report.charts import Cell, Row
 from report.page import Figure, Part, Table, Text
 from server.results import RunResults
-from strategies.outcomes import KINDS
+from strategies.outcomes import FAILED, KINDS
 
 MOST_FIELDS = 3000
 """Clients times rounds that are drawn one by one."""
 MOST_LINES = 7
 """Clients that have a line of their own in a chart."""
 MOST_BARS = 40
+OWN_WORDS = "withheld: a client's own words may quote its data"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def faults(results: RunResults, withheld: Withheld) -> list[Part]:
     else:
         found: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
         for fault in results.faults:
-            found[fault.kind, fault.reason].append((fault.server_round, fault.partition))
+            reason = OWN_WORDS if withheld.texts and fault.kind == FAILED else fault.reason
+            found[fault.kind, reason].append((fault.server_round, fault.partition))
         rows: list[list[Cell]] = [
             [kind, reason, len(when), _some({client for _, client in when}), _some({number for number, _ in when})]
             for (kind, reason), when in sorted(found.items(), key=lambda item: -len(item[1]))

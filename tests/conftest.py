@@ -24,6 +24,7 @@ from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
+import server.answers
 import server.inprocess
 from gradcodec.gauge import principal_axes
 from gradcodec.layout import Layout
@@ -32,6 +33,7 @@ from gradcodec.learned.fit import Sample, fit_learned
 from gradcodec.learned.tables import LearnedTables
 from strategies.folding import unfold
 
+server.answers.MOST_TOKENS = 4  # nobody reads what the tests' models write
 TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # outside a Flower process Message() needs them
 
 

@@ -99,6 +99,8 @@ def test_every_option_of_every_group_composes(group: str) -> None:
         ("backend.name=cloud", "backend.name='cloud' is none of simulation, inprocess, superlink"),
         ("federation.clients_per_round=11", "federation.clients_per_round=11 is more than federation.num_clients=10"),
         ("federation.rounds=0", "federation.rounds=0"),
+        ("federation.sample_answers=-1", "federation.sample_answers=-1 must be at least 0"),
+        ("federation.sample_answers=65", "federation.sample_answers=65 must be at most 64"),
         ("train.steps=0", "train.steps=0"),
         ("task.name=poems", "task.name='poems'"),
         ("record=updates.safetensors", "record=... needs arm=dense"),
