@@ -27,6 +27,7 @@ from rich.console import Console
 from test_federation import run, settings_for
 
 import server.watch
+from conf.schema import check_settings
 from server.alive import HEARTBEAT, alive
 from server.events import EventLog
 from server.live_look import POLICY
@@ -432,7 +433,7 @@ def test_nonsense_ends_no_server(living: Path, request_: bytes, capfd: pytest.Ca
 def test_many_who_wait_are_turned_away_and_keep_nobody_out_for_long(living: Path) -> None:
     with served(living) as port, contextlib.ExitStack() as idle:
         threads = threading.active_count()
-        for _ in range(3 * MOST_THREADS):
+        for _ in range(MOST_THREADS + 4):
             idle.enter_context(socket.create_connection(("127.0.0.1", port), 20))
         with pytest.raises((http.client.HTTPException, ConnectionError)):
             got(port)
@@ -477,6 +478,11 @@ def test_a_port_that_is_taken_is_said_before_any_work(tmp_path: Path) -> None:
         ):
             run(settings, tmp_path)
         assert [event["event"] for event in map(json.loads, (tmp_path / "run/events.jsonl").open())] == ["run_failed"]
+
+
+def test_one_port_serves_one_thing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"federation\.page_port=9000 is federation\.metrics_port as well"):
+        check_settings(settings_for(tmp_path, "run", federation__page_port=9000, federation__metrics_port=9000))
 
 
 def test_a_run_is_watched_and_shows_its_end(tmp_path: Path) -> None:
