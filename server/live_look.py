@@ -16,12 +16,12 @@ OWN_STYLE = """
 .head h1 { margin: 0; }
 .state { font-weight: 600; border: 2px solid currentColor; border-radius: 1rem; padding: .05rem .8rem; }
 .state::before, td.outcome::before { content: "\\25CF"; margin-right: .4em; font-size: .8em; }
-.good { color: var(--good); } .busy { color: var(--link); } .bad { color: var(--warn); }
+.good { color: var(--good); } .busy { color: var(--link); } .bad { color: var(--bad); }
 .bad.state::before, td.bad.outcome::before { content: "\\25B2"; }
 .busy.state::before, td.busy.outcome::before { content: "\\25D4"; }
-:root { --good: #1b6e3c; }
-@media (prefers-color-scheme: dark) { :root { --good: #7fd39b; } }
-#trouble, #lost { border-left: 4px solid var(--warn); background: var(--panel); padding: .5rem .9rem; }
+:root { --good: #1b6e3c; --bad: #a33a00; }
+@media (prefers-color-scheme: dark) { :root { --good: #7fd39b; --bad: #f2a272; } }
+#trouble, #lost { border-left: 4px solid var(--bad); background: var(--panel); padding: .5rem .9rem; }
 progress { width: 100%; height: .9rem; accent-color: var(--link); }
 #plot { width: 100%; height: 15rem; background: var(--panel); border-radius: .5rem; }
 #plot svg { display: block; width: 100%; height: 100%; }
@@ -255,7 +255,7 @@ _FACTS = {
     "answers": "answers in this round", "nodes": "nodes here", "up": "payloads up", "down": "arrays down",
     "num-faults": "faults", "updated": "last event at",
 }  # fmt: skip
-_CLIENTS = ("partition", "state", "in round", "answered", "faults", "last answer", "up", "down")
+_CLIENTS = ("partition", "state", "round", "answered", "faults", "last answer", "up", "down")
 _HEADS = "".join(f'<th scope="col"{"" if one == "state" else " class=number"}>{one}</th>' for one in _CLIENTS)
 PAGE = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">

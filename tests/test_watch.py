@@ -30,7 +30,7 @@ import server.watch
 from conf.schema import check_settings
 from server.alive import HEARTBEAT, alive
 from server.events import EventLog
-from server.live_look import POLICY
+from server.live_look import PAGE, POLICY
 from server.live_page import LAST_SECONDS, MOST_THREADS, PageServer, is_own, serve_page
 from server.places import CHECKPOINT
 from server.watch_view import bars, picture
@@ -367,6 +367,12 @@ def test_the_page_and_its_values_are_served(living: Path) -> None:
         for changing in ("now", "seconds"):
             del values[changing], expected[changing]
         assert values == expected
+
+
+def test_every_colour_of_the_page_is_defined() -> None:
+    """Most of them are those of reports."""
+    used, defined = (set(re.findall(pattern, PAGE)) for pattern in (r"var\((--\w+)\)", r"(--\w+):"))
+    assert used and used <= defined
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "get", "BREW"])
