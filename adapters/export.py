@@ -1,8 +1,9 @@
 """Adapters on disk, in PEFT's format: out with a model card, in with every check, and merged into their base model.
 
-Plain LoRA only, with target modules as a list, no other trained modules and PEFT's own tensor names: what
-``PeftModel.from_pretrained`` and vLLM both load (https://docs.vllm.ai/en/latest/api/vllm/lora/peft_helper/). Knows
-files and the model that an adapter belongs to; must not know runs: what a card says of one comes as text.
+LoRA with target modules as a list, no other trained modules and PEFT's own tensor names: what
+``PeftModel.from_pretrained`` loads, and vLLM too (https://docs.vllm.ai/en/latest/api/vllm/lora/peft_helper/) but for
+DoRA and for ranks or alphas that differ, which cards and programs say. Knows files and the model that an adapter
+belongs to; must not know runs: what a card says of one comes as text.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import os
 import re
 import shlex
@@ -55,7 +55,7 @@ def save_adapter(
         facts: what the card tells of the run, label -> text.
         folder: made where it is not there; files of the same names in it are replaced.
         tokenizer: of the base model, written beside the adapter; None: there is none at hand.
-        served_by_vllm: as ``served_by_vllm`` says; else the card warns.
+        served_by_vllm: as ``served_by_vllm`` says; else the card warns, as it does of kinds that vLLM has not.
         sections: of the card, title -> paragraphs.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,25 +68,24 @@ def save_adapter(
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
     base = one_line(config.base_model_name_or_path)
-    vllm = _VLLM.format(base=shlex.quote(base), rank=config.r) if served_by_vllm else _NO_VLLM
+    why = "" if served_by_vllm else "it holds the text part's names of a model that vLLM serves whole"
+    why = beyond_vllm(lora_settings(config)) or why
+    vllm = _NO_VLLM.format(why=why) if why else _VLLM.format(base=shlex.quote(base), rank=config.r)
     how = _LOAD_ADAPTER.format(base=json.dumps(base, ensure_ascii=False)) + vllm
     _card("LoRA adapter", base, "peft", facts, _text_of(sections) + how).save(folder / CARD)
     _follow_umask(folder)
 
 
 def load_adapter(folder: Path) -> tuple[LoraConfig, Adapter]:
-    """Inverse of ``save_adapter``, for plain LoRA from anywhere: its configuration and its tensors, in float32.
-
-    A rank-stabilised adapter comes as plain LoRA with the alpha of the same scale.
+    """Inverse of ``save_adapter``, for LoRA from anywhere: its configuration and its tensors, in float32.
 
     Raises:
-        ValueError: a file is missing or damaged, holds NaN or infinity, or is no plain LoRA.
+        ValueError: a file is missing or damaged, holds NaN or infinity, or is a kind of LoRA that is not served.
     """
     check_adapter_files(folder)
     config = _read_config(folder / CONFIG)
     if (beyond := _beyond_plain_lora(config)) is not None:
         raise ValueError(f"{folder} is no plain LoRA adapter: {one_line(beyond)} is not served")
-    _without_rank_scale(config)
     try:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
@@ -100,17 +99,17 @@ def load_start(folder: Path, model: PeftModel) -> Adapter:
     """A saved adapter from which this model's training can start, its tensors in the model's order.
 
     Raises:
-        ValueError: it cannot be read, or is of another rank, alpha, target modules or base model.
+        ValueError: it cannot be read, or is of another rank, alpha, kind, target modules or base model.
     """
     config, adapter = load_adapter(folder)
     own_config, own = model.peft_config["default"], adapter_shapes(model)
-    for key, saved, wanted in (
-        ("rank", config.r, own_config.r),
-        ("alpha", config.lora_alpha, own_config.lora_alpha),
-        ("target_modules", _modules(adapter), _modules(own)),
-    ):
-        if saved != wanted:
-            said = f"[{','.join(saved)}]" if isinstance(saved, list) else saved
+    theirs_of_key, ours_of_key = (
+        {**dataclasses.asdict(lora_settings(one)), "target_modules": _modules(names)}
+        for one, names in ((config, adapter), (own_config, own))
+    )
+    for key in ("rank", "alpha", "rslora", "dora", "rank_pattern", "alpha_pattern", "target_modules"):
+        if theirs_of_key[key] != ours_of_key[key]:
+            said = _said(theirs_of_key[key])
             raise ValueError(f"lora.start={folder} has another {key} than this run: give lora.{key}={said}")
     theirs, ours = (public_name(str(c.base_model_name_or_path)) for c in (config, own_config))
     if Path(theirs).name != Path(ours).name:
@@ -156,7 +155,24 @@ def lora_settings(config: LoraConfig) -> LoraSettings:
         alpha=float(config.lora_alpha),
         dropout=config.lora_dropout,
         target_modules=sorted(config.target_modules),
+        rank_pattern=dict(config.rank_pattern or {}),  # older releases wrote null
+        alpha_pattern={pattern: float(alpha) for pattern, alpha in (config.alpha_pattern or {}).items()},
+        rslora=config.use_rslora,
+        dora=config.use_dora,
     )
+
+
+def beyond_vllm(lora: LoraSettings) -> str | None:
+    """What of an adapter vLLM does not apply, in a few words; None: it applies all of it.
+
+    Its ``PEFTHelper`` refuses DoRA, and has one rank and one alpha for all layers: patterns it would leave out in
+    silence.
+    """
+    if lora.dora:
+        return "it is DoRA, which vLLM refuses"
+    if lora.rank_pattern or lora.alpha_pattern:
+        return "its layers differ in rank or alpha, and vLLM takes one of each for all"
+    return None
 
 
 def served_by_vllm(config: PreTrainedConfig, names: Iterable[str]) -> bool:
@@ -181,6 +197,8 @@ def what_to_know(model: PeftModel, config: PreTrainedConfig, lora: LoraSettings)
     lines = [left_out(model.get_base_model(), lora.target_modules)]
     if not served_by_vllm(config, adapter_shapes(model)):
         lines.append("vLLM does not apply adapters of this model's text part by their names: export with --merged")
+    if (why := beyond_vllm(lora)) is not None:
+        lines.append(f"vLLM does not apply this adapter ({why}): export with --merged")
     return [line for line in lines if line is not None]
 
 
@@ -200,7 +218,10 @@ _PLAIN = {
     "lora_dropout",
     "target_modules",  # as a list: checked apart
     "fan_in_fan_out",  # PEFT sets it anew from the layers that it finds
-    "use_rslora",  # a scale, which alpha can say as well
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
     "init_lora_weights",  # some values of it change the base, too: checked apart
     "task_type",  # checked apart
     "inference_mode",
@@ -210,7 +231,7 @@ _PLAIN = {
     "peft_version",
     "auto_mapping",
 }
-"""The fields of PEFT's ``LoraConfig`` that plain LoRA uses. Any other, of a later PEFT too, is refused unless it has
+"""The fields of PEFT's ``LoraConfig`` that are served. Any other, of a later PEFT too, is refused unless it has
 its default."""
 _INITIAL_VALUES = (True, False, None, "gaussian", "orthogonal")
 """Of ``init_lora_weights``: those that draw A and B and leave the base as it is (PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA
@@ -253,10 +274,17 @@ def _beyond_plain_lora(config: PeftConfig) -> str | None:
     return None
 
 
-def _without_rank_scale(config: LoraConfig) -> None:
-    """Rank-stabilised LoRA (Kalajdzievski 2023) scales by alpha / sqrt(r): plain LoRA of another alpha."""
-    if config.use_rslora:
-        config.use_rslora, config.lora_alpha = False, config.lora_alpha * math.sqrt(config.r)
+_MEANT, _BACKSLASH = re.compile(r"([()\[\]{}:=,\s\\])"), r"\\\1"
+"""What Hydra takes for its own in a key, unless a backslash stands before it."""
+
+
+def _said(value: object) -> str:
+    """As the command line takes it."""
+    if isinstance(value, list):
+        return f"[{','.join(value)}]"
+    if isinstance(value, dict):
+        return "'{" + ", ".join(f"{_MEANT.sub(_BACKSLASH, key)}: {one}" for key, one in value.items()) + "}'"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _modules(names: Iterable[str]) -> list[str]:
@@ -314,7 +342,7 @@ rank is the next of those that vLLM offers (8, 16, 32, 64 ...).
 """
 
 _NO_VLLM = """
-vLLM does not apply this adapter: it holds the text part's names of a model that vLLM serves whole. Merge it instead.
+vLLM does not apply this adapter: {why}. Merge it instead.
 """
 _LOAD_MERGED = """\
 ## Loading

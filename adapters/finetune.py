@@ -30,7 +30,6 @@ def finetune(
     windows: Windows,
     settings: TrainSettings,
     seed: int,
-    on_step: Callable[[int], None] | None = None,
     team: Team = Team(),  # noqa: B008 (frozen)
 ) -> tuple[Adapter, float]:
     """Trains the adapter on random batches of windows.
@@ -43,7 +42,6 @@ def finetune(
         windows: at least one, and in each at least one token that counts.
         settings: steps or epochs, batches, learning rate and its schedule.
         seed: of batches and dropout; the same seed, data and thread count give the same update to the bit.
-        on_step: called after each step with the steps done; may evaluate the model.
         team: processes that do this together, all with the same arguments; all get the same update, which is that of
             one process but for the order of float sums (and for dropout, which every process draws on its own).
 
@@ -56,8 +54,8 @@ def finetune(
     """
     assert len(windows) > 0, "empty client data is refused before training starts"
     set_adapter(model, adapter)
-    gradients = _gradients(model, windows, settings, seed, team)
-    loss = descend(model, gradients, settings, num_steps(settings, len(windows)), seed + team.rank, on_step)
+    gradients = mean_gradients(model, windows, settings, seed, team)
+    loss = descend(model, gradients, settings, num_steps(settings, len(windows)), seed + team.rank)
     return subtract(get_adapter(model), adapter), loss
 
 
@@ -73,16 +71,19 @@ def descend(
     steps: int,
     seed: int,
     on_step: Callable[[int], None] | None = None,
+    factor: Callable[[int], float] = lambda step: 1.0,
 ) -> float:
     """Takes a step for every loss that comes, along the gradient that came with it, and gives the mean of the losses.
 
     Args:
         model: from whose adapter training goes on.
         gradients: gives a step's loss once the step's gradient lies in the parameters; ``steps`` of them.
-        settings: optimizer, learning rate, schedule and bound of a gradient.
+        settings: optimizer, learning rate, schedule, bound of a gradient, and how strongly each step is pulled towards
+            where the first began (``proximal_mu``).
         steps: over which the schedule runs.
         seed: of dropout.
         on_step: called after each step with the steps done; may evaluate the model.
+        factor: of the learning rate of a step, counted from 0, beside the schedule.
 
     Raises:
         DivergedError: a loss is not finite.
@@ -90,6 +91,7 @@ def descend(
     parameters = trained_parameters(model)
     optimizer = _optimizer(parameters, settings)
     device = parameters[0].device
+    start = [parameter.detach().clone() for parameter in parameters] if settings.proximal_mu else []
     total_loss = 0.0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -97,9 +99,10 @@ def descend(
             if not math.isfinite(loss):
                 raise DivergedError(f"training diverged: the loss is {loss} in step {step + 1}: lower train.lr")
             total_loss += loss
+            _pull(parameters, start, settings.proximal_mu)
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             for group in optimizer.param_groups:
-                group["lr"] = settings.lr * _schedule(settings, step, steps)
+                group["lr"] = settings.lr * _schedule(settings, step, steps) * factor(step)
             optimizer.step()
             optimizer.zero_grad()
             if on_step is not None:
@@ -107,7 +110,22 @@ def descend(
     return total_loss / steps
 
 
-def _gradients(model: PeftModel, windows: Windows, settings: TrainSettings, seed: int, team: Team) -> Iterator[float]:
+def _pull(parameters: list[torch.nn.Parameter], start: list[Tensor], mu: float) -> None:
+    """Adds the gradient of ``mu / 2`` times the squared distance from ``start`` (Li et al. 2020, "Federated
+    Optimization in Heterogeneous Networks", section 3.2): once a step, to the gradient that is whole, whatever passes
+    and processes it came from. It knows no window, so that it takes nothing from a gradient's privacy."""
+    for parameter, origin in zip(parameters, start, strict=False):  # without the term there is no start
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - origin, alpha=mu)
+
+
+def mean_gradients(
+    model: PeftModel,
+    windows: Windows,
+    settings: TrainSettings,
+    seed: int,
+    team: Team = Team(),  # noqa: B008 (frozen)
+) -> Iterator[float]:
     """Of the mean over all tokens of a batch that count, step by step; gives that mean."""
     parameters = trained_parameters(model)
     device = parameters[0].device

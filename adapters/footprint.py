@@ -27,6 +27,7 @@ from adapters.model import adapter_shapes, empty_model
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings, for_evaluation
 
 _FLOAT = 4
+_MAGNITUDE = ".lora_magnitude_vector"
 _NF4_BLOCK, _NF4_OUTER_BLOCK = 64, 256
 _NF4_TABLES = _FLOAT * (16 + 256 + 1)
 """Both code books and the offset of a tensor."""
@@ -40,7 +41,7 @@ class MemoryEstimate:
     adapter: int  # its values; in training its gradients and the optimizer's moments, too
     activations: int  # what the forward pass keeps for the backward pass, or holds of one layer
     logits: int  # and what the loss makes of them
-    workspace: int  # quantised only: one layer's weights, unpacked
+    workspace: int  # of one layer: its quantised weights, unpacked; what DoRA's norms are taken of
     codec: int = 0  # to encode the update after training, or to decode one: not known here
 
     @property
@@ -90,7 +91,7 @@ def estimate_memory(
     num_values = sum(prod(shape) for shape in adapter_shapes(model).values())
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     num_moments = 2 if training.update == "delta" else 0
-    a_token = _kept_by_layers(base, settings) + _kept_by_adapter(model, settings)
+    a_token = _kept_by_layers(base, settings) + _kept_by_adapter(model, settings) + _kept_by_dora(model, settings)
     if base.config._attn_implementation == "eager":
         a_token += config.num_hidden_layers * config.num_attention_heads * window * (width + _FLOAT)
     if settings.gradient_checkpointing:
@@ -102,13 +103,20 @@ def estimate_memory(
         adapter=_FLOAT * (num_values + num_trained * (1 + num_moments)),
         activations=num_tokens * a_token,
         logits=num_tokens * config.vocab_size * (width + 2 * _FLOAT),
-        workspace=max((width * prod(_sizes(layer)) for layer in quantized), default=0),
+        workspace=max((width * prod(_sizes(layer)) for layer in quantized), default=0) + _normed_at_once(model),
     )
 
 
 def num_adapter_values(settings: ModelSettings, lora: LoraSettings) -> int:
     """Of all tensors of an adapter for the model, trained or not."""
-    return sum(prod(shape) for shape in adapter_shapes(empty_model(settings, lora)).values())
+    return adapter_size(settings, lora)[0]
+
+
+def adapter_size(settings: ModelSettings, lora: LoraSettings) -> tuple[int, int]:
+    """Of an adapter for the model: the values of all its tensors, and the widths of its factors, which are inputs of A
+    and outputs of B whatever the ranks."""
+    shapes = adapter_shapes(empty_model(settings, lora)).values()
+    return sum(map(prod, shapes)), sum(max(shape) for shape in shapes if len(shape) == 2)
 
 
 def check_fits(estimate: MemoryEstimate, device: torch.device, *, training: bool = True) -> None:
@@ -175,6 +183,21 @@ def _kept_by_adapter(model: PeftModel, settings: ModelSettings) -> int:
     ranks = sum(shape[0] for name, shape in adapter_shapes(model).items() if ".lora_A." in name)
     layers = {name.partition(".lora_A.")[0]: size for name, size in inputs.items()}
     return _FLOAT * (ranks + (_distinct_inputs(layers) if _width(settings) == _FLOAT else sum(layers.values())))
+
+
+def _kept_by_dora(model: PeftModel, settings: ModelSettings) -> int:
+    """Bytes a token: what a layer and its factors give, both of which a magnitude scales."""
+    outputs = sum(shape[0] for name, shape in adapter_shapes(model).items() if name.endswith(_MAGNITUDE))
+    return (_FLOAT + _width(settings)) * outputs
+
+
+def _normed_at_once(model: PeftModel) -> int:
+    """Bytes of the layer that needs most: PEFT sends the identity through both factors, and sums up product and
+    weights to take the norms."""
+    shapes = adapter_shapes(model)
+    layers = [name.removesuffix(_MAGNITUDE) for name in shapes if name.endswith(_MAGNITUDE)]
+    sizes = [(shapes[f"{layer}.lora_A.weight"][1], shapes[f"{layer}.lora_B.weight"][0]) for layer in layers]
+    return max((_FLOAT * inputs * (inputs + 3 * outputs) for inputs, outputs in sizes), default=0)
 
 
 def _distinct_inputs(inputs: Mapping[str, int]) -> int:

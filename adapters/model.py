@@ -17,7 +17,8 @@ from peft import (
     prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
-from torch import Tensor
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -26,6 +27,9 @@ from adapters.base import empty_base, is_quantized, load_base, resolve_device
 from adapters.settings import LoraSettings, ModelSettings
 
 Adapter = dict[str, Tensor]
+_QUANTISED = {"int8": torch.uint8, "nf4": torch.bfloat16}
+"""``model.quantization`` -> the type that PEFT rounds an adapter to when it is made over such layers; none over
+integers. Over nf4 it is the one that is computed in (``base.load_base``)."""
 
 
 def load_model(settings: ModelSettings, lora: LoraSettings, seed: int) -> PeftModel:
@@ -52,11 +56,38 @@ def empty_model(settings: ModelSettings, lora: LoraSettings) -> PeftModel:
     return _with_adapter(empty_base(settings), lora, seed=0)
 
 
+def outline_model(settings: ModelSettings, lora: LoraSettings, seed: int) -> PeftModel:
+    """What ``load_model`` gives, from config.json alone: the adapter that the seed gives, bit for bit, on the CPU, in a
+    base model without weights. Every tensor of the base is one zero, expanded, which takes no memory: what PEFT makes
+    of the seed depends on the base's shapes and types alone.
+
+    Raises:
+        ValueError: as ``load_model``; or the model is stored quantised, and its types are not known from config.json.
+    """
+    base = empty_base(settings)
+    if getattr(base.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"model.path={settings.path!r} is stored quantised: the adapter that the seed gives there is not known "
+            "from config.json alone (server.base=none); give a model that is not, and model.quantization=nf4 or int8"
+        )
+    for module in base.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                dtype = _QUANTISED.get(settings.quantization) if isinstance(module, nn.Linear) else None
+                zeros = torch.zeros((), dtype=dtype or parameter.dtype).expand(parameter.shape)
+                module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+    return _with_adapter(base, lora, seed)
+
+
 def _with_adapter(base: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftModel:
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
         target_modules=target_modules(base, lora.target_modules),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
         task_type="CAUSAL_LM",
@@ -67,8 +98,22 @@ def _with_adapter(base: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftM
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-            parameter.requires_grad = lora.train == "both" or ".lora_B." in name
+            parameter.requires_grad = lora.train == "both" or ".lora_A." not in name
+    _check_patterns(model, lora)
     return model
+
+
+def _check_patterns(model: PeftModel, lora: LoraSettings) -> None:
+    """Raises ValueError: a pattern is of no adapted layer, and so would change nothing."""
+    head = "base_model.model."
+    layers = [name.removeprefix(head).partition(".lora_A.")[0] for name in adapter_shapes(model) if ".lora_A." in name]
+    for key, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for pattern in patterns:
+            if all(get_pattern_key([pattern], layer) != pattern for layer in layers):
+                raise ValueError(
+                    f"lora.{key}: {pattern!r} is the end of no adapted layer's name, such as {layers[0]!r}: PEFT "
+                    "matches a regular expression with all of it, or with what is behind a dot"
+                )
 
 
 def adapter_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:

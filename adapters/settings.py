@@ -14,6 +14,7 @@ from pathlib import Path
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8", "nf4")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
+ROUND_SCHEDULES = ("constant", "linear", "cosine")
 ATTENTION, ALL_LINEAR = "attention", "all-linear"
 DEVICES = ["cpu", "cuda", "mps", "xpu", "hpu", "npu"]
 """What torch calls kinds of devices; a back end of one's own adds its name."""
@@ -51,6 +52,11 @@ class LoraSettings:
     dropout: float = 0.0
     # attention: its projections, whatever the architecture calls them | all-linear | names of modules
     target_modules: list[str] = field(default_factory=lambda: [ATTENTION])
+    # pattern of PEFT's (a regular expression, on the end of a module's name) -> another rank, or another alpha
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rslora: bool = False  # scale alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023)
+    dora: bool = False  # a trained magnitude for every output of an adapted layer (DoRA, Liu et al. 2024)
     train: str = "both"  # both factors | b: A stays as it was drawn (FFA-LoRA, Sun et al. 2024)
     start: str | None = None  # PEFT adapter directory on the server from which training starts; null: a fresh one
 
@@ -67,6 +73,10 @@ class TrainSettings:
     lr: float = 1.0
     schedule: str = "constant"  # constant | cosine (to 0 over the steps of a round)
     warmup_steps: int = 0  # of every round: linear from 0, so that the first step changes nothing
+    round_schedule: str = "constant"  # of lr from round to round: constant | linear | cosine, down to round_floor
+    round_warmup: int = 0  # rounds of rising lr before that: 1/(N+1) of it in the first, all of it after N
+    round_floor: float = 0.0  # share of lr that linear and cosine would come to in the round after the last
+    proximal_mu: float = 0.0  # FedProx (Li et al. 2020): pull towards the adapter that the round began with; 0: none
     weight_decay: float = 0.0  # delta only
     clip: float = 1.0  # maximal norm of a step's gradient
     threads: int = 1  # CPU threads a client; results are reproducible only for an equal number
@@ -177,14 +187,39 @@ def check_lora(settings: LoraSettings) -> None:
         raise ValueError(f"lora.dropout={settings.dropout} must be at least 0 and less than 1")
     if not settings.target_modules:
         raise ValueError(f"lora.target_modules is empty: try [{ATTENTION}]")
+    _check_patterns(settings)
+
+
+def _check_patterns(settings: LoraSettings) -> None:
+    patterns = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
+    for key, pattern in ((key, pattern) for key, found in patterns.items() for pattern in found):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"lora.{key}: {pattern!r} is no regular expression: {error}") from None
+    for pattern, rank in settings.rank_pattern.items():
+        if rank < 1:
+            raise ValueError(f"lora.rank_pattern: {pattern!r} has rank {rank}, which must be at least 1")
+    for pattern, alpha in settings.alpha_pattern.items():
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise ValueError(f"lora.alpha_pattern: {pattern!r} has alpha {alpha}, which must be greater than 0")
+
+
+def start_is_known(settings: LoraSettings) -> bool:
+    """Whether every machine makes the adapter that a run starts from on its own, to the bit. DoRA's magnitudes are
+    norms of the base weights, which machines sum up in orders of their own."""
+    return settings.start is None and not settings.dora
 
 
 def check_training(settings: TrainSettings) -> None:
     """Raises ValueError naming the first key that cannot be served."""
-    if settings.update not in ("gradient", "delta"):
-        raise ValueError(f"train.update={settings.update!r} is none of gradient, delta")
-    if settings.schedule not in ("constant", "cosine"):
-        raise ValueError(f"train.schedule={settings.schedule!r} is none of constant, cosine")
+    for key, known in (
+        ("update", ("gradient", "delta")),
+        ("schedule", ("constant", "cosine")),
+        ("round_schedule", ROUND_SCHEDULES),
+    ):
+        if getattr(settings, key) not in known:
+            raise ValueError(f"train.{key}={getattr(settings, key)!r} is none of {', '.join(known)}")
     for key in ("steps", "batch_size", "micro_batch_size", "threads"):
         if getattr(settings, key) < 1:
             raise ValueError(f"train.{key}={getattr(settings, key)} must be at least 1")
@@ -199,6 +234,7 @@ def check_training(settings: TrainSettings) -> None:
     if not (math.isfinite(settings.weight_decay) and settings.weight_decay >= 0):
         raise ValueError(f"train.weight_decay={settings.weight_decay} must be a number, at least 0")
     _check_warmup(settings)
+    _check_proximal(settings)
 
 
 def _check_warmup(settings: TrainSettings) -> None:
@@ -209,6 +245,59 @@ def _check_warmup(settings: TrainSettings) -> None:
             f"train.warmup_steps={settings.warmup_steps} must be less than train.steps={settings.steps}: the whole "
             "learning rate would never be reached"
         )
+    if settings.round_warmup < 0:
+        raise ValueError(f"train.round_warmup={settings.round_warmup} must be at least 0")
+    if not 0 <= settings.round_floor <= 1:
+        raise ValueError(f"train.round_floor={settings.round_floor} is a share of train.lr: from 0 to 1")
+    if settings.round_floor and settings.round_schedule == "constant":
+        raise ValueError(
+            f"train.round_floor={settings.round_floor} needs train.round_schedule=linear or cosine: a constant rate "
+            "comes to no floor"
+        )
+
+
+def _check_proximal(settings: TrainSettings) -> None:
+    mu = settings.proximal_mu
+    if not (math.isfinite(mu) and mu >= 0):
+        raise ValueError(f"train.proximal_mu={mu} must be a number, at least 0")
+    if mu and settings.epochs is None and settings.steps == 1:
+        raise ValueError(
+            f"train.proximal_mu={mu} needs train.steps of at least 2: the first step of a round starts from the very "
+            "adapter that the term pulls towards"
+        )
+    if settings.update == "gradient" and mu * settings.lr >= 2:
+        raise ValueError(
+            f"train.proximal_mu={mu} times train.lr={settings.lr} must be less than 2: plain gradient steps would "
+            "overshoot the round's adapter by more each time"
+        )
+
+
+def for_round(settings: TrainSettings, server_round: int, rounds: int) -> TrainSettings:
+    """What a round's clients train with: ``lr`` times ``round_factor``."""
+    return replace(settings, lr=settings.lr * round_factor(settings, server_round, rounds))
+
+
+def round_factor(settings: TrainSettings, server_round: int, rounds: int) -> float:
+    """The share of ``train.lr`` in one round.
+
+    As the schedules of transformers have it over steps, moved on by one so that no round is in vain: with W rounds of
+    warm-up the first takes 1 / (W + 1), round W + 1 is the first with all of it, and the last of ``rounds`` is one
+    before the floor. It is a function of these numbers alone: a run that goes on with more rounds than it began with
+    follows the curve of the new number from there on.
+
+    Args:
+        settings: ``round_schedule``, ``round_warmup`` and ``round_floor``.
+        server_round: from 1.
+        rounds: of the whole run.
+    """
+    warmup = settings.round_warmup
+    if server_round <= warmup:
+        return server_round / (warmup + 1)
+    if settings.round_schedule == "constant":
+        return 1.0
+    done = min(1.0, (server_round - 1 - warmup) / max(1, rounds - warmup))
+    left = 1 - done if settings.round_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return settings.round_floor + (1 - settings.round_floor) * left
 
 
 def check_seed(seed: int, key: str = "seed") -> None:

@@ -7,14 +7,16 @@ Two tables. *Runs*: the embedded model's ten clients, five a round, record level
 training without noise; every run is one that a user would start, dense and coded at half a bit. *By number of clients*:
 client level with the noise in the sum (``privacy.noise=sum``), of which a mean over n clients has 1/n: a run of five
 clients a round with as little noise as n clients would need, who would agree as much as those five. A simulation: so
-many were not run. What it leaves out is that more clients' mean is itself less noisy. A bench that was stopped goes on
-with the runs that are missing.
+many were not run. What it leaves out is that more clients' mean is itself less noisy. A run whose noise makes training
+diverge is told as such. A bench that was stopped goes on with the runs that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.arms import parsed, parser_of, run_arm
+from bench.arms import folder_of, parsed, parser_of, run_arm
 from bench.programs import kept_fraction, taken_up_again
 from conf.output import open_output, provenance, write_json
 from privacy.accounting import noise_for
@@ -57,16 +59,29 @@ def main() -> None:
 
 def all_runs(
     epsilons: Sequence[float], clients: Sequence[int], output: Path, args: argparse.Namespace
-) -> dict[str, list[list[float]]]:
-    """Name -> held-out losses of every seed. Simulated federations have the first seed alone."""
-    found: dict[str, list[list[float]]] = {}
+) -> dict[str, list[list[float] | None]]:
+    """Name -> held-out losses of every seed, None: it diverged. Simulated federations have the first seed alone."""
+    found: dict[str, list[list[float] | None]] = {}
     for seed in range(args.seeds):
         own = [f"seed={seed}", "backend=inprocess", f"federation.rounds={args.rounds}", *args.overrides]
         wanted = real_runs(epsilons) | (simulated_runs(epsilons, clients, args.rounds) if seed == 0 else {})
         for name, settings in wanted.items():
-            run = run_arm(name, output / f"seed-{seed}", [*settings, *own])
-            found.setdefault(name, []).append(run["heldout_loss"])
+            found.setdefault(name, []).append(losses_of(name, output / f"seed-{seed}", [*settings, *own]))
     return found
+
+
+def losses_of(name: str, output: Path, settings: Sequence[str]) -> list[float] | None:
+    """Before the first round and after each; None: the run ended by itself, since no client's training was finite, or
+    its own held-out loss was none. Raises ValueError: it failed otherwise."""
+    try:
+        losses: list[float] = run_arm(name, output, settings)["heldout_loss"]
+    except ValueError:
+        events = output / folder_of(name) / "events.jsonl"
+        last = json.loads(events.read_text(encoding="utf-8").splitlines()[-1]) if events.is_file() else {}
+        if last.get("event") != "run_failed" or not re.search("diverged|usable replies", str(last.get("reason"))):
+            raise
+        return None
+    return losses
 
 
 def real_runs(epsilons: Sequence[float]) -> dict[str, list[str]]:
@@ -95,14 +110,20 @@ def simulated_runs(epsilons: Sequence[float], clients: Sequence[int], rounds: in
     return runs
 
 
-def means_of(runs: dict[str, list[list[float]]]) -> dict[str, Any]:
-    """Name -> final loss, its spread over seeds, and the share of what the same training keeps without noise."""
-    found = {}
+def means_of(runs: dict[str, list[list[float] | None]]) -> dict[str, Any]:
+    """Name -> final loss, its spread over seeds, and the share of what the same training keeps without noise; None if
+    one of the seeds diverged."""
+    found: dict[str, Any] = {}
     for name, losses in runs.items():
         level, arm = ("client", name.split()[2]) if "clients" in name else (name.split()[0], name.split()[1])
         plain = runs[f"{level} {arm} none"]
-        final = [one[-1] for one in losses]
-        kept = [kept_fraction(one[0], one[-1], loss) for one, loss in zip(plain, final, strict=False)]
+        final = [one[-1] for one in losses if one is not None]
+        if len(final) < len(losses):
+            found[name] = {"heldout_loss": None, "diverged": len(losses) - len(final), "seeds": len(losses)}
+            continue
+        kept = [
+            kept_fraction(one[0], one[-1], loss) for one, loss in zip(plain, final, strict=False) if one is not None
+        ]
         found[name] = {
             "heldout_loss": mean(final),
             "spread": stdev(final) if len(final) > 1 else 0.0,
@@ -118,6 +139,9 @@ def print_means(means: dict[str, Any]) -> None:
     for column in ("", "held-out loss", "+-", "kept of the same without noise"):
         table.add_column(column, justify="left" if not column else "right")
     for name, one in means.items():
+        if one["heldout_loss"] is None:
+            table.add_row(name, f"diverged in {one['diverged']} of {one['seeds']}", "", "")
+            continue
         spread = f"{one['spread']:.4f}" if one["seeds"] > 1 else ""
         table.add_row(name, f"{one['heldout_loss']:.4f}", spread, f"{100 * one['kept']:.1f} %")
     Console(width=None if sys.stdout.isatty() else 120).print(table)

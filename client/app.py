@@ -27,6 +27,9 @@ from strategies.wire import (
     CONFIG,
     HELD,
     HELD_BEFORE,
+    HELDOUT_LOSS,
+    HELDOUT_TOKENS,
+    HELDOUT_WINDOWS,
     INVITATION,
     LACKS,
     MEMORY_VARIABLE,
@@ -38,6 +41,7 @@ from strategies.wire import (
     REQUEST,
     RUN_ID,
     SECONDS_ENCODE,
+    SECONDS_EVALUATE,
     SECONDS_TRAIN,
     SERVER_ROUND,
     SETTINGS,
@@ -105,21 +109,9 @@ def train(message: Message, context: Context) -> Message:
     config = config_of(content)
     settings = _settings(content)
     privacy = _privacy(settings, context)
-    partition = int(context.node_config[PARTITION])
     trainer = _trainer(content, context)
-    side = content.array_records.get(SIDE)
-    bundle = unwrap_bundle(content)
     invitation = _invitation(config) if privacy.secure_aggregation else None
-    work = Work(
-        adapter=unwrap_adapter(content) if bundle is None else None,
-        side=arrays_of(side)[SIDE] if side else None,
-        partition=partition,
-        server_round=int(str(config[SERVER_ROUND])),
-        accepted=str(config.get(ACCEPTED, "")),
-        memory=_memory(settings["run_id"], context),
-        broadcast=None if bundle is None else Broadcast(bundle, str(config[HELD_BEFORE]), str(config[HELD])),
-        sum=None if invitation is None else _summed(config, invitation),
-    )
+    work = _work(content, context, None if invitation is None else _summed(config, invitation))
     try:
         done = trainer.train(work)
     except BudgetSpentError:
@@ -145,7 +137,7 @@ def train(message: Message, context: Context) -> Message:
     metrics = MetricRecord(
         {
             NUM_EXAMPLES: done.num_examples,
-            PARTITION: partition,
+            PARTITION: work.partition,
             SERVER_ROUND: work.server_round,
             SECONDS_TRAIN: 0.0 if privacy.protects else done.seconds_train,  # how long it took tells how much there is
             SECONDS_ENCODE: 0.0 if privacy.protects else done.seconds_encode,
@@ -156,9 +148,47 @@ def train(message: Message, context: Context) -> Message:
     return Message(fold(RecordDict({ARRAYS: arrays, METRICS: metrics})), reply_to=message)
 
 
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """The global adapter in, its loss on this client's own held-out windows out: a few numbers."""
+    content = unfold(message.content)
+    settings = _settings(content)
+    _privacy(settings, context)
+    work = _work(content, context)
+    done = _trainer(content, context).evaluate(work)
+    if done.lacks is not None:
+        return _instead(LACKS, done.lacks, message)
+    metrics = MetricRecord(
+        {
+            PARTITION: work.partition,
+            SERVER_ROUND: work.server_round,
+            HELDOUT_LOSS: done.loss,
+            HELDOUT_TOKENS: done.tokens,
+            HELDOUT_WINDOWS: done.windows,
+            SECONDS_EVALUATE: done.seconds,
+        }
+    )
+    return Message(fold(RecordDict({METRICS: metrics})), reply_to=message)
+
+
 def _instead(key: str, value: str | bool, message: Message) -> Message:
     """The reply of a client that sends no update."""
     return Message(fold(RecordDict({CONFIG: ConfigRecord({key: value})})), reply_to=message)
+
+
+def _work(content: RecordDict, context: Context, summed: Summed | None = None) -> Work:
+    """What a message brings to train from, or to evaluate."""
+    config, side, bundle = config_of(content), content.array_records.get(SIDE), unwrap_bundle(content)
+    return Work(
+        adapter=unwrap_adapter(content) if bundle is None else None,
+        side=arrays_of(side)[SIDE] if side else None,
+        partition=int(context.node_config[PARTITION]),
+        server_round=int(str(config[SERVER_ROUND])),
+        accepted=str(config.get(ACCEPTED, "")),
+        memory=_memory(_settings(content)["run_id"], context),
+        broadcast=None if bundle is None else Broadcast(bundle, str(config[HELD_BEFORE]), str(config[HELD])),
+        sum=summed,
+    )
 
 
 def _trainer(content: RecordDict, context: Context) -> Trainer | ResidentTrainer:

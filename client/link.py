@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from client.work import Overrides, Summed, Trained, Work
+from client.work import Evaluated, Overrides, Summed, Trained, Work
 from gradcodec.transfers import Broadcast
 from privacy.errors import BudgetSpentError, PrivacyError
 
@@ -61,6 +61,12 @@ class ResidentTrainer:
         """As ``Trainer.train``."""
         head, body = pack_work(work)
         return unpack_trained(*self._ask({"verb": "train", **head}, body))
+
+    def evaluate(self, work: Work) -> Evaluated:
+        """As ``Trainer.evaluate``."""
+        head, body = pack_work(work)
+        answer, _ = self._ask({"verb": "evaluate", **head}, body)
+        return Evaluated(**answer)
 
     def _ask(self, head: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
         """Asks until a trainer answers. The same question again does no harm: residuals are kept by round.

@@ -151,7 +151,8 @@ class Guard:
         self.settings = settings.privacy
         self.partition = partition
         self._least_replies = settings.federation.min_replies
-        self._one_by_one = settings.model.gradient_checkpointing or settings.model.compile
+        # a layer that runs twice, is compiled, or has parameters that are no linear layer's
+        self._one_by_one = settings.model.gradient_checkpointing or settings.model.compile or settings.lora.dora
         rate = sampling_rate(settings.train, num_windows)
         self.release: Release = release_of(self.settings, rate, num_steps(settings.train, num_windows))
         self._path = folder / f"{COUNTS}{partition}.json"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -109,6 +110,8 @@ def _take_part(question: dict[str, Any], body: bytes, team: Team) -> None:
 
 def _work_on(head: dict[str, Any], body: bytes, team: Team) -> tuple[dict[str, Any], bytes]:
     """One message's work. A team is told of an adapter, not of what leads to it."""
+    if head["verb"] == "evaluate":  # the first of a team alone: the others wait for what comes next
+        return dataclasses.asdict(_trainer(head).evaluate(unpack_work(head, body))), b""
     if head["verb"] == "train" and head["names"] is None:
         try:
             work = _trainer(head).resolved(unpack_work(head, body))

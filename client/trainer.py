@@ -23,14 +23,14 @@ from adapters.base import check_vocabulary, load_tokenizer, max_positions, resol
 from adapters.finetune import finetune
 from adapters.footprint import check_fits
 from adapters.gguf import model_folder
-from adapters.model import Adapter, adapter_parts, adapter_shapes, get_adapter, load_model, on_host
+from adapters.model import Adapter, adapter_parts, adapter_shapes, get_adapter, load_model, on_host, set_adapter
 from adapters.private import finetune_privately
-from adapters.settings import is_hub_name, num_examples
+from adapters.settings import for_round, is_hub_name, num_examples
 from adapters.team import Team
 from client.console import note, round_line
 from client.memory import DiskMemory
 from client.private import Guard, Owner, keep_terms, secret_of, with_noise
-from client.work import MAX_EPSILON, TRUST, Arrays, Overrides, Trained, Work
+from client.work import MAX_EPSILON, TRUST, Arrays, Evaluated, Overrides, Trained, Work
 from conf.basis import codecs_of
 from conf.footprint import client_memory
 from conf.remedies import COPY_IT, codec_remedies
@@ -42,10 +42,12 @@ from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
 from gradcodec.rounds import Codecs, codec_at
 from gradcodec.sums import PublicRound, basis_at
+from privacy.errors import PrivacyError
 from strategies.settings import StrategySettings
-from strategies.wire import TRUST_VARIABLE
+from strategies.wire import MOST_LOSS, TRUST_VARIABLE
 from tasks.settings import TaskSettings, check_window
 from tasks.shards import Shard, load_shard, what_is_lost
+from tasks.windows import heldout_loss
 
 _LOG = logging.getLogger(__name__)
 
@@ -210,6 +212,35 @@ class Trainer:
         note(round_line(work.server_round, done))
         return done
 
+    def evaluate(self, work: Work) -> Evaluated:
+        """Loss of the global adapter on the partition's held-out windows. Nothing is trained, coded or counted.
+
+        Raises:
+            PrivacyError: the run, as it stands or as it began, protects the clients' data: a loss has no noise in it.
+        """
+        if self.settings.privacy.protects:
+            raise PrivacyError("this run protects its clients' data: a loss is neither noised nor masked, and withheld")
+        keep_terms(self.settings, work.memory, work.partition)
+        Owner(work.memory.parent, self.max_epsilon).check(self.settings)
+        try:
+            work = self.resolved(work)
+        except LacksError as error:
+            return Evaluated.nothing(error.holds)
+        assert work.adapter is not None
+        start = time.perf_counter()
+        torch.set_num_threads(self.settings.train.threads)
+        set_adapter(self.model, {name: torch.from_numpy(array) for name, array in work.adapter.items()})
+        windows = self.shard(work.partition).heldout
+        loss = heldout_loss(self.model, windows, self.settings.train.micro_batch_size)
+        done = Evaluated(
+            loss=loss if loss < MOST_LOSS else MOST_LOSS,  # of NaN, too
+            tokens=windows.num_counted,
+            windows=len(windows),
+            seconds=time.perf_counter() - start,
+        )
+        note(f"after round {work.server_round}: held-out loss here {done.loss:.4f}")
+        return done
+
     def resolved(self, work: Work) -> Work:
         """The same with its adapter in place of the broadcast that leads to it, which this client holds from now on.
 
@@ -234,7 +265,8 @@ class Trainer:
         assert work.adapter is not None
         self.model.zero_grad()  # a message that failed within a step left its gradients
         adapter = {name: torch.from_numpy(array) for name, array in work.adapter.items()}
-        windows, training = self.shard(work.partition).train, self.settings.train
+        windows, rounds = self.shard(work.partition).train, self.settings.federation.rounds
+        training = for_round(self.settings.train, work.server_round, rounds)
         seed = training_seed(self.settings.seed, work.server_round, work.partition)
         guard = self.guard(work.partition, work.memory)
         if guard is not None and self.settings.privacy.name == "record_dp":

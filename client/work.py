@@ -1,4 +1,4 @@
-"""One client's work in one round, and what comes of it. No torch here: see ``link.py``."""
+"""One client's work in one round, or on what came out of it, and what comes of that. No torch here: see ``link.py``."""
 
 from __future__ import annotations
 
@@ -47,6 +47,23 @@ class Work:
     broadcast: Broadcast | None = None
     sum: Summed | None = None  # the update goes into a sum
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)  # all noise comes from it
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What the global adapter loses on a client's held-out windows; nothing, if it ``lacks`` what leads to the adapter
+    (as in ``Trained``)."""
+
+    loss: float  # mean over the tokens that count, nats
+    tokens: int
+    windows: int
+    seconds: float
+    lacks: str | None = None
+
+    @classmethod
+    def nothing(cls, lacks: str) -> Evaluated:
+        """Of a client that lacks what the broadcast starts from."""
+        return cls(0.0, 0, 0, 0.0, lacks)
 
 
 @dataclass(frozen=True)

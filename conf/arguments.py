@@ -25,6 +25,8 @@ from conf.schema import OPEN, TgapRun
 FULL_ERROR = "HYDRA_FULL_ERROR"
 OPTIONS = {"--data": "task.path", "--model": "model.path", "--codec-artifact": "codec.artifact"}
 """Of every program: option -> the setting that it gives."""
+SWEEP_EXTRA = {"hydra/launcher": ("joblib", "submitit_local", "submitit_slurm"), "hydra/sweeper": ("optuna",)}
+"""Hydra's groups -> what the extra ``sweep`` brings."""
 _BARE = re.compile(r"(\.{0,2}/|[A-Za-z_])[A-Za-z0-9_/.:@%+-]*")
 """What begins otherwise may be a number, which Hydra writes in its own way: ``0.`` as ``0.0``, ``1_0`` as ``10``."""
 _FOLDERS = {"--output": ("hydra.run.dir", "hydra.sweep.dir")}
@@ -112,7 +114,10 @@ def refusal(error: Exception, options: Mapping[str, str] = OPTIONS) -> str:
         return _unreadable(error.override, options)
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        return f"{group}={name}: there is no such {group}: {_near(name, error.options) or ', '.join(error.options)}"
+        near = _near(name, error.options) or ", ".join(error.options)
+        if name in SWEEP_EXTRA.get(group, ()):
+            return f"{group}={name} is not installed: pip install 'cg-fedllm[sweep]'"
+        return f"{group}={name}: there is no such {group}: {near}"
     if unknown := re.match(r"Could not override '([^']*)'", text):
         key = unknown[1]
         near = _near(key, [*setting_names(), *groups()])

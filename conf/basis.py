@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapters.settings import ModelSettings
 from adapters.spaces import NoWeightsError, Wanted, spaces_of
-from conf.schema import Settings
+from conf.schema import NONE, Settings
 from gradcodec.build import build_codec
 from gradcodec.errors import ArtifactError
 from gradcodec.layout import Layout
@@ -41,6 +41,8 @@ def codecs_of(
     basis = settings.codec.basis
     if basis == "auto" and (codec.tables.leading or not codec.tables.serve_derived):
         basis = "artifact"
+    if basis == "auto" and settings.server.base == NONE:
+        basis = "moves"  # which the server knows as well
     settings.codec.basis = basis
     if basis == "artifact":
         return SameCodec(codec)
@@ -65,6 +67,6 @@ def codecs_of(
 
 def priors_of(model: ModelSettings, layout: Layout) -> dict[str, Prior]:
     """What the base model says of where each block's updates will lie. Raises ValueError: it cannot be read."""
-    wanted = [Wanted(block.name, block.tensor, block.rows) for block in layout.blocks]
+    wanted = [Wanted(block.name, block.tensor, block.rows) for block in layout.blocks if not block.is_vector]
     spaces = spaces_of(model, wanted)
     return {name: Prior(space.directions_WK, space.shares_K) for name, space in spaces.items()}

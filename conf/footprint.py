@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from adapters.base import resolve_device
-from adapters.footprint import MemoryEstimate, estimate_evaluation, estimate_memory, num_adapter_values
+from adapters.footprint import MemoryEstimate, adapter_size, estimate_evaluation, estimate_memory
 from adapters.spaces import NUM_DIRECTIONS
 from conf.schema import Settings
 from gradcodec.learned.basis import MOST_DIRECTIONS
@@ -29,10 +29,10 @@ def _with_codec(estimate: MemoryEstimate, settings: Settings) -> MemoryEstimate:
     if settings.arm != "coded":
         return estimate
     entry = entry_of(settings.codec.name)
-    num_values = num_adapter_values(settings.model, settings.lora)
+    num_values, num_columns = adapter_size(settings.model, settings.lora)
     needed = 4 * entry.encoding_updates * num_values
     if entry.derives_directions and settings.codec.basis != "artifact":
         on_host = resolve_device(settings.model).type == "cpu"  # there they are derived, in float64
         of_a_column = 4 * NUM_DIRECTIONS + 14 * MOST_DIRECTIONS if on_host else 4 * MOST_DIRECTIONS
-        needed += of_a_column * num_values // settings.lora.rank
+        needed += of_a_column * num_columns
     return dataclasses.replace(estimate, codec=needed)

@@ -45,6 +45,10 @@ ARMS = ("base", "centralised", "dense", "coded")
 BACKENDS = ("simulation", "inprocess", "superlink")
 MOST_ANSWERS = 64
 """That a report shows; they are generated at once."""
+WHOLE, NONE = "whole", "none"
+BASES = (WHOLE, NONE)
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+OBJECTIVES = ("loss", "bytes", "loss_and_bytes")
 CHECKOUT = Path(__file__).resolve().parents[1]
 """Where the model and the codec that ship with the project lie."""
 
@@ -66,9 +70,24 @@ class FederationSettings:
     rehearsal_steps: int = (
         6  # coded: of the server on its held-out text before round 1, which follows no update; 0: none
     )
+    keep_best: bool = False  # the adapter of the round with the lowest held-out loss is the final one, not the last
+    patience: int | None = None  # so many rounds without an improvement end the run; null: all rounds are run
+    min_improvement: float = 0.0  # with patience: of the held-out loss, nats per token, that counts as one
     metrics_port: int | None = None  # Prometheus text on 127.0.0.1, while the run lasts
     page_port: int | None = None  # a live page of the run on 127.0.0.1, while it lasts
     sample_answers: int = 3  # held-out prompts that the report shows answers to, before and after; 0: none
+    # nodes evaluate the global adapter on their own held-out windows before the first round, after every Nth and after
+    # the last; 0: never
+    evaluate_every: int = 0
+    evaluate_clients: int | None = None  # how many of them, the same ones throughout; null: all that are connected
+    trackers: list[str] = field(default_factory=list)  # tensorboard, mlflow, wandb: told of every round
+
+
+@dataclass
+class ServerSettings:
+    """What the server itself holds."""
+
+    base: str = "whole"  # whole: base model and text, by which it evaluates | none: neither; config.json is enough
 
 
 @dataclass
@@ -80,6 +99,15 @@ class BackendSettings:
     connection: str = "cg-fedllm"  # superlink: its name in Flower's config.toml
     client_cpus: int = 1  # simulation: CPU cores a client occupies
     client_gpus: float = 0.0  # simulation: GPUs, or share of one, a client occupies; with 0 it sees none
+
+
+@dataclass
+class SearchSettings:
+    """What a sweeper that searches makes as small as it can (``-m +search=fewest_bytes``)."""
+
+    # loss: the final held-out loss | bytes: of the whole run, at no more than target_loss | loss_and_bytes: both
+    objective: str = "loss"
+    target_loss: float | None = None  # nats per token
 
 
 @dataclass
@@ -101,8 +129,10 @@ class Settings:
     codec: CodecSettings = field(default_factory=CodecSettings)
     strategy: StrategySettings = field(default_factory=StrategySettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
     backend: BackendSettings = field(default_factory=BackendSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -150,6 +180,8 @@ def register_schemas() -> None:
         config = OmegaConf.structured(schema)
         for group in OPEN:
             OmegaConf.set_struct(config[group].options, False)
+        for patterns in (config.lora.rank_pattern, config.lora.alpha_pattern):
+            OmegaConf.set_struct(patterns, False)
         store.store(name=name, node=config)
     for group, plugins in (("codec", CODECS), ("strategy", STRATEGIES), ("task", TASKS)):
         for name in plugins.names:
@@ -187,9 +219,13 @@ def check_settings(settings: Settings) -> None:
     _check_options(settings)
     if settings.arm not in ARMS:
         raise ValueError(f"arm={settings.arm!r} is none of {', '.join(ARMS)}")
+    if settings.server.base not in BASES:
+        raise ValueError(f"server.base={settings.server.base!r} is none of {', '.join(BASES)}")
     if settings.backend.name not in BACKENDS:
         raise ValueError(f"backend.name={settings.backend.name!r} is none of {', '.join(BACKENDS)}")
     _check_federation(settings.federation)
+    _check_trackers(settings.federation.trackers)
+    _check_search(settings.search)
     check_privacy(settings.privacy)
     _check_together(settings)
     check_seed(settings.seed)
@@ -208,12 +244,20 @@ def check_settings(settings: Settings) -> None:
 
 def _check_federation(federation: FederationSettings) -> None:
     least = {"rounds": 1, "num_clients": 1, "clients_per_round": 1, "retries": 0, "rest_rounds": 0, "max_failures": 1}
-    least |= {"rehearsal_steps": 0, "sample_answers": 0}
+    least |= {"rehearsal_steps": 0, "sample_answers": 0, "evaluate_every": 0}
     for key, lowest in least.items():
         if getattr(federation, key) < lowest:
             raise ValueError(f"federation.{key}={getattr(federation, key)} must be at least {lowest}")
     if federation.sample_answers > MOST_ANSWERS:
         raise ValueError(f"federation.sample_answers={federation.sample_answers} must be at most {MOST_ANSWERS}")
+    for key in ("wait_seconds", "round_seconds"):
+        if not getattr(federation, key) > 0:
+            raise ValueError(f"federation.{key}={getattr(federation, key)} must be greater than 0")
+    _check_counts(federation)
+
+
+def _check_counts(federation: FederationSettings) -> None:
+    """Numbers of clients, which bound each other, and ports."""
     if federation.clients_per_round > federation.num_clients:
         raise ValueError(
             f"federation.clients_per_round={federation.clients_per_round} is more than "
@@ -224,15 +268,43 @@ def _check_federation(federation: FederationSettings) -> None:
             f"federation.min_replies={federation.min_replies} must lie between 1 and "
             f"federation.clients_per_round={federation.clients_per_round}"
         )
-    if federation.min_clients is not None and not 1 <= federation.min_clients <= federation.num_clients:
-        raise ValueError(
-            f"federation.min_clients={federation.min_clients} must lie between 1 and "
-            f"federation.num_clients={federation.num_clients}, or be null"
-        )
+    for key in ("min_clients", "evaluate_clients"):
+        number = getattr(federation, key)
+        if number is not None and not 1 <= number <= federation.num_clients:
+            raise ValueError(
+                f"federation.{key}={number} must lie between 1 and federation.num_clients={federation.num_clients}, or "
+                "be null"
+            )
     _check_ports(federation)
-    for key in ("wait_seconds", "round_seconds"):
-        if not getattr(federation, key) > 0:
-            raise ValueError(f"federation.{key}={getattr(federation, key)} must be greater than 0")
+    _check_patience(federation)
+
+
+def _check_patience(federation: FederationSettings) -> None:
+    if federation.patience is not None and federation.patience < 1:
+        raise ValueError(f"federation.patience={federation.patience} must be at least 1, or null")
+    if not federation.min_improvement >= 0:
+        raise ValueError(f"federation.min_improvement={federation.min_improvement} must be at least 0")
+    if federation.min_improvement and federation.patience is None:
+        raise ValueError(
+            f"federation.min_improvement={federation.min_improvement} needs federation.patience=N, the rounds that may "
+            "pass without one"
+        )
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """By name alone: whether a library is installed is the affair of the host that the rounds run on."""
+    for name in names:
+        if name not in TRACKERS:
+            raise ValueError(f"federation.trackers holds {name!r}, which is none of {', '.join(TRACKERS)}")
+
+
+def _check_search(search: SearchSettings) -> None:
+    if search.objective not in OBJECTIVES:
+        raise ValueError(f"search.objective={search.objective!r} is none of {', '.join(OBJECTIVES)}")
+    if search.objective == "bytes" and search.target_loss is None:
+        raise ValueError(
+            "search.objective=bytes needs search.target_loss=NATS, the held-out loss that the fewest bytes must keep"
+        )
 
 
 def _check_ports(federation: FederationSettings) -> None:
@@ -256,8 +328,71 @@ def _check_together(settings: Settings) -> None:
         raise ValueError(f"resume=... needs arm=dense or arm=coded, not arm={settings.arm}")
     if settings.record is not None and settings.arm != "dense":
         raise ValueError(f"record=... needs arm=dense, not arm={settings.arm}: payloads are no updates")
+    if settings.lora.dora and settings.arm == "coded" and settings.codec.name == "b-only":
+        raise ValueError(
+            "lora.dora=true does not go with codec=b-only, which sends B factors alone: the magnitudes would never "
+            "arrive"
+        )
+    _check_rounds(settings)
     if settings.privacy.is_private or settings.privacy.secure_aggregation:
         _check_private_run(settings)
+    if settings.federation.evaluate_every:
+        _check_evaluation(settings)
+    if settings.server.base == NONE:
+        _check_without_base(settings)
+
+
+def _check_evaluation(settings: Settings) -> None:
+    """What evaluation on the nodes needs of the rest."""
+    what, privacy = f"federation.evaluate_every={settings.federation.evaluate_every}", settings.privacy
+    if settings.arm not in ("dense", "coded"):
+        raise ValueError(f"{what} needs arm=dense or arm=coded: arm={settings.arm} asks no clients")
+    if privacy.protects:
+        asked = f"privacy={privacy.name}" if privacy.is_private else "privacy.secure_aggregation=true"
+        raise ValueError(
+            f"{what} and {asked} do not go together: nodes withhold their losses in a run that protects their data, as "
+            "these are neither accounted for nor masked; give federation.evaluate_every=0"
+        )
+
+
+def _check_without_base(settings: Settings) -> None:
+    """What a server without base model and text cannot do."""
+    if settings.arm not in ("dense", "coded"):
+        raise ValueError(f"server.base=none needs arm=dense or arm=coded: arm={settings.arm} runs on the server itself")
+    federation = settings.federation
+    if (federation.keep_best or federation.patience is not None) and not federation.evaluate_every:
+        raise ValueError(
+            "federation.keep_best and federation.patience go by losses, and with server.base=none nodes alone measure "
+            "them: give federation.evaluate_every=1"
+        )
+    if settings.strategy.name == "fltrust":
+        raise ValueError("server.base=none and strategy=fltrust do not go together: it trains on the server's own text")
+    if settings.privacy.secure_aggregation:
+        raise ValueError(
+            "server.base=none and privacy.secure_aggregation=true do not go together: the first sum's steps come from "
+            "a rehearsal on the server's base model and text"
+        )
+    if settings.arm == "coded" and settings.codec.basis == "model":
+        raise ValueError(
+            "server.base=none and codec.basis=model do not go together, as the server decodes by directions of the "
+            "base model: give codec.basis=auto, moves or artifact, or a codec without directions, such as codec=rotated"
+        )
+
+
+def _check_rounds(settings: Settings) -> None:
+    """What training changes from round to round."""
+    train, rounds = settings.train, settings.federation.rounds
+    if train.round_warmup >= rounds:
+        raise ValueError(
+            f"train.round_warmup={train.round_warmup} must be less than federation.rounds={rounds}: the whole learning "
+            "rate would never be reached"
+        )
+    follows = train.round_schedule != "constant" or train.round_warmup > 0
+    if follows and settings.strategy.name == "fedadam" and settings.arm in ("dense", "coded"):
+        raise ValueError(
+            "train.round_schedule and train.round_warmup do not go with strategy=fedadam, which divides what clients "
+            "send by its own size and so takes the factor out again: choose strategy=fedavg or fedavgm"
+        )
 
 
 def _check_private_run(settings: Settings) -> None:
@@ -328,7 +463,8 @@ def check_files(settings: Settings) -> None:
     Raises:
         ValueError: a file or folder is missing; the message names its key.
     """
-    check_data(settings.task)
+    if settings.server.base != NONE:  # else the nodes alone have data
+        check_data(settings.task)
     start = settings.lora.start
     if start is not None and not (Path(start) / ADAPTER_CONFIG).is_file():
         raise ValueError(f"lora.start={start!r} holds no {ADAPTER_CONFIG}: give a PEFT adapter directory")

@@ -2,8 +2,8 @@
 
 A *block* is one LoRA factor seen with its rank first: A is ``[rank, width_in]`` already, B is transposed to
 ``[rank, width_out]``. Where a model has several projections in one tensor (q, k and v, say), whose statistics differ,
-each of them is a block. All blocks lie side by side in one matrix. Knows names and shapes; must not know values, models
-or codecs.
+each of them is a block. A vector (DoRA's magnitudes) is a block of rank 1. All blocks lie side by side in one matrix.
+Knows names and shapes; must not know values, models or codecs.
 
 Shape suffixes: R rank (rows), C columns (the widths of all blocks added up), W width of one block.
 """
@@ -37,6 +37,7 @@ class Block:
     start: int
     tensor: str
     rows: Rows | None = None  # of the tensor; None: all
+    is_vector: bool = False  # the tensor has one axis, and is its block's only row
 
     @property
     def rank(self) -> int:
@@ -76,14 +77,14 @@ class Layout:
         """The layout of an adapter, its blocks ordered by name.
 
         Args:
-            shapes: PEFT tensor name -> shape. Every tensor is a matrix; the shorter side is taken as the rank (for
-                a square one, the name decides: ``lora_B`` is transposed).
+            shapes: PEFT tensor name -> shape. Of a matrix the shorter side is taken as the rank (for a square one,
+                the name decides: ``lora_B`` is transposed); a vector has rank 1.
             parts: tensor name -> part name -> rows, for transposed tensors of which each part is a block. One with a
                 part of fewer rows than the rank stays whole.
 
         Raises:
-            CodecError: no tensors, one that is not a non-empty matrix, or parts that do not share out all rows of
-                theirs.
+            CodecError: no tensors, one that is neither a matrix nor a vector, or is empty, or parts that do not share
+                out all rows of theirs.
         """
         if not shapes:
             raise CodecError("the adapter has no tensors: nothing to encode")
@@ -100,7 +101,7 @@ class Layout:
     @cached_property
     def id(self) -> bytes:
         """4 bytes: digest of names, shapes and parts. Two ends with equal ids cut an update in the same way."""
-        text = "".join(f"{b.name}:{b.shape[0]}x{b.shape[1]}{_text_of(b.rows)}\n" for b in self.blocks)
+        text = "".join(f"{b.name}:{_size_of(b)}{_text_of(b.rows)}\n" for b in self.blocks)
         return hashlib.sha256(text.encode()).digest()[:4]
 
     @property
@@ -116,12 +117,15 @@ class Layout:
         return sum(block.size for block in self.blocks)
 
     @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the whole tensors."""
         rows = dict.fromkeys((block.tensor for block in self.blocks), 0)
         for block in self.blocks:
             rows[block.tensor] += block.shape[0]
-        return {block.tensor: (rows[block.tensor], block.shape[1]) for block in self.blocks}
+        return {
+            block.tensor: block.shape[1:] if block.is_vector else (rows[block.tensor], block.shape[1])
+            for block in self.blocks
+        }
 
     @cached_property
     def _of_tensor(self) -> dict[str, list[Block]]:
@@ -171,7 +175,7 @@ class Layout:
             made = blocks_RC.new_empty(shape)
             for block in self._of_tensor[name]:
                 part = blocks_RC[: block.rank, block.start : block.stop]
-                made[block.row_index] = part.T if block.transposed else part
+                made[block.row_index] = part.T if block.transposed else part[0] if block.is_vector else part
             yield name, made
 
     def flatten(self, blocks_RC: Tensor) -> Tensor:
@@ -198,8 +202,11 @@ class Layout:
 
 def _blocks_of(name: str, shape: tuple[int, ...], parts: Mapping[str, Rows] | None) -> Iterator[Block]:
     """A tensor's blocks, all at column 0."""
+    if len(shape) == 1 and shape[0] > 0:
+        yield Block(name, (1, shape[0]), False, 0, name, is_vector=True)
+        return
     if len(shape) != 2 or 0 in shape:
-        raise CodecError(f"tensor {name!r} has shape {shape}: LoRA factors are non-empty matrices")
+        raise CodecError(f"tensor {name!r} has shape {shape}: it is neither a matrix nor a vector, or is empty")
     rows, columns = shape
     transposed = columns < rows or (columns == rows and ".lora_B." in name)
     if parts is None or not transposed:
@@ -215,6 +222,10 @@ def _blocks_of(name: str, shape: tuple[int, ...], parts: Mapping[str, Rows] | No
         raise CodecError(f"tensor {name!r} has {rows} rows; its parts {', '.join(parts)} do not share them out")
     for part, runs in parts.items():
         yield Block(f"{name}#{part}", (sum(map(len, runs)), columns), transposed, 0, name, runs)
+
+
+def _size_of(block: Block) -> str:
+    return f"{block.width}" if block.is_vector else f"{block.shape[0]}x{block.shape[1]}"
 
 
 def _text_of(rows: Rows | None) -> str:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gradcodec.artifact import missing_files, recorded_bytes, said_digest, size_of_artifact
-from strategies.outcomes import Downlink, Uplink
+from strategies.outcomes import Downlink, NodeLoss, Uplink
 
 SHIPPED_DIGEST = "711df18c262db15ca7feea2f9b1db57a2916a3dbe5b5372533045a77321bec12"
 """Of the general artifact (gradcodec/general), by which it is known where it lies in another checkout, or in none."""
@@ -27,8 +27,9 @@ LINKS = {
 @dataclass(frozen=True)
 class Account:
     """``down`` counts all that went to clients in rounds, with what of it they had missed (``catch_up``: steps;
-    ``snapshots``, and keys); ``delivery`` what would bring every client to the final adapter; ``artifact`` a copy of
-    the codec's for each, and ``recording`` what TGAP recorded for it, unless it ships with the project."""
+    ``snapshots``, and keys); ``evaluation`` what of both ways was for evaluation on the nodes; ``delivery`` what would
+    bring every client to the final adapter; ``artifact`` a copy of the codec's for each, and ``recording`` what TGAP
+    recorded for it, unless it ships with the project."""
 
     up: int = 0
     down: int = 0
@@ -37,10 +38,11 @@ class Account:
     delivery: int = 0
     artifact: int = 0
     recording: int = 0
+    evaluation: int = 0
 
     @property
     def total(self) -> int:
-        """Of all but ``catch_up`` and ``snapshots``, which are parts of ``down``."""
+        """Of all but ``catch_up``, ``snapshots`` and ``evaluation``, which are parts of ``down`` and ``up``."""
         return self.up + self.down + self.delivery + self.artifact + self.recording
 
     def to_json(self) -> dict[str, int]:
@@ -74,16 +76,19 @@ def account_of(
     delivery: int = 0,
     codec: CodecCost = NOTHING,
     num_clients: int = 0,
+    node_losses: Sequence[NodeLoss] = (),
 ) -> Account:
     """What these come to, with a copy of the codec's artifact for so many clients."""
+    answers = sum(one.answer_bytes for one in node_losses)
     return Account(
-        up=sum(one.payload_bytes for one in uplinks),
+        up=sum(one.payload_bytes for one in uplinks) + answers,
         down=sum(one.total_bytes for one in downlinks),
         catch_up=sum(one.catch_up_bytes for one in downlinks),
         snapshots=sum(one.snapshot_bytes for one in downlinks),
         delivery=delivery,
         artifact=num_clients * codec.artifact,
         recording=codec.recording,
+        evaluation=answers + sum(one.total_bytes for one in downlinks if one.evaluating),
     )
 
 

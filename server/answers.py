@@ -36,6 +36,7 @@ def sample_answers(
     if not len(windows):
         return []
     model, tokenizer = evaluator.model, evaluator.tokenizer
+    assert tokenizer is not None, "an evaluator has one"
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     pairs = [_split(windows[i : i + 1].trimmed(), room) for i in range(len(windows))]
     pad = next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), 0)

@@ -14,19 +14,21 @@ from pathlib import Path
 
 import torch
 
-from adapters.finetune import DivergedError, finetune
-from adapters.model import get_adapter, on_host
-from adapters.settings import num_steps
+from adapters.finetune import DivergedError, descend, mean_gradients
+from adapters.model import get_adapter, on_host, set_adapter
+from adapters.settings import num_steps, round_factor
 from adapters.windows import Windows
 from conf.output import open_output, write_json
 from conf.schema import Settings, check_settings
 from server.alive import alive
+from server.best import best_round, enough
 from server.evaluate import Evaluator
 from server.events import EventLog
 from server.finish import report_on
 from server.live_page import serve_page
 from server.progress import shown
 from server.results import RunResults
+from server.tracking import tracked
 
 
 def run_alone(settings: Settings) -> RunResults:
@@ -43,8 +45,10 @@ def run_alone(settings: Settings) -> RunResults:
         events = EventLog(output)
         with contextlib.ExitStack() as page, events.telling_failure():
             page.enter_context(serve_page(settings.federation.page_port, output))  # shut after a failure is told
-            with shown(events):
-                return _run(settings, output, events)
+            with shown(events), tracked(settings, events) as tracking:
+                results = _run(settings, output, events)
+                tracking.finish(results)
+                return results
 
 
 def _run(settings: Settings, output: Path, events: EventLog) -> RunResults:
@@ -64,7 +68,10 @@ def _run(settings: Settings, output: Path, events: EventLog) -> RunResults:
         except DivergedError as error:
             diverged = error
     results.seconds = time.monotonic() - start
-    kept = f"after round {len(results.heldout_loss) - 1} of {federation.rounds}"
+    if settings.arm == "centralised" and federation.keep_best:
+        results.adapter_round = best_round(results.deciding_losses)
+    last = len(results.heldout_loss) - 1 if results.adapter_round is None else results.adapter_round
+    kept = f"after round {last} of {federation.rounds}"
     facts = results.facts() | ({"diverged": f"this adapter is that {kept}"} if diverged is not None else {})
     evaluator.save(pooled.adapter, facts, output / "adapter", results.notes())
     write_json(results.to_json(), output / "results.json")
@@ -75,8 +82,13 @@ def _run(settings: Settings, output: Path, events: EventLog) -> RunResults:
     return results
 
 
+class _Enough(Exception):
+    """Patience is at its end."""
+
+
 class _Pooled:
-    """Training on the data of all clients at once; ``adapter`` is that of the last round with a finite loss."""
+    """Training on the data of all clients at once; ``adapter`` is that of the last round with a finite loss, or of the
+    best one."""
 
     def __init__(self, evaluator: Evaluator, results: RunResults, events: EventLog) -> None:
         self.adapter = evaluator.initial
@@ -91,7 +103,12 @@ class _Pooled:
         steps_a_round = round(federation.clients_per_round * sum(steps) / len(steps))
         lr = settings.train.lr if settings.train.update == "delta" else settings.strategy.lr
         training = dataclasses.replace(
-            settings.train, update="delta", lr=lr, steps=steps_a_round * federation.rounds, epochs=None
+            settings.train,
+            update="delta",
+            lr=lr,
+            steps=steps_a_round * federation.rounds,
+            epochs=None,
+            proximal_mu=0.0,  # there is nobody to hold together
         )
         torch.set_num_threads(os.cpu_count() or 1)  # alone on the machine
         self._events.write("round_started", server_round=1, clients=0)
@@ -100,14 +117,29 @@ class _Pooled:
             if step % steps_a_round == 0:
                 self._round_done(step // steps_a_round)
 
-        pooled = Windows.cat([shard.train for shard in shards])
-        finetune(self._evaluator.model, self.adapter, pooled, training, settings.seed, on_step)
+        def factor(step: int) -> float:
+            return round_factor(training, step // steps_a_round + 1, federation.rounds)
+
+        model, pooled = self._evaluator.model, Windows.cat([shard.train for shard in shards])
+        set_adapter(model, self.adapter)
+        gradients = mean_gradients(model, pooled, training, settings.seed)
+        try:
+            descend(model, gradients, training, training.steps, settings.seed, on_step, factor)
+        except _Enough as end:
+            done = len(self._results.heldout_loss) - 1
+            self._results.ended_early = f"after round {done} of {federation.rounds}: {end}"
+            self._events.write("ended_early", server_round=done, reason=self._results.ended_early)
 
     def _round_done(self, server_round: int) -> None:
         loss = self._evaluator.loss_as_it_is()
         if not math.isfinite(loss):
             raise DivergedError(f"training diverged: the held-out loss is {loss} after round {server_round}")
-        self.adapter = on_host(get_adapter(self._evaluator.model))
+        federation = self._results.settings.federation
         self._results.heldout_loss.append(loss)
+        if not federation.keep_best or best_round(self._results.deciding_losses) == server_round:
+            self.adapter = on_host(get_adapter(self._evaluator.model))
         self._events.write("round_finished", server_round=server_round)
         self._events.write("evaluated", server_round=server_round, heldout_loss=loss)
+        why = enough(self._results.deciding_losses, federation.patience, federation.min_improvement)
+        if why is not None and server_round < federation.rounds:
+            raise _Enough(why)

@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.output import replace_file
-from conf.schema import Settings
+from conf.schema import NONE, Settings
 from gradcodec.state import State
 from server.results import RunResults
 
 NAME, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 _FORMAT = "2"
-_ADAPTER, _STRATEGY, _REST = "adapter/", "strategy/", "rest"
+_ADAPTER, _BEST, _STRATEGY, _REST = "adapter/", "best/", "strategy/", "rest"
 MAX_BYTES = 1 << 38
 
 
@@ -40,6 +40,7 @@ class Checkpoint:
     adapter: dict[str, Tensor]
     results: RunResults
     strategy: State = field(default_factory=State)
+    best: dict[str, Tensor] | None = None  # the adapter of the best round that was evaluated; None: it is not kept
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
@@ -56,6 +57,7 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     }
     tensors = {_ADAPTER + name: tensor.contiguous() for name, tensor in checkpoint.adapter.items()}
     tensors |= {_STRATEGY + name: tensor.contiguous() for name, tensor in checkpoint.strategy.tensors.items()}
+    tensors |= {_BEST + name: tensor.contiguous().clone() for name, tensor in (checkpoint.best or {}).items()}
     tensors[_REST] = torch.frombuffer(bytearray(json.dumps(rest).encode()), dtype=torch.uint8)
     metadata = {"format": _FORMAT, "sha256": _digest(tensors)}
 
@@ -129,17 +131,19 @@ def _checkpoint_of(tensors: dict[str, Tensor]) -> Checkpoint:
     """Raises one of many errors: a right digest says nothing of what is in it."""
     rest: Any = json.loads(tensors.pop(_REST).numpy().tobytes())
     for name, tensor in tensors.items():
-        is_bytes = tensor.dtype == torch.uint8 and not name.startswith(_ADAPTER)
+        is_bytes = tensor.dtype == torch.uint8 and name.startswith(_STRATEGY)
         if not is_bytes and (tensor.dtype != torch.float32 or not bool(tensor.isfinite().all())):
             raise ValueError("a tensor of it is not float32, or not finite")
     settings, server_round, values = Settings.from_json(rest["settings"]), rest["server_round"], rest["strategy"]
     if type(server_round) is not int or server_round < 1 or not isinstance(values, dict):
         raise ValueError("round or strategy's state are of the wrong type")
     results = RunResults.of_state(settings, rest["results"])
-    if len(results.heldout_loss) not in (server_round, server_round + 1):
+    known = (0,) if settings.server.base == NONE else (server_round, server_round + 1)
+    if len(results.heldout_loss) not in known:
         raise ValueError(f"{len(results.heldout_loss)} held-out losses do not belong to round {server_round}")
     strategy = State(values, _under(_STRATEGY, tensors))
-    return Checkpoint(settings, server_round, _under(_ADAPTER, tensors), results, strategy)
+    best = _under(_BEST, tensors) or None
+    return Checkpoint(settings, server_round, _under(_ADAPTER, tensors), results, strategy, best)
 
 
 def _instead(path: Path) -> str:

@@ -9,21 +9,20 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from adapters.base import check_vocabulary, load_config, load_tokenizer, max_positions, resolve_device
-from adapters.export import Sections, load_start, save_adapter, served_by_vllm, what_to_know
+from adapters.base import check_vocabulary, load_tokenizer, max_positions, resolve_device
 from adapters.finetune import DivergedError, finetune
 from adapters.footprint import check_fits, estimate_memory, free_bytes
-from adapters.model import Adapter, adapter_shapes, get_adapter, load_model, on_host, set_adapter
-from adapters.settings import for_evaluation
+from adapters.model import Adapter, load_model, on_host, set_adapter
+from adapters.settings import for_evaluation, for_round
 from adapters.windows import Windows
 from conf.footprint import server_memory
 from conf.schema import Settings
+from server.outline import Outline
 from strategies.errors import RoundError
 from tasks.settings import check_window
 from tasks.shards import Shard, load_shards, what_is_lost
@@ -34,7 +33,7 @@ GIVES_WAY = 10
 _LOG = logging.getLogger(__name__)
 
 
-class Evaluator:
+class Evaluator(Outline):
     """Base model, every client's shard and the initial adapter, on the server's side.
 
     Raises:
@@ -42,7 +41,6 @@ class Evaluator:
     """
 
     def __init__(self, settings: Settings) -> None:
-        torch.set_num_threads(settings.train.threads)
         check_window(settings.task, max_positions(settings.model))
         self.tokenizer = tokenizer = load_tokenizer(settings.model)
         check_vocabulary(settings.model, tokenizer)
@@ -52,18 +50,14 @@ class Evaluator:
             _LOG.warning(warning)
         self.heldout = Windows.cat([shard.heldout for shard in self.shards])
         check_fits(server_memory(settings), resolve_device(settings.model), training=settings.arm == "centralised")
-        model_settings = settings.model if settings.arm == "centralised" else for_evaluation(settings.model)
-        self.model: PeftModel = load_model(model_settings, settings.lora, settings.seed)
+        super().__init__(settings)
         # the clients of a simulation work on the same cores, and a round waits for them alone
         self._gives_way = settings.backend.name == "simulation" and self.model.device.type == "cpu"
-        config = load_config(settings.model)
-        self.served_by_vllm = served_by_vllm(config, adapter_shapes(self.model))
-        for warning in what_to_know(self.model, config, settings.lora):
-            _LOG.warning(warning)
         self.batch_size = settings.train.micro_batch_size  # what fits into memory in training fits here
-        start = settings.lora.start
-        self.seeded: Adapter = on_host(get_adapter(self.model))
-        self.initial: Adapter = self.seeded if start is None else load_start(Path(start), self.model)
+
+    def _load(self, settings: Settings) -> PeftModel:
+        model_settings = settings.model if settings.arm == "centralised" else for_evaluation(settings.model)
+        return load_model(model_settings, settings.lora, settings.seed)
 
     def loss(self, adapter: Mapping[str, Tensor]) -> float:
         """Held-out loss in nats per token."""
@@ -78,7 +72,8 @@ class Evaluator:
         """The update of so many training steps on held-out text, one window each: it lies in the directions in which
         the clients' first updates will lie. None: there is no memory for it here, or it diverged, as theirs will."""
         model = for_evaluation(settings.model)
-        train = replace(settings.train, steps=steps, epochs=None, warmup_steps=0, batch_size=1, micro_batch_size=1)
+        train = for_round(settings.train, 1, settings.federation.rounds)
+        train = replace(train, steps=steps, epochs=None, warmup_steps=0, batch_size=1, micro_batch_size=1)
         needed = estimate_memory(model, settings.lora, train, settings.task.window)
         free = free_bytes(resolve_device(model))
         if free is not None and needed.total - needed.weights > free:
@@ -97,15 +92,11 @@ class Evaluator:
             RoundError: it diverged.
         """
         seed = settings.seed + server_round
+        train = for_round(settings.train, server_round, settings.federation.rounds)
         try:
-            return on_host(finetune(self.model, adapter, self.heldout, settings.train, seed)[0])
+            return on_host(finetune(self.model, adapter, self.heldout, train, seed)[0])
         except DivergedError as error:
             raise RoundError(f"round {server_round}: the server's own update: {error}") from None
-
-    def save(self, adapter: Mapping[str, Tensor], facts: Mapping[str, str], folder: Path, sections: Sections) -> None:
-        """Writes the adapter as a PEFT directory, its card telling the facts of the run."""
-        config = self.model.peft_config["default"]
-        save_adapter(adapter, config, facts, folder, self.tokenizer, self.served_by_vllm, sections)
 
 
 def _giving_way(work: Callable[[], float]) -> float:

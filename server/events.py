@@ -2,8 +2,8 @@
 
 Every event has ``time`` (Unix seconds) and ``event``: ``run_started``, ``waiting``, ``nodes``, ``round_started``,
 ``downlink``, ``uplink``, ``fault``, ``node_refused``, ``checkpoint_failed``, ``round_finished``, ``evaluated``,
-``run_resumed``, ``run_finished``, ``run_stopped`` or ``run_failed``. A reader takes what it knows and
-leaves the rest: a file may be of another version, damaged or hostile.
+``evaluated_on_nodes``, ``budget_spent``, ``ended_early``, ``run_resumed``, ``run_finished``, ``run_stopped`` or
+``run_failed``. A reader takes what it knows and leaves the rest: a file may be of another version, damaged or hostile.
 """
 
 from __future__ import annotations
@@ -150,6 +150,10 @@ class RunStatus:
     payload_bytes: int = 0
     bytes_down: int = 0
     bytes_missed: int = 0  # of those: what clients had missed
+    bytes_evaluating: int = 0  # of those: for evaluation on the nodes
+    evaluates: bool = True  # the server itself: it has a base model
+    node_losses: dict[int, float] = field(default_factory=dict)  # round -> the loss over all tokens of the nodes
+    worst_client: str = ""  # of the last of those
     uplinks: int = 0
     faults: int = 0
     last_fault: str = ""
@@ -185,6 +189,7 @@ class RunStatus:
         self.state, self.arm, self.rounds, self._since, self.reason = "waiting", arm, rounds, 0.0, ""
         self.codec, self.run_id = printable(event.get("codec", "")), printable(event.get("run_id", ""))
         self.started = self.started or event["time"]
+        self.evaluates = event.get("base") != "none"
 
     def _wait(self, event: Event) -> None:
         self.nodes = count_of(event, "count")
@@ -194,7 +199,9 @@ class RunStatus:
         self.state, self._since, self.answers, self.asked = "running", self._since or event["time"], 0, asked
 
     def _take_downlink(self, event: Event) -> None:
-        self.bytes_down += sum(count_of(event, key) for key in DOWNLINK_BYTES)
+        size = sum(count_of(event, key) for key in DOWNLINK_BYTES)
+        self.bytes_down += size
+        self.bytes_evaluating += size if event.get("evaluating") is True else 0
         self.bytes_missed += count_of(event, "catch_up_bytes") + count_of(event, "snapshot_bytes")
 
     def _take_uplink(self, event: Event) -> None:
@@ -218,7 +225,14 @@ class RunStatus:
         finite = isinstance(loss, float) or -LARGEST < loss < LARGEST
         self.heldout_loss[done:] = [float(loss) if finite else math.inf]
 
-    def _spend(self, event: Event) -> None:
+    def _evaluate_on_nodes(self, event: Event) -> None:
+        if count_of(event, "clients"):
+            done, loss = count_of(event, "server_round"), number_of(event, "loss")
+            worst = f"{number_of(event, 'worst'):.4f} (client {count_of(event, 'worst_client')})"
+            self.node_losses = {n: one for n, one in self.node_losses.items() if n < done} | {done: loss}
+            self.worst_client = worst
+
+    def _end_early(self, event: Event) -> None:
         self.reason = printable(event["reason"])
 
     def _finish(self, event: Event) -> None:
@@ -242,7 +256,9 @@ _CHANGES: dict[str, Callable[[RunStatus, Event], None]] = {
     "fault": RunStatus._take_fault,
     "round_finished": RunStatus._finish_round,
     "evaluated": RunStatus._evaluate,
-    "budget_spent": RunStatus._spend,
+    "evaluated_on_nodes": RunStatus._evaluate_on_nodes,
+    "budget_spent": RunStatus._end_early,
+    "ended_early": RunStatus._end_early,
     "run_finished": RunStatus._finish,
     "run_failed": RunStatus._fail,
     "run_stopped": RunStatus._stop,

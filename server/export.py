@@ -4,9 +4,10 @@ python -m server.export outputs/federate/2026-01-31/12-00-00 --output DIR       
 python -m server.export outputs/federate/2026-01-31/12-00-00 --output DIR --merged   # a whole model, with tokenizer
 python -m server.export RUN --output DIR --set model.path=Qwen/Qwen2.5-1.5B          # the base model as others name it
 
-RUN_OR_ADAPTER is a run's output folder, or any PEFT directory of plain LoRA. Merged weights have the dtype of the
-run's base weights (model.dtype); float32 keeps the adapter's effect whole, bfloat16 rounds small changes away. A run
-on a quantised base is merged into the unquantised one, --set model.quantization=none: near what was trained, not it.
+RUN_OR_ADAPTER is a run's output folder, or any PEFT directory of LoRA, rsLoRA or DoRA. Merged weights have the dtype
+of the run's base weights (model.dtype); float32 keeps the adapter's effect whole, bfloat16 rounds small changes away. A
+run on a quantised base is merged into the unquantised one, --set model.quantization=none: near what was trained, not
+it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def export(path: str, output: Path, merged: bool, overrides: list[str]) -> None:
     """
     adapter_folder(path)  # what is missing is refused before anything slow is loaded
     from adapters.base import load_config, load_tokenizer  # slow to import, and not needed for --help
-    from adapters.export import save_adapter, save_merged, served_by_vllm
+    from adapters.export import beyond_vllm, save_adapter, save_merged, served_by_vllm
     from adapters.gguf import model_folder
     from server.trained import read_trained
 
@@ -70,8 +71,9 @@ def export(path: str, output: Path, merged: bool, overrides: list[str]) -> None:
             save_adapter(trained.adapter, trained.config, facts, output, sections=notes)
             return
         by_vllm = served_by_vllm(config, trained.adapter)
-        if not by_vllm:
-            print("vLLM does not apply this adapter by its names: use --merged for it", file=sys.stderr)
+        why = beyond_vllm(trained.settings.lora) or ("" if by_vllm else "its names are those of the text part alone")
+        if why:
+            print(f"vLLM does not apply this adapter: {why}: use --merged for it", file=sys.stderr)
         save_adapter(trained.adapter, trained.config, facts, output, tokenizer, by_vllm, notes)
 
 

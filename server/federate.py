@@ -3,6 +3,7 @@
 python -m server.federate [arm=coded|dense|centralised|base] [codec=learned|identity|rotated|...] [key=value ...]
 python -m server.federate --data PATH --model PATH --output PATH     # paths with any characters
 python -m server.federate -m codec=learned,identity seed=0,1        # a sweep
+python -m server.federate -m +search=fewest_bytes search.target_loss=3.4  # Optuna looks for the fewest bytes
 python -m server.federate backend=superlink                          # on a running SuperLink, over gRPC
 python -m server.federate backend=inprocess                          # clients take turns in this process, on its GPU
 python -m server.federate resume=outputs/federate/2026-01-31/12-00-00  # a run that did not end, bit for bit
@@ -35,7 +36,7 @@ from server.alive import check_free
 from server.places import CHECKPOINT, continuation, found, remember
 from server.progress import label
 from server.quiet import quiet
-from server.sweep import Sweep, register_resolver
+from server.sweep import SWEEP, register_resolver
 
 if TYPE_CHECKING:  # slow to import, and not needed to refuse a setting
     from server.plan import Plan
@@ -44,17 +45,16 @@ if TYPE_CHECKING:  # slow to import, and not needed to refuse a setting
 register_schemas()
 register_resolver()
 
-FIXED = ("federation.num_clients", "federation.clients_per_round")
+FIXED = ("federation.num_clients", "federation.clients_per_round", "federation.keep_best")
 """Of the settings of a federation, those that a resumed run cannot change."""
 TRUST = "model.trust_remote_code"
 """Whether code that comes with a model is run: a resumed run's folder does not decide that."""
 OPTIONS = {"--resume": "resume"}
-SWEEP = Sweep()
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="federate")
-def main(config: DictConfig) -> float:
-    """Returns the final held-out loss, for Hydra's sweepers."""
+def main(config: DictConfig) -> float | list[float]:
+    """Returns the final held-out loss; in a sweep what ``search.objective`` names, for Hydra's sweepers."""
     quiet()
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return SWEEP.job(HydraConfig.get(), config, one)
@@ -68,7 +68,8 @@ def main(config: DictConfig) -> float:
             sys.exit(str(stop) or f"stopped; {continuation(Path(settings.output))}")
     except ValueError as error:
         sys.exit(f"error: {printable(error, 2000)}")
-    return results.heldout_loss[-1] if results is not None else math.nan
+    loss = None if results is None else results.final_loss
+    return math.nan if loss is None else loss
 
 
 def one(settings: Settings) -> RunResults | None:
@@ -85,10 +86,8 @@ def one(settings: Settings) -> RunResults | None:
     if not settings.run_id:
         settings.run_id = uuid.uuid4().hex[:12]
     results = run(settings)
-    losses = results.heldout_loss
     print(
-        f"{label(settings)}: held-out loss {losses[0]:.4f} -> {losses[-1]:.4f} (perplexity "
-        f"{results.heldout_perplexity[0]:.2f} -> {results.heldout_perplexity[-1]:.2f}), "
+        f"{label(settings)}: {results.change_of_loss()}, "
         f"{results.payload_bytes_per_client_round:.0f} payload bytes a client and round, "
         f"{results.seconds:.0f} s, results in {settings.output}"
     )
@@ -151,6 +150,10 @@ def run(settings: Settings) -> RunResults:
     output = open_output(Path(settings.output))
     check_free(output)
     remember(output)
+    if settings.federation.trackers and settings.backend.name != "superlink":  # there its host needs the libraries
+        from server.tracking import check_trackers
+
+        check_trackers(settings.federation.trackers)
     say(f"{label(settings)}, seed {settings.seed}, in {output}")
     if settings.arm in ("base", "centralised"):
         from server.centralised import run_alone
@@ -170,8 +173,7 @@ def run(settings: Settings) -> RunResults:
 
 
 if __name__ == "__main__":
+    from server.federate import main as program  # by its name, under which other processes find it, too
+
     with leaving_threads_behind():
-        try:
-            run_program(main, OPTIONS)
-        finally:
-            SWEEP.end()
+        SWEEP.run(lambda: run_program(program, OPTIONS))

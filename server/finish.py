@@ -10,6 +10,7 @@ from torch import Tensor
 
 from server.answers import sample_answers
 from server.evaluate import Evaluator
+from server.outline import Outline
 from server.page_clients import Withheld
 from server.results import RunResults
 from server.run_page import NAME, write_run_page
@@ -17,12 +18,12 @@ from server.run_page import NAME, write_run_page
 _LOG = logging.getLogger("flwr")  # which a run shows and keeps
 
 
-def report_on(results: RunResults, evaluator: Evaluator, adapter: Mapping[str, Tensor]) -> None:
+def report_on(results: RunResults, evaluator: Outline, adapter: Mapping[str, Tensor]) -> None:
     """Writes the report of a run whose results are written; what is wrong with it is a warning.
 
     Args:
         results: of the run.
-        evaluator: its model, which holds ``adapter`` afterwards.
+        evaluator: its model, if there is one, which holds ``adapter`` afterwards.
         adapter: the final one.
     """
     output = Path(results.settings.output)
@@ -34,10 +35,10 @@ def report_on(results: RunResults, evaluator: Evaluator, adapter: Mapping[str, T
         _LOG.warning("the run is finished, but its report %s is not written: %r", output / NAME, error)
 
 
-def _answers(results: RunResults, evaluator: Evaluator, adapter: Mapping[str, Tensor]) -> list[dict[str, str]]:
-    """None where texts are protected, and where the model does not generate."""
+def _answers(results: RunResults, evaluator: Outline, adapter: Mapping[str, Tensor]) -> list[dict[str, str]]:
+    """None where texts are protected, where there is no model, and where it does not generate."""
     count = results.settings.federation.sample_answers
-    if not count or Withheld.of(results).texts:
+    if not isinstance(evaluator, Evaluator) or not count or Withheld.of(results).texts:
         return []
     before = {"before": evaluator.initial}
     adapters = before if results.settings.arm == "base" else before | {"after": adapter}

@@ -113,9 +113,7 @@ def read_run(folder: Path) -> FinishedRun:
 
 
 def _run_of(folder: Path, content: Mapping[str, Any]) -> FinishedRun:
-    losses = [_number(loss) for loss in content["heldout_loss"]]
-    if not losses:
-        raise ValueError("heldout_loss is empty")
+    losses = [_number(loss) for loss in content["heldout_loss"]] or _on_the_nodes(content)
     sizes = content["bytes"]
     curve = bytes_by_round(
         [(_count(one["server_round"]), _count(one["payload_bytes"])) for one in content["uplinks"]],
@@ -137,6 +135,14 @@ def _run_of(folder: Path, content: Mapping[str, Any]) -> FinishedRun:
         _number(content["bits_per_parameter"]),
         _number(content["seconds"]),
     )
+
+
+def _on_the_nodes(content: Mapping[str, Any]) -> list[float]:
+    """Of a run whose server held no base model."""
+    by_round = {_count(one["server_round"]): _number(one["loss"]) for one in content["federated_loss"]}
+    if not by_round or sorted(by_round) != [*range(max(by_round) + 1)]:
+        raise ValueError("it has no loss of every round: federation.evaluate_every=1 has nodes measure it")
+    return [by_round[number] for number in sorted(by_round)]
 
 
 def _counts(key: str, settings: Mapping[str, Any]) -> bool:

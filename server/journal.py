@@ -11,8 +11,9 @@ from flwr.supercore import log
 
 from conf.output import OutputError
 from server.events import EventLog
+from server.node_losses import federated_losses
 from server.results import NodeRefusal, RunResults
-from strategies.outcomes import Downlink, Fault, Uplink
+from strategies.outcomes import Downlink, Fault, NodeLoss, Uplink
 
 
 class Journal:
@@ -50,6 +51,16 @@ class Journal:
         self.results.heldout_loss.append(loss)
         self._tick()
         self.event("evaluated", server_round=server_round, heldout_loss=loss)
+
+    def evaluated_on_nodes(self, server_round: int, asked: int, losses: list[NodeLoss]) -> None:
+        """``losses``: what nodes said, none of it if they are too few."""
+        self.results.node_losses += losses
+        self._tick()
+        found = federated_losses([*(one for one in self.results.node_losses if not one.server_round), *losses])
+        said = {key: value for key, value in found[-1].to_json().items() if key != "by_client"} if losses else {}
+        self.event(
+            "evaluated_on_nodes", **{**said, "server_round": server_round, "asked": asked, "clients": len(losses)}
+        )
 
     def uplink(self, uplink: Uplink) -> None:
         self.event("uplink", **dataclasses.asdict(uplink))

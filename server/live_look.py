@@ -114,7 +114,12 @@ SCRIPT = """
     put('down', bytes(run.bytes_down));
     put('num-faults', count(run.num_faults));
     put('updated', clock(run.updated));
-    plot(losses);
+    const ofNodes = run.node_losses.length ? run.node_losses[run.node_losses.length - 1][1] : undefined;
+    put('node-loss', ofNodes === undefined ? '–' : loss(ofNodes) +
+      (run.worst_client ? ', worst ' + run.worst_client : ''));
+    at('node-loss').parentElement.hidden = ofNodes === undefined;
+    put('h-loss', (figure(run) === run.losses ? 'Held-out loss' : 'Loss on nodes') + ' by round, nats a token');
+    plot(figure(run));
     clients(run);
     faults(run);
     const news = 'Run ' + run.state + ', ' + run.rounds_done + ' of ' + run.rounds + ' rounds done' +
@@ -122,6 +127,7 @@ SCRIPT = """
     if (news !== said) put('news', said = news);
     document.documentElement.dataset.updates = String(1 + Number(document.documentElement.dataset.updates || 0));
   }
+  function figure(run) { return run.losses.length ? run.losses : run.node_losses; }
   function clients(run) {
     const ended = ['finished', 'failed', 'stopped', 'dead'].includes(run.state);
     put('no-clients', run.are_secret ? 'Who takes part is drawn in secret in this run, and shown to nobody.' :
@@ -210,7 +216,7 @@ SCRIPT = """
         parts.push(svg('circle', {class: 'dot', cx: x(one[0]), cy: y(one[1]), r: 3.5}));
       });
     }
-    const alt = 'Held-out loss from ' + loss(known[0][1]) + ' after round ' + known[0][0] + ' to ' +
+    const alt = 'Loss from ' + loss(known[0][1]) + ' after round ' + known[0][0] + ' to ' +
       loss(known[known.length - 1][1]) + ' after round ' + known[known.length - 1][0] + '.';
     const whole = svg('svg', {viewBox: '0 0 ' + width + ' ' + height, role: 'img', 'aria-label': alt});
     whole.append(...parts);
@@ -234,7 +240,7 @@ SCRIPT = """
     }
     setTimeout(ask, run && run.state === 'finished' ? SELDOM : EVERY);
   }
-  window.addEventListener('resize', function () { if (run) plot(run.losses); });
+  window.addEventListener('resize', function () { if (run) plot(figure(run)); });
   ask();
 })();
 """
@@ -252,7 +258,7 @@ POLICY = (
 """The page's Content-Security-Policy: its own script and style alone, and nothing from elsewhere."""
 _FACTS = {
     "rounds": "rounds done", "left": "time left", "seconds": "time", "loss": "held-out loss",
-    "answers": "answers in this round", "nodes": "nodes here", "up": "payloads up", "down": "arrays down",
+    "node-loss": "loss on nodes", "answers": "answers in this round", "nodes": "nodes here", "up": "payloads up", "down": "arrays down",
     "num-faults": "faults", "updated": "last event at",
 }  # fmt: skip
 _CLIENTS = ("partition", "state", "round", "answered", "faults", "last answer", "up", "down")

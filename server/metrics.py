@@ -27,6 +27,8 @@ class RunCollector(Collector):
         yield GaugeMetricFamily("cgfedllm_answers", "Replies in the current round", status.answers)
         if status.heldout_loss:
             yield GaugeMetricFamily("cgfedllm_heldout_loss_nats", "Nats per token", status.heldout_loss[-1])
+        for loss in [*status.node_losses.values()][-1:]:
+            yield GaugeMetricFamily("cgfedllm_federated_loss_nats", "Nats per token, on the nodes", loss)
         yield CounterMetricFamily("cgfedllm_uplink_payload_bytes", "Bytes of all payloads", status.payload_bytes)
         yield CounterMetricFamily("cgfedllm_downlink_array_bytes", "Bytes of arrays to clients", status.bytes_down)
         yield CounterMetricFamily("cgfedllm_uplinks", "Usable replies", status.uplinks)

@@ -21,6 +21,7 @@ MOST_LINES = 7
 """Clients that have a line of their own in a chart."""
 MOST_BARS = 40
 OWN_WORDS = "withheld: a client's own words may quote its data"
+NODE_LOSS = "loss on the nodes, nats per token"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def who(results: RunResults, withheld: Withheld) -> list[Part]:
         return []
     if withheld.who:
         return [Text("Who takes part is drawn in secret in this run, and told to nobody.")]
-    outcomes = {(fault.server_round, fault.partition): fault.kind for fault in results.faults}
+    outcomes = {(one.server_round, one.partition): one.kind for one in results.faults if not one.evaluating}
     outcomes |= {(uplink.server_round, uplink.partition): "accepted" for uplink in results.uplinks}
     table = results.participation()
     columns = ("asked", "accepted", *KINDS)
@@ -64,6 +65,29 @@ def who(results: RunResults, withheld: Withheld) -> list[Part]:
         )
     rows = [[client, *(row[column] for column in columns)] for client, row in table.items()]
     return [*parts, Table("How often each client took part", ("client", *columns), rows)]
+
+
+def on_the_nodes(results: RunResults) -> list[Part]:
+    """What the global adapter loses on the clients' own held-out text, and how fair it is to each of them."""
+    found = results.federated_loss
+    if not found:
+        return []
+    rows: list[Row] = [
+        {"round": one.server_round, NODE_LOSS: loss, "of": whose}
+        for one in found
+        for whose, loss in (("all tokens", one.loss), ("the median client", one.middle), ("the worst", one.worst.loss))
+    ]
+    last = found[-1]
+    worse = last.worse_than_before
+    said = "" if worse is None or not last.server_round else f" {worse:.0%} of them are worse off than before."
+    alt = (
+        f"What nodes say of their own held-out text: after round {last.server_round}, {last.loss:.4f} over all tokens "
+        f"of {len(last.answers):,} clients, {last.worst.loss:.4f} at the worst.{said}"
+    )
+    parts: list[Part] = [Figure("Loss on the nodes", alt, charts.lines(rows, "round", NODE_LOSS, "of"), rows)]
+    cells = [[one.partition, last.before.get(one.partition), one.loss, one.tokens, one.windows] for one in last.answers]
+    columns = ("client", "before the first round", f"after round {last.server_round}", "tokens", "windows")
+    return [*parts, Table("Loss by client, in its own words", columns, cells)]
 
 
 def faults(results: RunResults, withheld: Withheld) -> list[Part]:

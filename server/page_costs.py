@@ -31,6 +31,9 @@ def size_parts(results: RunResults) -> list[Part]:
     rows: list[list[Cell]] = [[part, sizes[part], what] for part, what in PARTS.items()]
     rows += [["of the bytes down: catch-up", account.catch_up, "steps that clients had missed"]]
     rows += [["of the bytes down: snapshots", account.snapshots, "all of an adapter, for who held none, and keys"]]
+    rows += [
+        ["of both ways: evaluation", account.evaluation, "adapters to nodes that evaluate them, and their answers"]
+    ]
     rows += [["total", account.total, "up, down, delivery, artifact and recording"]]
     drawn: list[Row] = [{"part": part, "bytes": sizes[part]} for part in PARTS]
     links = transfer_seconds(account.up / clients, (account.down + account.delivery) / clients)

@@ -18,10 +18,10 @@ from adapters.base import empty_base, load_config, max_positions
 from adapters.export import what_to_know
 from adapters.footprint import MemoryEstimate
 from adapters.model import adapter_parts, adapter_shapes, empty_model
-from adapters.settings import TrainSettings, num_steps
+from adapters.settings import LoraSettings, TrainSettings, num_steps, start_is_known
 from conf.console import bytes_text, printable
 from conf.footprint import client_memory, server_memory
-from conf.schema import Settings, check_settings
+from conf.schema import NONE, Settings, check_settings
 from conf.sums import terms_of
 from gradcodec.build import payload_bytes
 from gradcodec.layout import Layout
@@ -29,6 +29,7 @@ from gradcodec.registry import entry_of
 from privacy.secagg import Traffic, traffic
 from server.account import NOTHING, Account, CodecCost, transfer_seconds
 from server.private import planned, promise
+from strategies.evaluation import panel
 from strategies.sampling import Sampling
 from tasks.settings import check_window
 from tasks.shards import client_records
@@ -91,9 +92,8 @@ class Plan:
         federation, held = self.settings.federation, dict[int, int]()
         sampling = Sampling(federation.num_clients, federation.clients_per_round, self.settings.seed)
         everybody = range(federation.num_clients)
-        has_rate = entry_of(self.settings.codec.name).has_rate
-        key_bytes = max(self.step_bytes, ceil(_KEY_BITS * self.layout.num_parameters / 8) if has_rate else 0)
-        down = catch_up = snapshots = keyed = 0  # keyed: after how many rounds the last key was made
+        key_bytes = max(self.step_bytes, self._key_bytes)
+        down = catch_up = snapshots = evaluation = keyed = 0  # keyed: after how many rounds the last key was made
 
         def missed(partition: int, steps: int) -> tuple[int, int]:
             """Bytes of steps, the server's log being no longer than the adapter itself, and of a key before them."""
@@ -105,18 +105,41 @@ class Plan:
             """A start adapter that the seed does not give; and axes, which keys do without."""
             return 0 if partition in held else self._start_bytes + (0 if keyed else self._axes)
 
+        def bring(partition: int, steps: int) -> int:
+            """All that it is sent so that it holds the adapter after so many rounds."""
+            nonlocal down, catch_up, snapshots
+            assert self.step_bytes is not None
+            size, first = missed(partition, steps)
+            first += once(partition)
+            down += size + first
+            catch_up, snapshots = catch_up + max(0, size - self.step_bytes), snapshots + first
+            held[partition] = steps
+            return size + first
+
         for server_round in range(1, federation.rounds + 1):
+            evaluation += sum(bring(partition, server_round - 1) for partition in self.asked_after(server_round - 1))
             for partition in sampling.sample(server_round):
-                size, first = missed(partition, server_round - 1)
-                first += once(partition)
-                down += size + first
-                catch_up, snapshots = catch_up + max(0, size - self.step_bytes), snapshots + first
-                held[partition] = server_round - 1
+                bring(partition, server_round - 1)
             if sum(sum(missed(p, server_round - 1)) for p in everybody) > federation.num_clients * key_bytes:
                 keyed = server_round - 1
+        evaluation += sum(bring(partition, federation.rounds) for partition in self.asked_after(federation.rounds))
         delivery = sum(sum(missed(p, federation.rounds)) + once(p) for p in everybody)
         artifact, recording = self.codec_cost.artifact * federation.num_clients, self.codec_cost.recording
-        return Account(self.uplinks * self.payload_bytes, down, catch_up, snapshots, delivery, artifact, recording)
+        up = self.uplinks * self.payload_bytes
+        return Account(up, down, catch_up, snapshots, delivery, artifact, recording, evaluation)
+
+    def asked_after(self, server_round: int) -> frozenset[int]:
+        """Whom evaluation on the nodes asks of the adapter that came out of this round; 0: of the first one."""
+        federation = self.settings.federation
+        every, is_last = federation.evaluate_every, server_round == federation.rounds
+        if not every or (server_round % every and not is_last):
+            return frozenset()
+        return panel(federation.num_clients, federation.evaluate_clients, self.settings.seed)
+
+    @property
+    def num_evaluations(self) -> int:
+        """Answers that evaluation on the nodes asks for, in all."""
+        return sum(len(self.asked_after(number)) for number in range(self.settings.federation.rounds + 1))
 
     def dense_account(self) -> Account:
         """Of the dense run with the same rounds and clients."""
@@ -124,23 +147,31 @@ class Plan:
 
     def _uncoded_broadcast(self, payload_bytes: int, side_bytes: int) -> Account:
         clients = self.settings.federation.num_clients
+        evaluation = self.num_evaluations * self.dense_bytes
         return Account(
+            evaluation=evaluation,
             up=self.uplinks * payload_bytes,
-            down=self.uplinks * (self.dense_bytes + side_bytes),
+            down=self.uplinks * (self.dense_bytes + side_bytes) + evaluation,
             delivery=clients * self.dense_bytes,
             artifact=clients * self.codec_cost.artifact,
             recording=self.codec_cost.recording,
         )
 
     @property
+    def _key_bytes(self) -> int:
+        has_rate = entry_of(self.settings.codec.name).has_rate
+        return ceil(_KEY_BITS * self.layout.num_parameters / 8) if has_rate else 0
+
+    @property
     def _start_bytes(self) -> int:
-        return self.dense_bytes if self.settings.lora.start is not None else 0
+        return 0 if start_is_known(self.settings.lora) else self.dense_bytes
 
     @property
     def _axes(self) -> int:
         """Values of the codec's side information, which the first message brings in a byte each."""
         coded = self.settings.arm == "coded" and entry_of(self.settings.codec.name).uses_last_update
-        known = coded and self.settings.federation.rehearsal_steps > 0
+        rehearses = self.settings.federation.rehearsal_steps > 0 and self.settings.server.base != NONE
+        known = coded and rehearses
         return len(self.layout.blocks) * self.layout.rank**2 if known else 0
 
     @property
@@ -239,8 +270,7 @@ def _lines(plan: Plan) -> dict[str, str]:
     steps = "an unknown number of" if plan.steps is None else f"{plan.steps:,}"
     lines = {
         "model": f"{model.path}: {plan.num_base_parameters / 1e9:.2f} B parameters, {held}",
-        "adapter": f"rank {lora.rank}, alpha {lora.alpha:g}: {plan.layout.num_parameters:,} parameters in "
-        f"{len(plan.layout.shapes)} tensors",
+        "adapter": f"{_kind_of(lora)}: {plan.layout.num_parameters:,} parameters in {len(plan.layout.shapes)} tensors",
         **({"note": "; ".join(plan.warnings)} if plan.warnings else {}),
         "data": _data_line(plan),
         **_memory_lines(plan),
@@ -257,6 +287,7 @@ def _lines(plan: Plan) -> dict[str, str]:
         **lines,
         "codec": _codec_line(settings),
         "privacy": promise(settings, plan.mean_windows),
+        **_evaluation_lines(plan),
         "bytes up": f"{_up(plan)}; dense: {_traffic(plan, plan.dense_bytes)}",
         "bytes down": _down(plan),
         **_exchange_lines(plan),
@@ -264,9 +295,32 @@ def _lines(plan: Plan) -> dict[str, str]:
     }
 
 
+def _evaluation_lines(plan: Plan) -> dict[str, str]:
+    settings, every = plan.settings, plan.settings.federation.evaluate_every
+    here = "by the server" if settings.server.base != NONE else "not by the server, which holds no base model"
+    if not every and settings.server.base != NONE:
+        return {}
+    rounds = (
+        "before the first round and after the last"
+        if every >= settings.federation.rounds
+        else (f"before the first round, after every {every} and after the last")
+    )
+    nodes = f"{plan.num_evaluations} answers of nodes, {rounds}" if every else "on no node"
+    return {"evaluation": f"{here}; {nodes}"}
+
+
+def _kind_of(lora: LoraSettings) -> str:
+    kind = f"rank {lora.rank}, alpha {lora.alpha:g}"
+    for name, patterns in (("rank", lora.rank_pattern), ("alpha", lora.alpha_pattern)):
+        kind += "".join(f", {name} {value:g} of {pattern}" for pattern, value in patterns.items())
+    return kind + (", rank-stabilised" if lora.rslora else "") + (", DoRA" if lora.dora else "")
+
+
 def _memory_lines(plan: Plan) -> dict[str, str]:
     if plan.settings.arm in ("base", "centralised"):
         return {"memory": f"of the device: {plan.server_memory}"}
+    if plan.settings.server.base == NONE:
+        return {"memory": f"of a client's device: {plan.client_memory}", "on the server": "no base model"}
     return {"memory": f"of a client's device: {plan.client_memory}", "on the server": f"{plan.server_memory}"}
 
 
@@ -297,6 +351,7 @@ def _exchange_lines(plan: Plan) -> dict[str, str]:
     if account.catch_up + account.snapshots:
         missed = bytes_text(account.catch_up + account.snapshots)
         parts.append(f"{missed} of it for what clients had missed, or a key in its place")
+    parts += [f"{bytes_text(account.evaluation)} of it to be evaluated"] if account.evaluation else []
     parts.append(f"{bytes_text(account.delivery)} for the last adapter to all")
     parts += [f"{bytes_text(account.artifact)} of codec artifacts"] if account.artifact else []
     parts += [f"{bytes_text(account.recording)} of TGAP's recording"] if account.recording else []

@@ -17,6 +17,9 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray would have clients give way to the server, whose evaluation can wait
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "WANDB_ERROR_REPORTING": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "BITSANDBYTES_NOWELCOME": "1",

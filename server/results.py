@@ -13,10 +13,12 @@ from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from conf.output import provenance
-from conf.schema import Settings
+from conf.schema import NONE, Settings
 from privacy.guarantee import in_words
 from server.account import NOTHING, Account, CodecCost, account_of, transfer_seconds
-from strategies.outcomes import KINDS, Downlink, Fault, Uplink
+from server.node_losses import FederatedLoss, federated_losses
+from server.node_losses import in_words as in_words_of_nodes
+from strategies.outcomes import KINDS, Downlink, Fault, NodeLoss, Uplink
 
 T = TypeVar("T")
 MAX_EXPONENT = math.log(sys.float_info.max)
@@ -24,6 +26,11 @@ MAX_EXPONENT = math.log(sys.float_info.max)
 
 SHOWN = 16
 """How many clients, or reasons, a model card names."""
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats per token; infinite where float64 ends."""
+    return math.exp(loss) if not loss > MAX_EXPONENT else math.inf
 
 
 @dataclass(frozen=True)
@@ -50,23 +57,50 @@ class RunResults:
     codec_cost: CodecCost = NOTHING
     privacy: dict[str, Any] = field(default_factory=dict)  # what is promised of the clients' data (privacy.guarantee)
     ended_early: str = ""  # before its last round, and why
+    node_losses: list[NodeLoss] = field(default_factory=list)  # of evaluations on the nodes
+    adapter_round: int | None = None  # that the final adapter is of, if it is the best one; None: the last
 
     def account(self) -> Account:
         """Of the whole run."""
         delivery = self.delivery_bytes[-1] if self.delivery_bytes else 0
         num_clients = self.settings.federation.num_clients
-        return account_of(self.uplinks, self.downlinks, delivery, self.codec_cost, num_clients)
+        return account_of(self.uplinks, self.downlinks, delivery, self.codec_cost, num_clients, self.node_losses)
 
     def accounts_of_clients(self) -> dict[int, Account]:
-        """Partition -> what it sent and was sent in rounds."""
+        """Partition -> what it sent and was sent, in rounds and to be evaluated."""
         partitions = sorted({one.partition for one in self.uplinks} | {one.partition for one in self.downlinks})
         return {
             partition: account_of(
                 [one for one in self.uplinks if one.partition == partition],
                 [one for one in self.downlinks if one.partition == partition],
+                node_losses=[one for one in self.node_losses if one.partition == partition],
             )
             for partition in partitions
         }
+
+    @property
+    def federated_loss(self) -> list[FederatedLoss]:
+        """Of every evaluation on the nodes."""
+        return federated_losses(self.node_losses)
+
+    @property
+    def rounds_done(self) -> int:
+        """Of a run with clients; of another, how often it was evaluated after the first time."""
+        return max(len(self.delivery_bytes), len(self.heldout_loss) - 1, 0)
+
+    @property
+    def deciding_losses(self) -> dict[int, float]:
+        """Round -> the loss by which adapters are compared: the server's own; of a server without base model, which has
+        none, that over all tokens of its nodes. Rounds of which neither is known are missing; 0: before the first."""
+        if self.settings.server.base == NONE:
+            return {one.server_round: one.loss for one in self.federated_loss}
+        return dict(enumerate(self.heldout_loss))
+
+    @property
+    def final_loss(self) -> float | None:
+        """Of ``deciding_losses`` that of the adapter which is kept, or the last; None: there is none."""
+        losses = self.deciding_losses
+        return losses.get(max(losses, default=0) if self.adapter_round is None else self.adapter_round)
 
     @property
     def payload_bytes_per_client_round(self) -> float:
@@ -80,14 +114,24 @@ class RunResults:
     @property
     def heldout_perplexity(self) -> list[float]:
         """Infinite where float64 ends: a run that diverged still gets its results."""
-        return [math.exp(loss) if not loss > MAX_EXPONENT else math.inf for loss in self.heldout_loss]
+        return [perplexity(loss) for loss in self.heldout_loss]
+
+    def change_of_loss(self) -> str:
+        """From the first to that of the final adapter, in words: by the server's text, or else on the nodes."""
+        losses, final = [*self.deciding_losses.values()], self.final_loss
+        if not losses or final is None:
+            return "no loss, as the server holds no base model and no node was asked (federation.evaluate_every)"
+        where = "held-out loss" if self.heldout_loss else "loss on the nodes"
+        kept = "" if self.adapter_round is None else f" of round {self.adapter_round}"
+        before, after = perplexity(losses[0]), perplexity(final)
+        return f"{where} {losses[0]:.4f} -> {final:.4f}{kept} (perplexity {before:.2f} -> {after:.2f})"
 
     def participation(self) -> dict[int, dict[str, int]]:
         """Partition -> in how many rounds it was ``asked``, and what became of that: ``accepted`` or a kind of fault. A
         round that was tried again counts again."""
         table: dict[int, dict[str, int]] = {}
         outcomes = [(uplink.partition, "accepted") for uplink in self.uplinks]
-        for partition, outcome in [*outcomes, *((fault.partition, fault.kind) for fault in self.faults)]:
+        for partition, outcome in [*outcomes, *((f.partition, f.kind) for f in self.faults if not f.evaluating)]:
             row = table.setdefault(partition, dict.fromkeys(("asked", "accepted", *KINDS), 0))
             row["asked"] += 1
             row[outcome] += 1
@@ -121,7 +165,6 @@ class RunResults:
         account = self.account().to_json()
         sent = {
             "rounds": f"{done}, {federation.clients_per_round} of {federation.num_clients} clients drawn for each",
-            **({"ended early": self.ended_early} if self.ended_early else {}),
             **({} if settings.privacy.secret_sampling else self._who_took_part()),
             "codec": settings.codec.name if settings.arm == "coded" else "none",
             "bytes up per client and round": f"{self.payload_bytes_per_client_round:,.0f}",
@@ -133,12 +176,27 @@ class RunResults:
             "arm": settings.arm,
             **(sent if self.uplinks else {}),
             "adapter parameters": f"{self.num_parameters:,}",
-            "held-out loss, nats per token": f"{self.heldout_loss[0]:.4f} -> {self.heldout_loss[-1]:.4f}",
-            "held-out perplexity": f"{self.heldout_perplexity[0]:.3f} -> {self.heldout_perplexity[-1]:.3f}",
+            **({"ended early": self.ended_early} if self.ended_early else {}),
+            **({} if self.adapter_round is None else {"kept": self._kept()}),
+            **self._losses(),
+            **in_words_of_nodes(self.federated_loss),
             "task": settings.task.name,
             "seed": str(settings.seed),
             "made with": ", ".join(f"{name} {version}" for name, version in provenance().items()),
         }
+
+    def _losses(self) -> dict[str, str]:
+        """For a model card: by the server's own text."""
+        if not self.heldout_loss:
+            return {"held-out loss": "not measured by the server, which held neither base model nor text"}
+        first, last = self.heldout_loss[0], self.heldout_loss[-1 if self.adapter_round is None else self.adapter_round]
+        return {
+            "held-out loss, nats per token": f"{first:.4f} -> {last:.4f}",
+            "held-out perplexity": f"{perplexity(first):.3f} -> {perplexity(last):.3f}",
+        }
+
+    def _kept(self) -> str:
+        return f"the adapter of round {self.adapter_round} of {self.rounds_done}, which had the lowest loss"
 
     def notes(self) -> dict[str, list[str]]:
         """Sections of a model card, title -> paragraphs."""
@@ -161,8 +219,10 @@ class RunResults:
             "refused_nodes": [dataclasses.asdict(refusal) for refusal in self.refused_nodes],
             "delivery_bytes": self.delivery_bytes,
             "codec_cost": dataclasses.asdict(self.codec_cost),
+            "node_losses": [dataclasses.asdict(one) for one in self.node_losses],
             "privacy": self.privacy,
             "ended_early": self.ended_early,
+            "adapter_round": self.adapter_round,
         }
 
     @classmethod
@@ -181,6 +241,8 @@ class RunResults:
             _record(CodecCost, state["codec_cost"]),
             _typed(state.get("privacy", {}), dict),
             _typed(state.get("ended_early", ""), str),
+            [_record(NodeLoss, one) for one in _typed(state.get("node_losses", []), list)],
+            _typed_or_none(state.get("adapter_round"), int | None),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -191,6 +253,7 @@ class RunResults:
             "seed": self.settings.seed,
             **self.state(),
             "heldout_perplexity": self.heldout_perplexity,
+            "federated_loss": [one.to_json() for one in self.federated_loss],
             "participation": {str(partition): row for partition, row in self.participation().items()},
             "uplink_payload_bytes_per_client_round": per_client_round,
             "bits_per_parameter": self.bits_per_parameter,

@@ -13,10 +13,10 @@ from report import charts
 from report.charts import Cell, Row
 from report.page import Facts, Figure, Part, Section, Table, Text, write_page
 from server.curves import bytes_by_round
-from server.page_clients import Withheld, clients, faults, who
+from server.page_clients import Withheld, clients, faults, on_the_nodes, who
 from server.page_costs import size_parts, time_parts
 from server.progress import label
-from server.results import RunResults
+from server.results import RunResults, perplexity
 from server.terms import TERMS
 
 NAME = "report.html"
@@ -43,17 +43,18 @@ def write_run_page(results: RunResults, output: Path, answers: Sequence[Mapping[
 
 def lead_of(results: RunResults) -> str:
     """The outcome in one sentence."""
-    losses, account = results.heldout_loss, results.account()
-    if len(losses) < 2:
-        return f"The base model, untrained, has a held-out loss of {losses[-1]:.4f} nats per token."
-    way = "fell" if losses[-1] < losses[0] else "rose" if losses[-1] > losses[0] else "stayed"
+    losses, account = [*results.deciding_losses.values()], results.account()
     clients = results.settings.federation.num_clients
     cost = f" of {clients:,} clients, for {bytes_text(account.total)} in all" if results.uplinks else ""
     early = f" The run ended early, {results.ended_early}." if results.ended_early else ""
-    return (
-        f"The held-out loss {way} from {losses[0]:.4f} to {losses[-1]:.4f} nats per token in {len(losses) - 1:,} rounds"
-        f"{cost}.{early}"
-    )
+    rounds = f"{results.rounds_done:,} rounds{cost}.{early}"
+    if not losses:
+        return f"Nobody measured a loss. The adapter is that of {rounds}"
+    if len(losses) < 2:
+        return f"The base model, untrained, has a held-out loss of {losses[-1]:.4f} nats per token."
+    way = "fell" if losses[-1] < losses[0] else "rose" if losses[-1] > losses[0] else "stayed"
+    where = "held-out loss" if results.heldout_loss else "loss on the nodes"
+    return f"The {where} {way} from {losses[0]:.4f} to {losses[-1]:.4f} nats per token in {rounds}"
 
 
 def sections_of(
@@ -64,6 +65,7 @@ def sections_of(
     sections = [
         Section("Whether to trust it", [_facts(results), _checks(results, withheld)]),
         Section("Held-out loss", _losses(results)),
+        Section("Loss on the nodes", on_the_nodes(results)),
         Section("Who took part", who(results, withheld)),
         Section("Faults and refusals", faults(results, withheld)),
         Section("Clients", clients(results, withheld)),
@@ -78,11 +80,12 @@ def sections_of(
 
 
 def _facts(results: RunResults) -> Facts:
-    losses, federation = results.heldout_loss, results.settings.federation
-    facts: dict[str, Cell] = {"held-out loss before": losses[0]}
+    losses, federation = [*results.deciding_losses.values()], results.settings.federation
+    facts: dict[str, Cell] = {"held-out loss before": losses[0]} if losses else {}
     if len(losses) > 1:
-        facts |= {"held-out loss after": losses[-1], "perplexity after": results.heldout_perplexity[-1]}
-        facts["rounds"] = f"{len(losses) - 1:,} of {federation.rounds:,}"
+        facts |= {"held-out loss after": losses[-1], "perplexity after": perplexity(losses[-1])}
+    if results.rounds_done:
+        facts["rounds"] = f"{results.rounds_done:,} of {federation.rounds:,}"
     if results.uplinks:
         facts["clients a round"] = f"{federation.clients_per_round:,} of {federation.num_clients:,}"
         facts[IN_ALL] = results.account().total
@@ -93,23 +96,25 @@ def _facts(results: RunResults) -> Facts:
 
 def _checks(results: RunResults, withheld: Withheld) -> Table:
     """Questions that a reader asks first."""
-    losses, federation = results.heldout_loss, results.settings.federation
+    losses, federation = results.deciding_losses, results.settings.federation
     rows: list[list[Cell]] = []
 
     def ask(question: str, found: str, fine: bool) -> None:
         rows.append([question, found, "fine" if fine else "look at it"])
 
-    if len(losses) > 1:
-        best = min(range(len(losses)), key=losses.__getitem__)
-        done = len(losses) - 1
+    if done := results.rounds_done:
         said = results.ended_early or f"{done:,} of {federation.rounds:,}"
         ask("Were all rounds done?", said, done >= federation.rounds)
-        ask("Did it learn?", f"{losses[0] - losses[-1]:+.4f} nats per token better than before", losses[-1] < losses[0])
-        ask("Is the last round the best?", f"the best is round {best}: {losses[best]:.4f}", best == done)
+        if not losses:
+            ask("Was a loss measured?", "no: federation.evaluate_every=0, and the server holds no base model", False)
+    if len(losses) > 1:
+        best, first, last = min(losses, key=losses.__getitem__), losses[min(losses)], losses[max(losses)]
+        ask("Did it learn?", f"{first - last:+.4f} nats per token better than before", last < first)
+        ask("Is the last round the best?", f"the best is round {best}: {losses[best]:.4f}", best == max(losses))
     if results.uplinks:
-        asked = len(results.uplinks) + len(results.faults)
-        used = f"{len(results.uplinks):,} of {asked:,}"
-        ask("Were the replies used that were asked for?", used, not results.faults)
+        lost = sum(not fault.evaluating for fault in results.faults)
+        used = f"{len(results.uplinks):,} of {len(results.uplinks) + lost:,}"
+        ask("Were the replies used that were asked for?", used, not lost)
         if not withheld.who:
             heard = {uplink.partition for uplink in results.uplinks}
             ask(

@@ -148,7 +148,7 @@ def check_one_base(adapters: Sequence[TrainedAdapter]) -> None:
 def base_loss(adapters: Sequence[TrainedAdapter]) -> float | None:
     """The base model's held-out loss, if all runs that started from it saw the same."""
     runs = [adapter.results for adapter in adapters if adapter.results is not None]
-    losses = {results.heldout_loss[0] for results in runs if results.settings.lora.start is None}
+    losses = {results.heldout_loss[0] for results in runs if results.heldout_loss and not results.settings.lora.start}
     return losses.pop() if len(losses) == 1 else None
 
 
@@ -177,7 +177,7 @@ def ask_all(
         if not rows:
             with model.disable_adapter():
                 rows.append(Row("base", adapter.settings.model.path, base_loss(adapters), answers(model)))
-        loss = adapter.results.heldout_loss[-1] if adapter.results is not None else None
+        loss = None if adapter.results is None else adapter.results.final_loss
         rows.append(Row(label(adapter, adapters), adapter.path, loss, answers(model)))
         del model  # or two would be held while the next one is loaded
     return rows

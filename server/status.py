@@ -113,6 +113,7 @@ def table(folder: Path, status: RunStatus) -> RenderableType:
         "nodes": str(status.nodes),
         "round": f"{status.server_round} of {status.rounds}, {status.answers} answers to the last one",
         "held-out loss": " -> ".join(f"{loss:.4f}" for loss in _ends(status.heldout_loss)) or "-",
+        **({"loss on nodes": _on_nodes(status)} if status.node_losses else {}),
         "payloads up": f"{bytes_text(status.payload_bytes)}, {per_uplink} a client and round",
         "arrays down": f"{bytes_text(status.bytes_down)}{missed}",
         "faults": f"{status.faults}{f', last: {status.last_fault}' if status.faults else ''}",
@@ -126,6 +127,11 @@ def table(folder: Path, status: RunStatus) -> RenderableType:
     for key, value in rows.items():
         shown.add_row(key, Text(value))
     return shown
+
+
+def _on_nodes(status: RunStatus) -> str:
+    losses = " -> ".join(f"{loss:.4f}" for loss in _ends([*status.node_losses.values()]))
+    return f"{losses}, worst {status.worst_client}; {bytes_text(status.bytes_evaluating)} of arrays for it"
 
 
 def _clock(seconds: float) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from conf.console import bytes_text, seconds_text
-from server.watched import ClientSeen, FaultSeen, Snapshot
+from server.watched import ClientSeen, FaultSeen, Loss, Snapshot
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 PLAIN_BLOCKS = "  ..::##"
@@ -101,15 +101,26 @@ def _ends(seen: Snapshot) -> list[Text]:
 
 
 def _plot(seen: Snapshot, width: int, blocks: str) -> list[Text]:
-    known = [loss for _, loss in seen.losses if loss is not None]
+    losses = seen.losses or seen.node_losses  # a server without a base model has none of its own
+    known = [loss for _, loss in losses if loss is not None]
     if not known:
         return [_line("held-out loss: none yet")]
-    drawn = bars([loss for _, loss in seen.losses], width - 12, blocks)
+    drawn = bars([loss for _, loss in losses], width - 12, blocks)
     labels = [f"{max(known):.4f}", *[""] * (len(drawn) - 2), f"{min(known):.4f}"]
-    last = seen.losses[-1]
-    said = f"{known[0]:.4f} -> {'not finite' if last[1] is None else f'{last[1]:.4f}'}"
-    head = _line(f"held-out loss {said}, after rounds {seen.losses[0][0]} to {last[0]}")
-    return [head, *(_line(f"{label:>10}  {bar}", "cyan") for label, bar in zip(labels, drawn, strict=True))]
+    head = [_line(f"held-out loss {_course(seen.losses)}")] if seen.losses else []
+    if seen.node_losses:
+        worst = f", worst {seen.worst_client}" if seen.worst_client else ""
+        head.append(_line(f"loss on nodes {_course(seen.node_losses)}{worst}"))
+    return [*head, *(_line(f"{label:>10}  {bar}", "cyan") for label, bar in zip(labels, drawn, strict=True))]
+
+
+def _course(losses: Sequence[Loss]) -> str:
+    (first, before), (last, after) = losses[0], losses[-1]
+    return f"{_loss_text(before)} -> {_loss_text(after)}, after rounds {first} to {last}"
+
+
+def _loss_text(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def _clients(seen: Snapshot, most: int) -> RenderableType:

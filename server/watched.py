@@ -29,6 +29,8 @@ SHOWN_FAULTS = 20
 ASKED, ANSWERED, RESTING, SILENT = "asked", "answered", "resting", "no answer"
 LONGEST_REASON = 300
 """Characters."""
+Loss = tuple[int, float | None]
+"""Round, and nats per token; None: not finite."""
 OWN_WORDS = "withheld: a client's own words may quote its data"
 
 
@@ -98,6 +100,8 @@ class Clients:
         if record is None:
             return
         record.bytes_down += size
+        if event.get("evaluating") is True:  # it is asked for a loss, after the round
+            return
         self._again.add(event["partition"])
         if record.last_round != server_round or not record.asked:
             self._ask(record, server_round)
@@ -133,7 +137,7 @@ class Clients:
             reason = OWN_WORDS
         self.faults.append(FaultSeen(number_of(event, "time"), server_round, partition, kind, reason))
         self.kinds[kind] += 1
-        record = self._record(event)
+        record = self._record(event) if event.get("evaluating") is not True else None
         if record is not None:
             record.outcome, record.last_round, record.faults = kind, server_round, record.faults + 1
             record.rests_until = rests_until
@@ -203,7 +207,9 @@ class Snapshot:
     seconds: float = 0.0
     seconds_left: float | None = None
     updated: float = 0.0
-    losses: Sequence[tuple[int, float | None]] = ()  # round, nats per token; None: not finite
+    losses: Sequence[Loss] = ()  # held out on the server
+    node_losses: Sequence[Loss] = ()  # over all tokens that nodes hold out
+    worst_client: str = ""  # of the last of those, and what it loses
     bytes_up: int = 0
     bytes_down: int = 0
     bytes_missed: int = 0  # of those down: what clients had missed
@@ -219,11 +225,6 @@ class Snapshot:
     @property
     def has_ended(self) -> bool:
         return self.state in ENDED
-
-    @property
-    def loss(self) -> float | None:
-        """The last one that is finite."""
-        return next((loss for _, loss in reversed(self.losses) if loss is not None), None)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with no number that JSON does not have."""
@@ -270,7 +271,9 @@ def snapshot_of(folder: Path, status: RunStatus, clients: Clients, now: float) -
         seconds=max(0.0, (now if goes_on else status.updated) - status.started) if status.started else 0.0,
         seconds_left=left if status.state == "running" and left is not None and math.isfinite(left) else None,
         updated=status.updated,
-        losses=_thinned(status.heldout_loss),
+        losses=_thinned([*enumerate(status.heldout_loss)]),
+        node_losses=_thinned([*status.node_losses.items()]),
+        worst_client="" if clients.are_secret else status.worst_client,
         bytes_up=status.payload_bytes,
         bytes_down=status.bytes_down,
         bytes_missed=status.bytes_missed,
@@ -285,11 +288,11 @@ def snapshot_of(folder: Path, status: RunStatus, clients: Clients, now: float) -
     )
 
 
-def _thinned(losses: Sequence[float]) -> list[tuple[int, float | None]]:
+def _thinned(losses: Sequence[tuple[int, float]]) -> list[Loss]:
     """At most ``SHOWN_LOSSES`` of them, the first and the last among them."""
     last, most = len(losses) - 1, SHOWN_LOSSES - 1
     kept = range(len(losses)) if last <= most else sorted({round(step * last / most) for step in range(most + 1)})
-    return [(number, losses[number] if math.isfinite(losses[number]) else None) for number in kept]
+    return [(number, loss if math.isfinite(loss) else None) for number, loss in map(losses.__getitem__, kept)]
 
 
 def _shown_clients(status: RunStatus, clients: Clients) -> tuple[list[ClientSeen], int]:

@@ -60,6 +60,13 @@ def build_flower(settings: StrategySettings, root: RootUpdate | None = None) -> 
     return FedAvg(**common)
 
 
+def proximal_mu_of(strategy: Strategy) -> float:
+    """What a FedProx of Flower's, or one like it, puts into its messages for the clients; 0.0: it is none."""
+    while (inner := getattr(strategy, "inner", None)) is not None:
+        strategy = inner
+    return float(getattr(strategy, "proximal_mu", 0.0))
+
+
 def _brought(settings: StrategySettings, common: dict[str, Any]) -> Strategy:
     try:
         strategy = PLUGINS.load(settings.name)(settings, common, **settings.options)

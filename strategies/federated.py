@@ -334,7 +334,7 @@ class FederatedStrategy(AdapterStrategy):
         elif refused.kind != ABSENT and (rests := self.sampling.failed(server_round, partition)):
             reason, rests_until = reason + rests, self.sampling.resting[partition]
         log(WARNING, "partition %s (node %s) is left out of round %s: %s", partition, node, server_round, reason)
-        self.observer.fault(Fault(server_round, partition, reason, refused.kind, node, rests_until))
+        self.observer.fault(Fault(server_round, partition, reason, refused.kind, node, rests_until=rests_until))
 
     def summary(self) -> None:
         sampling = self.sampling

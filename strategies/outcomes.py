@@ -42,6 +42,7 @@ class Downlink:
     catch_up_bytes: int = 0  # steps before the last one, which it missed
     snapshot_bytes: int = 0  # of all that is held, for who holds nothing, or of a key
     side_bytes: int = 0  # the codec's side information
+    evaluating: bool = False  # to be evaluated: what came out of ``server_round``, not what it starts from
 
     @property
     def total_bytes(self) -> int:
@@ -57,7 +58,21 @@ class Fault:
     reason: str
     kind: str = REFUSED
     node: int = 0  # Flower's id; 0: none is known for the partition
+    evaluating: bool = False  # it was asked for its held-out loss after the round, not for an update: no strike
     rests_until: int = 0  # the last round that it is left out of for this; 0: it does not rest
+
+
+@dataclass(frozen=True)
+class NodeLoss:
+    """What one client's node says of the adapter that came out of a round, 0: of the first one."""
+
+    server_round: int
+    partition: int
+    loss: float  # mean over its held-out tokens, nats
+    tokens: int
+    windows: int
+    seconds: float  # on the node
+    answer_bytes: int = 0  # of the reply's records, as Flower serialises them
 
 
 class Observer(Protocol):
@@ -71,3 +86,11 @@ class Observer(Protocol):
 
     def node_refused(self, node: int, reason: str) -> None:
         """A node that may not take part, or not as what it says to be."""
+
+
+class EvaluationObserver(Protocol):
+    """Who is told of an evaluation on the nodes as its answers come."""
+
+    def downlink(self, downlink: Downlink) -> None: ...
+
+    def fault(self, fault: Fault) -> None: ...

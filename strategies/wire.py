@@ -36,10 +36,21 @@ SECONDS_ENCODE = "seconds-encode"
 
 SERVER_ROUND = "server-round"
 
+HELDOUT_LOSS = "heldout-loss"  # mean over a node's own held-out tokens, nats
+HELDOUT_TOKENS = "heldout-tokens"  # those of them that are predicted and count
+HELDOUT_WINDOWS = "heldout-windows"
+SECONDS_EVALUATE = "seconds-evaluate"
+
 PRIVATE_METRICS = (NUM_EXAMPLES, PARTITION, SERVER_ROUND, SECONDS_TRAIN, SECONDS_ENCODE)
 REPLY_METRICS = (*PRIVATE_METRICS, TRAIN_LOSS)
 """All that a reply must say, and no more: round and partition, too, so that one of an earlier round is noticed. Where
 the clients' data are protected the loss is withheld: no noise is in it."""
+
+EVALUATION_METRICS = (PARTITION, SERVER_ROUND, HELDOUT_LOSS, HELDOUT_TOKENS, HELDOUT_WINDOWS, SECONDS_EVALUATE)
+"""All that the answer to a message of the kind ``evaluate`` says, and no more. Its round is the one that the adapter
+came out of; 0: the first adapter."""
+MOST_LOSS = 1000.0
+"""Nats a token: what a node says of an adapter whose loss is larger or not finite."""
 
 SETTINGS = "settings"  # the run's resolved settings, as JSON
 MEMORY_VARIABLE = "CG_FEDLLM_MEMORY"  # environment: where the clients of a simulation keep residuals

@@ -163,10 +163,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "mica": {"init_lora_weights": "mica"},
     "alora": {"alora_invocation_tokens": [5, 6]},
     "dora": {"use_dora": True},
+    "rsdora": {"use_dora": True, "use_rslora": True, "rank_pattern": {"v_proj": 2}},
     "bias": {"bias": "lora_only"},
     "lora_bias": {"lora_bias": True},
     "rank_pattern": {"rank_pattern": {"q_proj": 4}},
     "alpha_pattern": {"alpha_pattern": {"q_proj": 4}},
+    "patterns": {
+        "use_rslora": True,
+        "rank_pattern": {r"layers\.[01]\..*": 4, "q_proj": 2},  # of q_proj in layers 0 and 1 the first counts
+        "alpha_pattern": {"self_attn.v_proj": 5.0},
+    },
     "layers": {"layers_to_transform": [0, 1]},
     "exclude": {"exclude_modules": ["layers.0.self_attn.q_proj"]},
     "parameters": {"target_parameters": ["mlp.up_proj.weight"]},
@@ -177,6 +183,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "fan": {"fan_in_fan_out": True},
 }
 SERVED = {"plain", "rslora", "gaussian", "orthogonal", "drawn", "fan"}
+SERVED |= {"dora", "rsdora", "rank_pattern", "alpha_pattern", "patterns"}
 IDS = torch.arange(5, 21)[None]
 
 
@@ -190,6 +197,8 @@ def test_an_adapter_of_peft_gives_pefts_logits_or_is_refused_by_name(kind: str, 
     for name, parameter in made.named_parameters():
         if ".lora_B." in name:
             parameter += 0.1 * torch.randn_like(parameter)
+        if ".lora_magnitude_vector." in name:
+            parameter *= 1 + 0.1 * torch.randn_like(parameter)
     made.save_pretrained(str(tmp_path / "made"))
     if kind not in SERVED:
         with pytest.raises(ValueError, match=r"is no plain LoRA adapter: .* is not served|is no linear layer"):
@@ -253,6 +262,9 @@ def test_a_run_goes_on_from_an_adapter(finished: RunResults, tmp_path: Path) -> 
     [
         ({"lora__rank": 4}, r"has another rank than this run: give lora\.rank=8"),
         ({"lora__alpha": 32.0}, r"has another alpha than this run: give lora\.alpha=16"),
+        ({"lora__rslora": True}, r"has another rslora than this run: give lora\.rslora=false"),
+        ({"lora__dora": True}, r"has another dora than this run: give lora\.dora=false"),
+        ({"lora__alpha_pattern": {"q_proj": 4.0}}, r"has another alpha_pattern .* give lora\.alpha_pattern='\{\}'"),
         ({"lora__target_modules": ["q_proj"]}, r"give lora\.target_modules=\[k_proj,o_proj,q_proj,v_proj\]"),
     ],
 )
@@ -298,7 +310,6 @@ def test_damaged_and_missing_files_are_named(adapter: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"use_dora": True}, "use_dora=True"),
         ({"a_field_of_tomorrow": {"depth": 2}}, "'a_field_of_tomorrow', which peft .* does not know"),
         ({"task_type": "SEQ_CLS"}, "task_type=SEQ_CLS"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "init_lora_weights='loftq'"),
@@ -309,7 +320,6 @@ def test_damaged_and_missing_files_are_named(adapter: Path, tmp_path: Path) -> N
         ({"arrow_config": {"top_k": 2}}, "arrow_config="),
         ({"bias": "all"}, "bias=all"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"target_modules": ".*_proj"}, "target_modules='"),
         ({"peft_type": "IA3"}, "peft_type=.*IA3|cannot be read"),
     ],
@@ -325,6 +335,13 @@ def test_a_tensor_too_many_is_refused(adapter: Path) -> None:
     save_file({**load_file(adapter / WEIGHTS), "more": torch.zeros(1)}, adapter / WEIGHTS)
     with pytest.raises(ValueError, match=r"the adapter and the model differ in tensor 'more'"):
         load_start(adapter, load_model(ModelSettings(), LoraSettings(), seed=0))
+
+
+def test_dora_without_its_magnitudes_is_refused(adapter: Path) -> None:
+    path = adapter / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
+    with pytest.raises(ValueError, match=r"the adapter and the model differ in tensor .*lora_magnitude_vector"):
+        read_trained(str(adapter)).load_model()
 
 
 def test_results_of_another_program_are_named(finished: RunResults, tmp_path: Path) -> None:

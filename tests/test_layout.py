@@ -60,8 +60,8 @@ def test_an_update_of_another_shape_is_refused_by_name(layout: Layout, change: o
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("shapes", [{}, {"a": (3,)}, {"a": (0, 3)}])
-def test_an_adapter_that_is_not_made_of_matrices_is_refused(shapes: dict[str, tuple[int, ...]]) -> None:
+@pytest.mark.parametrize("shapes", [{}, {"a": ()}, {"a": (0,)}, {"a": (0, 3)}, {"a": (2, 3, 4)}])
+def test_an_adapter_that_is_not_made_of_matrices_and_vectors_is_refused(shapes: dict[str, tuple[int, ...]]) -> None:
     with pytest.raises(CodecError):
         Layout.of(shapes)
 

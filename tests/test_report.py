@@ -16,7 +16,6 @@ from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
-from types import SimpleNamespace
 from typing import Any
 
 import hydra
@@ -40,11 +39,13 @@ from server.compare import main as compare
 from server.compare import write_comparison
 from server.compare_page import differing_settings, kinds_of, on_the_front
 from server.curves import bytes_by_round, pareto_front
+from server.evaluate import Evaluator
 from server.finished import read_run, read_runs
 from server.inprocess import run_in_process
 from server.page_clients import OWN_WORDS
 from server.results import RunResults
 from server.run_page import sections_of, write_run_page
+from strategies.outcomes import FAILED, Fault, NodeLoss
 from tasks.settings import TaskSettings
 
 ANSWERS = [{"prompt": f"say {HOSTILE}", "before": "a\nb", "after": "c", "how it really goes on": "d"}]
@@ -169,6 +170,31 @@ def test_arms_without_clients_have_what_there_is(arm: str, tmp_path: Path) -> No
     titles = {section["title"] for section in content["sections"]}
     assert "Whether to trust it" in titles and ("Held-out loss" in titles) == (arm == "centralised")
     assert not titles & {"Bytes", "Clients", "Who took part"}
+
+
+def test_a_server_without_base_model_tells_what_its_nodes_said(tmp_path: Path) -> None:
+    results = pretended_results()
+    results.settings.server.base, results.heldout_loss = "none", []
+    silent = tmp_path / "silent"
+    silent.mkdir()
+    _, content = written(results, silent)
+    assert content["lead"].startswith("Nobody measured a loss. The adapter is that of 4 rounds")
+    with pytest.raises(ValueError, match=r"it has no loss of every round: federation\.evaluate_every=1"):
+        read_run(run_folder(tmp_path / "run", results))
+    results.node_losses = [
+        NodeLoss(number, client, 3.5 - 0.1 * number + 0.2 * client, 100 * (1 + client), 4, 0.5)
+        for number in range(5)
+        for client in range(2)
+    ]
+    results.faults.append(Fault(4, 3, "it does not answer", FAILED, 5, evaluating=True))
+    _, content = written(results, tmp_path)
+    assert "fell from 3.6333 to 3.2333 nats per token in 4 rounds" in content["lead"]
+    (section,) = (one for one in content["sections"] if one["title"] == "Loss on the nodes")
+    assert section["parts"][1]["rows"][1] == pytest.approx([1, 3.7, 3.3, 200, 4])
+    assert ["Were the replies used that were asked for?", "21 of 24", "look at it"] in parts_of(content)[1]["rows"]
+    assert read_run(run_folder(tmp_path / "again", results)).losses == pytest.approx(
+        [3.6333, 3.5333, 3.4333, 3.3333, 3.2333], abs=1e-4
+    )
 
 
 def test_nothing_of_a_page_runs_or_asks_a_network_but_its_own_script(tmp_path: Path) -> None:
@@ -539,8 +565,10 @@ def test_a_report_that_cannot_be_written_fails_no_run(
     monkeypatch.setattr(finish, "sample_answers", fail)
     logger = logging.getLogger("flwr")
     logger.addHandler(caplog.handler)
+    evaluator = Evaluator.__new__(Evaluator)
+    evaluator.initial = {}
     try:
-        finish.report_on(results, SimpleNamespace(initial={}), {})  # type: ignore[arg-type]
+        finish.report_on(results, evaluator, {})
     finally:
         logger.removeHandler(caplog.handler)
     assert "the report has no sample answers" in caplog.text and "is not written: OSError('no room')" in caplog.text

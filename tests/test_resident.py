@@ -76,6 +76,10 @@ def test_its_answers_are_those_of_a_trainer_in_this_process(path: Path, settings
         ]
         assert answers[0].payload == answers[1].payload is not None
         assert answers[0].train_loss == answers[1].train_loss
+    asked = Work(arrays, None, 0, 2, "", tmp_path)
+    said, own = (dataclasses.replace(trainer.evaluate(asked), seconds=0.0) for trainer in (resident, here))
+    assert said == own
+    assert (said.windows, said.tokens, said.lacks) == (4, 4 * 31, None)
     settings.arm = "dense"
     text = settings.to_json()
     dense = [trainer_at(place, text, ()).train(Work(arrays, None, 1, 1, "", tmp_path)) for place in (path, None)]

@@ -96,6 +96,12 @@ def test_every_option_of_every_group_composes(group: str) -> None:
         ("federation.metrics_port=65536", "federation.metrics_port=65536"),
         ("federation.page_port=0", "federation.page_port=0 must lie between 1 and 65535"),
         ("federation.page_port=65536", "federation.page_port=65536"),
+        (
+            "federation.trackers=[tensorboard,neptune]",
+            "federation.trackers holds 'neptune', which is none of tensorboard",
+        ),
+        ("search.objective=speed", "search.objective='speed' is none of loss, bytes, loss_and_bytes"),
+        ("search.objective=bytes", "search.objective=bytes needs search.target_loss=NATS"),
         ("backend.name=cloud", "backend.name='cloud' is none of simulation, inprocess, superlink"),
         ("federation.clients_per_round=11", "federation.clients_per_round=11 is more than federation.num_clients=10"),
         ("federation.rounds=0", "federation.rounds=0"),

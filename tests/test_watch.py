@@ -172,6 +172,24 @@ def test_a_run_is_followed_and_another_in_its_folder_begins_anew(living: Path) -
     assert (seen.label, seen.rounds_done, seen.uplinks, seen.losses, seen.clients) == ("dense", 0, 0, [], [])
 
 
+def test_losses_on_nodes_are_seen_and_ask_for_no_update(living: Path) -> None:
+    log = EventLog(living, keep=True)
+    before = RunWatch(living).look()
+    sizes = dict.fromkeys(DOWNLINK_BYTES, 5)
+    log.write("downlink", server_round=2, partition=3, evaluating=True, **sizes)
+    log.write("downlink", server_round=2, partition=0, evaluating=True, **sizes)
+    fail(log, 2, 0, "failed", "no windows", evaluating=True)
+    log.write("evaluated_on_nodes", server_round=2, asked=2, clients=1, loss=3.4, worst=3.75, worst_client=3)
+    seen = RunWatch(living).look()
+    assert (seen.node_losses, seen.worst_client) == ([(2, 3.4)], "3.7500 (client 3)")
+    assert (seen.faults[0].reason, seen.num_faults) == ("no windows", 4)
+    told = [(one.state, one.last_round, one.asked, one.faults, one.bytes_down) for one in before.clients]
+    assert [(one.state, one.last_round, one.asked, one.faults) for one in seen.clients] == [one[:4] for one in told]
+    assert [one.bytes_down for one in seen.clients] == [told[0][4] + 20, told[1][4], told[2][4], told[3][4] + 20]
+    said = "\n".join(drawn(seen))
+    assert "held-out loss 3.5000 -> 3.1250" in said and "loss on nodes 3.4000 -> 3.4000" in said
+
+
 def test_a_secret_draw_is_kept(tmp_path: Path) -> None:
     write_run(tmp_path, withheld=["who", "words"])
     seen = RunWatch(tmp_path).look()
