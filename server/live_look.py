@@ -258,8 +258,8 @@ POLICY = (
 """The page's Content-Security-Policy: its own script and style alone, and nothing from elsewhere."""
 _FACTS = {
     "rounds": "rounds done", "left": "time left", "seconds": "time", "loss": "held-out loss",
-    "node-loss": "loss on nodes", "answers": "answers in this round", "nodes": "nodes here", "up": "payloads up", "down": "arrays down",
-    "num-faults": "faults", "updated": "last event at",
+    "node-loss": "loss on nodes", "answers": "answers in this round", "nodes": "nodes here", "up": "payloads up",
+    "down": "arrays down", "num-faults": "faults", "updated": "last event at",
 }  # fmt: skip
 _CLIENTS = ("partition", "state", "round", "answered", "faults", "last answer", "up", "down")
 _HEADS = "".join(f'<th scope="col"{"" if one == "state" else " class=number"}>{one}</th>' for one in _CLIENTS)
