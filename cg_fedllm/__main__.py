@@ -5,6 +5,7 @@
   cg-fedllm server keys|start|...      the server's host                       (python -m server)
   cg-fedllm client --server ...        a node                                  (python -m client)
   cg-fedllm status [RUN]               how a run is doing                      (python -m server status)
+  cg-fedllm watch [RUN]                a live view of a run, or its page       (python -m server.watch)
   cg-fedllm tgap [OVERRIDES ...]       trains an artifact of the codec         (python -m tgap)
   cg-fedllm compare RUN ...            finished runs beside each other         (python -m server.compare)
   cg-fedllm score RUN ...              benchmarks of what was trained          (python -m server.score)
@@ -29,6 +30,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "server": ("server",),
     "client": ("client",),
     "status": ("server", "status"),
+    "watch": ("server.watch",),
     "tgap": ("tgap",),
     "compare": ("server.compare",),
     "score": ("server.score",),

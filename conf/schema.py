@@ -75,6 +75,7 @@ class FederationSettings:
     patience: int | None = None  # so many rounds without an improvement end the run; null: all rounds are run
     min_improvement: float = 0.0  # with patience: of the held-out loss, nats per token, that counts as one
     metrics_port: int | None = None  # Prometheus text on 127.0.0.1, while the run lasts
+    page_port: int | None = None  # a live page of the run on 127.0.0.1, while it lasts
     sample_answers: int = 3  # held-out prompts that the report shows answers to, before and after; 0: none
     # nodes evaluate the global adapter on their own held-out windows before the first round, after every Nth and after
     # the last; 0: never
@@ -276,8 +277,7 @@ def _check_counts(federation: FederationSettings) -> None:
                 f"federation.{key}={number} must lie between 1 and federation.num_clients={federation.num_clients}, or "
                 "be null"
             )
-    if federation.metrics_port is not None and not 1 <= federation.metrics_port <= 65535:
-        raise ValueError(f"federation.metrics_port={federation.metrics_port} must lie between 1 and 65535, or be null")
+    _check_ports(federation)
     _check_patience(federation)
 
 
@@ -306,6 +306,17 @@ def _check_search(search: SearchSettings) -> None:
     if search.objective == "bytes" and search.target_loss is None:
         raise ValueError(
             "search.objective=bytes needs search.target_loss=NATS, the held-out loss that the fewest bytes must keep"
+        )
+
+
+def _check_ports(federation: FederationSettings) -> None:
+    for key in ("metrics_port", "page_port"):
+        port = getattr(federation, key)
+        if port is not None and not 1 <= port <= 65535:
+            raise ValueError(f"federation.{key}={port} must lie between 1 and 65535, or be null")
+    if federation.page_port is not None and federation.page_port == federation.metrics_port:
+        raise ValueError(
+            f"federation.page_port={federation.page_port} is federation.metrics_port as well: choose another port"
         )
 
 

@@ -18,13 +18,14 @@ from adapters.finetune import DivergedError, descend, mean_gradients
 from adapters.model import get_adapter, on_host, set_adapter
 from adapters.settings import num_steps, round_factor
 from adapters.windows import Windows
-from conf.output import OutputError, open_output, write_json
+from conf.output import open_output, write_json
 from conf.schema import Settings, check_settings
 from server.alive import alive
 from server.best import best_round, enough
 from server.evaluate import Evaluator
 from server.events import EventLog
 from server.finish import report_on
+from server.live_page import serve_page
 from server.progress import shown
 from server.results import RunResults
 from server.tracking import tracked
@@ -42,15 +43,12 @@ def run_alone(settings: Settings) -> RunResults:
     output = open_output(Path(settings.output))
     with alive(output, settings.run_id):
         events = EventLog(output)
-        try:
+        with contextlib.ExitStack() as page, events.telling_failure():
+            page.enter_context(serve_page(settings.federation.page_port, output))  # shut after a failure is told
             with shown(events), tracked(settings, events) as tracking:
                 results = _run(settings, output, events)
                 tracking.finish(results)
                 return results
-        except Exception as error:
-            with contextlib.suppress(OutputError):  # a full disk, which is what the error says
-                events.write("run_failed", reason=str(error) if isinstance(error, ValueError) else repr(error))
-            raise
 
 
 def _run(settings: Settings, output: Path, events: EventLog) -> RunResults:

@@ -8,10 +8,11 @@ Every event has ``time`` (Unix seconds) and ``event``: ``run_started``, ``waitin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ LONGEST_LINE = 1 << 16
 """Bytes; what is longer is no event of ours."""
 LARGEST = 1 << 62
 """No count of ours is larger."""
+
+WHO, WORDS = "who", "words"
+"""What a run's privacy keeps from who looks on, ``withheld`` of ``run_started``: which clients take part when, and what
+clients say of their faults, which may quote their data."""
 
 Event = Mapping[str, Any]
 
@@ -50,6 +55,16 @@ class EventLog:
         except OSError as error:
             raise OutputError(f"{self._path} cannot be written: {error.strerror}") from None
 
+    @contextlib.contextmanager
+    def telling_failure(self) -> Iterator[None]:
+        """An error that ends the block is an event, ``run_failed``."""
+        try:
+            yield
+        except Exception as error:
+            with contextlib.suppress(OutputError):  # a full disk, perhaps: the error itself says more
+                self.write("run_failed", reason=str(error) if isinstance(error, ValueError) else repr(error))
+            raise
+
 
 class EventReader:
     """Reads a log that may grow, piece by piece."""
@@ -59,9 +74,12 @@ class EventReader:
         self._offset = 0
         self._file: tuple[int, int] | None = None  # device and inode
 
-    def new(self) -> list[Event]:
+    def new(self, most: int | None = None) -> list[Event]:
         """Events since the last call; all of the new file if it was replaced. A line that is still being written is
         left for the next call; what is no JSON object of ours is left out.
+
+        Args:
+            most: of them at a time; the next call goes on there, and fewer are the last. None: all of them.
 
         Raises:
             ValueError: there is no log.
@@ -72,8 +90,10 @@ class EventReader:
                 if (stat.st_dev, stat.st_ino) != self._file or stat.st_size < self._offset:
                     self._file, self._offset = (stat.st_dev, stat.st_ino), 0
                 file.seek(self._offset)
-                events = []
-                while (line := file.readline(LONGEST_LINE)).endswith(b"\n") or len(line) == LONGEST_LINE:
+                events: list[Event] = []
+                while (most is None or len(events) < most) and (
+                    (line := file.readline(LONGEST_LINE)).endswith(b"\n") or len(line) == LONGEST_LINE
+                ):
                     if not line.endswith(b"\n"):
                         _skip_line(file)
                     elif (event := _parsed(line)) is not None:
@@ -92,21 +112,21 @@ def _skip_line(file: Any) -> None:
 def _parsed(line: bytes) -> Event | None:
     try:
         event = json.loads(line)
-        return event if isinstance(event, dict) and 0 <= _number(event, "time") < 1e11 else None
+        return event if isinstance(event, dict) and 0 <= number_of(event, "time") < 1e11 else None
     except (ValueError, RecursionError, TypeError, KeyError):
         return None
 
 
-def _number(event: Event, key: str) -> float:
-    """Finite. Raises KeyError, TypeError or ValueError: it is missing or something else."""
+def number_of(event: Event, key: str) -> float:
+    """What stands there, if it is finite. Raises KeyError, TypeError or ValueError: it is missing or something else."""
     value = event[key]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -LARGEST < value < LARGEST:
         raise TypeError(key)
     return float(value)
 
 
-def _count(event: Event, key: str) -> int:
-    """From 0. Raises as ``_number``."""
+def count_of(event: Event, key: str) -> int:
+    """A whole number from 0. Raises as ``number_of``."""
     value = event[key]
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LARGEST:
         raise TypeError(key)
@@ -157,7 +177,7 @@ class RunStatus:
     def add(self, event: Event) -> None:
         """What is unknown or not of the expected types is left aside."""
         try:
-            now, change = _number(event, "time"), _CHANGES.get(event["event"])
+            now, change = number_of(event, "time"), _CHANGES.get(event["event"])
             if change is not None:
                 change(self, event)
                 self.updated = max(self.updated, now)
@@ -165,27 +185,27 @@ class RunStatus:
             return
 
     def _start(self, event: Event) -> None:
-        arm, rounds = printable(event["arm"]), _count(event, "rounds")
+        arm, rounds = printable(event["arm"]), count_of(event, "rounds")
         self.state, self.arm, self.rounds, self._since, self.reason = "waiting", arm, rounds, 0.0, ""
         self.codec, self.run_id = printable(event.get("codec", "")), printable(event.get("run_id", ""))
         self.started = self.started or event["time"]
         self.evaluates = event.get("base") != "none"
 
     def _wait(self, event: Event) -> None:
-        self.nodes = _count(event, "count")
+        self.nodes = count_of(event, "count")
 
     def _start_round(self, event: Event) -> None:
-        asked = _count(event, "clients")
+        asked = count_of(event, "clients")
         self.state, self._since, self.answers, self.asked = "running", self._since or event["time"], 0, asked
 
     def _take_downlink(self, event: Event) -> None:
-        size = sum(_count(event, key) for key in DOWNLINK_BYTES)
+        size = sum(count_of(event, key) for key in DOWNLINK_BYTES)
         self.bytes_down += size
         self.bytes_evaluating += size if event.get("evaluating") is True else 0
-        self.bytes_missed += _count(event, "catch_up_bytes") + _count(event, "snapshot_bytes")
+        self.bytes_missed += count_of(event, "catch_up_bytes") + count_of(event, "snapshot_bytes")
 
     def _take_uplink(self, event: Event) -> None:
-        self.payload_bytes += _count(event, "payload_bytes")
+        self.payload_bytes += count_of(event, "payload_bytes")
         self.uplinks, self.answers = self.uplinks + 1, self.answers + 1
 
     def _take_fault(self, event: Event) -> None:
@@ -193,22 +213,22 @@ class RunStatus:
         self.faults += 1
 
     def _finish_round(self, event: Event) -> None:
-        self.server_round = _count(event, "server_round")
+        self.server_round = count_of(event, "server_round")
         if self._since:
             self._round_seconds.append(max(0.0, event["time"] - self._since))
         self._since = event["time"]
 
     def _evaluate(self, event: Event) -> None:
-        loss, done = event["heldout_loss"], _count(event, "server_round")
+        loss, done = event["heldout_loss"], count_of(event, "server_round")
         if isinstance(loss, bool) or not isinstance(loss, (int, float)):
             raise TypeError("heldout_loss")
         finite = isinstance(loss, float) or -LARGEST < loss < LARGEST
-        self.heldout_loss = [*self.heldout_loss[:done], float(loss) if finite else math.inf]
+        self.heldout_loss[done:] = [float(loss) if finite else math.inf]
 
     def _evaluate_on_nodes(self, event: Event) -> None:
-        if _count(event, "clients"):
-            done, loss = _count(event, "server_round"), _number(event, "loss")
-            worst = f"{_number(event, 'worst'):.4f} (client {_count(event, 'worst_client')})"
+        if count_of(event, "clients"):
+            done, loss = count_of(event, "server_round"), number_of(event, "loss")
+            worst = f"{number_of(event, 'worst'):.4f} (client {count_of(event, 'worst_client')})"
             self.node_losses = {n: one for n, one in self.node_losses.items() if n < done} | {done: loss}
             self.worst_client = worst
 

@@ -43,9 +43,10 @@ from server.alive import alive
 from server.best import best_round, enough
 from server.checkpoint import Checkpoint, go_back, load_checkpoint, save_checkpoint
 from server.evaluate import Evaluator
-from server.events import EventLog
+from server.events import WHO, WORDS, EventLog
 from server.finish import report_on
 from server.journal import Journal
+from server.live_page import serve_page
 from server.metrics import serve_metrics
 from server.outline import Outline
 from server.private import Books
@@ -94,7 +95,8 @@ def _run(grid: Grid, settings: Settings, output: Path, bound: Mapping[int, int] 
         open_output(Path(settings.record).parent)
     (output / "results.json").unlink(missing_ok=True)  # of an earlier run in the same folder, or of fewer rounds
     events = EventLog(output, keep=before is not None)
-    try:
+    with contextlib.ExitStack() as page, events.telling_failure():
+        page.enter_context(serve_page(settings.federation.page_port, output))  # shut after a failure is told
         with (
             shown(events),
             serve_metrics(settings.federation.metrics_port, events),
@@ -103,10 +105,6 @@ def _run(grid: Grid, settings: Settings, output: Path, bound: Mapping[int, int] 
             results = prepare(grid, settings, events, before, bound).run()
             tracking.finish(results)
             return results
-    except Exception as error:
-        with contextlib.suppress(OutputError):  # a full disk, perhaps: the error itself says more
-            events.write("run_failed", reason=str(error) if isinstance(error, ValueError) else repr(error))
-        raise
 
 
 def prepare(
@@ -267,6 +265,8 @@ class Federation:
         federation = self.settings.federation
         started = "run_resumed" if self.done else "run_started"
         codec = self.settings.codec.name if self.settings.arm == "coded" else ""
+        privacy = self.settings.privacy
+        withheld = [what for what, kept in ((WHO, privacy.secret_sampling), (WORDS, privacy.protects)) if kept]
         self.journal.event(
             started,
             arm=self.settings.arm,
@@ -274,6 +274,7 @@ class Federation:
             rounds=federation.rounds,
             run_id=self.settings.run_id,
             base=self.settings.server.base,
+            **({"withheld": withheld} if withheld else {}),
         )
         places = call_roll(self.strategy.roll, self.journal.waiting, federation.min_clients)
         self.journal.event("nodes", count=len(places))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -13,19 +14,29 @@ from rich.text import Text
 
 from conf.console import bytes_text, is_live, printable, say, seconds_text
 from server.alive import is_alive, read_heartbeat
-from server.events import EventReader, RunStatus
+from server.events import Event, EventReader, RunStatus
 from server.places import continuation
 
 ENDED = ("finished", "failed", "stopped", "dead")
+BATCH = 1000
+"""Events that are held at a time."""
 
 
 class Watcher:
     """Reads a run's folder again and again."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises ValueError: the folder holds no run."""
+    def __init__(self, folder: Path, listener: Callable[[Event], None] | None = None) -> None:
+        """
+        Args:
+            folder: of the run.
+            listener: is told of every event, too; ``run_started`` begins another run.
+
+        Raises:
+            ValueError: the folder holds no run.
+        """
         self.folder = folder
         self._reader = EventReader(folder)
+        self._listener = listener
         self._status = RunStatus()
         self.status()
 
@@ -35,16 +46,23 @@ class Watcher:
         Raises:
             ValueError: the folder holds no run any more.
         """
-        for event in self._reader.new():
-            self._status.add(event)
-        status = self._status
-        if status.state in ("waiting", "running") and not is_alive(self.folder):
-            for event in self._reader.new():  # it may have ended between the two
-                status.add(event)
+        self._read()
+        if self._status.state in ("waiting", "running") and not is_alive(self.folder):
+            self._read()  # it may have ended between the two
+            status = self._status
             if status.state in ("waiting", "running"):
                 beat = read_heartbeat(self.folder)
                 status.state, status.updated = "dead", max(status.updated, beat.time if beat is not None else 0.0)
-        return status
+        return self._status
+
+    def _read(self) -> None:
+        while events := self._reader.new(BATCH):
+            for event in events:
+                if event.get("event") == "run_started":  # in a folder where another was before
+                    self._status = RunStatus()
+                self._status.add(event)
+                if self._listener is not None:
+                    self._listener(event)
 
 
 def show_status(folder: Path, follow: bool, poll_seconds: float = 1.0) -> None:

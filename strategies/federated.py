@@ -326,15 +326,15 @@ class FederatedStrategy(AdapterStrategy):
 
     def _fault(self, server_round: int, partition: int, refused: Refused) -> None:
         """Notes a client that gives nothing to the round. Who is absent is not punished: no round waits for it."""
-        node, reason = self._nodes.get(partition, 0), refused.reason
+        node, reason, rests_until = self._nodes.get(partition, 0), refused.reason, 0
         if refused.claims_another:
             self.roll.forget(node)
         if refused.has_spent:
             self.sampling.has_spent(partition)
-        elif refused.kind != ABSENT:
-            reason += self.sampling.failed(server_round, partition)
+        elif refused.kind != ABSENT and (rests := self.sampling.failed(server_round, partition)):
+            reason, rests_until = reason + rests, self.sampling.resting[partition]
         log(WARNING, "partition %s (node %s) is left out of round %s: %s", partition, node, server_round, reason)
-        self.observer.fault(Fault(server_round, partition, reason, refused.kind, node))
+        self.observer.fault(Fault(server_round, partition, reason, refused.kind, node, rests_until=rests_until))
 
     def summary(self) -> None:
         sampling = self.sampling

@@ -59,6 +59,7 @@ class Fault:
     kind: str = REFUSED
     node: int = 0  # Flower's id; 0: none is known for the partition
     evaluating: bool = False  # it was asked for its held-out loss after the round, not for an update: no strike
+    rests_until: int = 0  # the last round that it is left out of for this; 0: it does not rest
 
 
 @dataclass(frozen=True)

@@ -518,6 +518,7 @@ def test_a_client_that_keeps_failing_rests_and_the_round_waits_for_it_no_longer(
     results = run(settings, tmp_path, LateGrid)
     assert [(fault.server_round, fault.partition) for fault in results.faults] == [(1, 0), (2, 0), (3, 0), (6, 0)]
     assert "failed 3 times in a row and rests for 2 rounds" in results.faults[2].reason
+    assert [fault.rests_until for fault in results.faults[:3]] == [0, 0, results.faults[2].server_round + 2]
     assert results.heldout_loss[-1] < results.heldout_loss[0] - 0.02
 
 

@@ -94,6 +94,8 @@ def test_every_option_of_every_group_composes(group: str) -> None:
         ("backend.client_gpus=-1", "backend.client_gpus=-1.0"),
         ("federation.metrics_port=0", "federation.metrics_port=0 must lie between 1 and 65535"),
         ("federation.metrics_port=65536", "federation.metrics_port=65536"),
+        ("federation.page_port=0", "federation.page_port=0 must lie between 1 and 65535"),
+        ("federation.page_port=65536", "federation.page_port=65536"),
         (
             "federation.trackers=[tensorboard,neptune]",
             "federation.trackers holds 'neptune', which is none of tensorboard",
