@@ -82,6 +82,7 @@ def _node_config(args: argparse.Namespace, private: Path) -> NodeConfig:
         trust_server_code=args.trust_server_code,
         peer_keys=args.peer_keys,
         max_epsilon=args.max_epsilon,
+        max_bits=args.max_bits,
     )
 
 
@@ -159,6 +160,12 @@ def _parser() -> argparse.ArgumentParser:
         help="take part in runs with differential privacy alone, and only until their epsilons add up to E",
     )
     parser.add_argument(
+        "--max-bits",
+        type=float,
+        metavar="B",
+        help="of a slow line: send at most B bits a parameter, whatever the run says",
+    )
+    parser.add_argument(
         "--peer-keys",
         type=Path,
         metavar="FOLDER",
@@ -187,8 +194,9 @@ def _checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[
         parser.error(
             f"--gpus-per-client {args.gpus_per_client}: at least 1, and more than 1 needs the resident trainer"
         )
-    if args.max_epsilon is not None and not 0 < args.max_epsilon < math.inf:
-        parser.error(f"--max-epsilon {args.max_epsilon:g} must be a number greater than 0")
+    for option in ("max_epsilon", "max_bits"):
+        if (value := getattr(args, option)) is not None and not 0 < value < math.inf:
+            parser.error(f"--{option.replace('_', '-')} {value:g} must be a number greater than 0")
     if not args.insecure:
         _check_keys(parser, args, len(partitions))
     for key in ("model_path", "task_path", "codec_artifact", "peer_keys"):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from client.console import PartitionConsole, print_event
 from client.own_app import APP_VARIABLE, CHECKOUT
-from client.work import MAX_EPSILON, NODE_KEY, PEER_KEYS, TRUST
+from client.work import MAX_BITS, MAX_EPSILON, NODE_KEY, PEER_KEYS, TRUST
 from conf.processes import Child, path_with_binaries
 
 ENVIRONMENT = {
@@ -43,6 +43,7 @@ class NodeConfig:
     trust_server_code: bool = False  # any app that the server sends
     peer_keys: Path | None = None  # all nodes' public keys; None: in masked sums the server's word is taken for them
     max_epsilon: float | None = None  # of all runs on this node's data together; None: its owner sets no bound
+    max_bits: float | None = None  # a parameter, that is sent at most; None: as many as the run says
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ def _supernode(node: NodeConfig, own: PartitionConfig, environment: dict[str, st
         config.append(f'{PEER_KEYS}="{node.peer_keys.absolute()}"')
     if node.max_epsilon is not None:
         config.append(f'{MAX_EPSILON}="{node.max_epsilon}"')
+    if node.max_bits is not None:
+        config.append(f'{MAX_BITS}="{node.max_bits}"')
     if node.resident_trainer:
         config.append(f'trainer-socket="{_socket(node, own.partition)}"')
     trust = ["--insecure"]

@@ -30,7 +30,7 @@ from adapters.team import Team
 from client.console import note, round_line
 from client.memory import DiskMemory
 from client.private import Guard, Owner, keep_terms, secret_of, with_noise
-from client.work import MAX_EPSILON, TRUST, Arrays, Evaluated, Overrides, Trained, Work
+from client.work import MAX_BITS, MAX_EPSILON, TRUST, Arrays, Evaluated, Overrides, Trained, Work
 from conf.basis import codecs_of
 from conf.footprint import client_memory
 from conf.remedies import COPY_IT, codec_remedies
@@ -40,7 +40,9 @@ from gradcodec.build import byte_budget
 from gradcodec.client import ClientEnd, LacksError, Place
 from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
+from gradcodec.registry import entry_of
 from gradcodec.rounds import Codecs, codec_at
+from gradcodec.settings import CodecSettings
 from gradcodec.sums import PublicRound, basis_at
 from privacy.errors import PrivacyError
 from strategies.settings import StrategySettings
@@ -338,6 +340,26 @@ def trainer_for(settings_json: str, overrides: Overrides) -> Trainer:
 _current: tuple[tuple[str, Overrides], Trainer] | None = None
 
 
+def _slower(settings: Settings, bits: float) -> CodecSettings:
+    """The run's codec at no more bits a parameter than this node's owner gives. What a payload leaves out stays in the
+    residual, and the server counts the client as any other: it tells nobody's rate from a payload.
+
+    Raises:
+        ValueError: the run sends adapters as they are, by a codec of one rate, or in masked sums.
+    """
+    codec = settings.codec
+    if settings.arm == "coded" and codec.bits is not None and codec.bits <= bits:
+        return codec
+    said = f"this node sends at most {bits:g} bits a parameter (--max-bits), and the run"
+    if settings.arm != "coded":
+        raise ValueError(f"{said} sends adapters as they are: it needs arm=coded")
+    if settings.privacy.secure_aggregation:
+        raise ValueError(f"{said} makes masked sums, in which all clients have one rate: give codec.bits={bits:g}")
+    if not entry_of(codec.name).has_rate:
+        raise ValueError(f"{said} has codec={codec.name}, which has one rate alone")
+    return dataclasses.replace(codec, bits=bits)
+
+
 def _new_trainer(settings_json: str, own: dict[str, str]) -> Trainer:
     settings = Settings.from_json(settings_json)
     if settings.model.trust_remote_code and not (own.get(TRUST) == "true" or os.environ.get(TRUST_VARIABLE)):
@@ -351,6 +373,8 @@ def _new_trainer(settings_json: str, own: dict[str, str]) -> Trainer:
     settings.task = dataclasses.replace(settings.task, path=own.get("task-path", settings.task.path))
     settings.codec = dataclasses.replace(settings.codec, artifact=artifact)
     settings.strategy = StrategySettings()  # the server's alone: a node need not have what it names
+    if (bits := own.get(MAX_BITS)) is not None:
+        settings.codec = _slower(settings, float(bits))
     limit = own.get(MAX_EPSILON)
     return Trainer(settings, own_data="task-path" in own, max_epsilon=None if limit is None else float(limit))
 

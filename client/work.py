@@ -13,8 +13,8 @@ from gradcodec.transfers import Broadcast
 
 Arrays = dict[str, NDArray[np.float32]]
 Overrides = tuple[tuple[str, str], ...]
-"""What a node says by its node config: its own paths (``model-path``, ``task-path``, ``codec-artifact``), ``TRUST``
-and ``MAX_EPSILON``."""
+"""What a node says by its node config: its own paths (``model-path``, ``task-path``, ``codec-artifact``), ``TRUST``,
+``MAX_EPSILON`` and ``MAX_BITS``."""
 TRUST = "trust-remote-code"
 """``true`` if the node's owner lets a model's own Python code run: a server alone cannot."""
 NODE_KEY = "node-key"
@@ -23,6 +23,8 @@ PEER_KEYS = "peer-keys"
 """A folder with all nodes' public keys, by which the keys of the others in a masked sum are checked."""
 MAX_EPSILON = "max-epsilon"
 """What all runs together may give away of the node's data, by its owner."""
+MAX_BITS = "max-bits"
+"""A parameter, that this node sends at most, by its owner: its line is slower than others'."""
 
 
 @dataclass(frozen=True)
