@@ -159,7 +159,7 @@ def _spectra(rows: Mapping[str, Sequence[Row]]) -> Iterator[Part]:
             yield Figure(f"{run}: {title}", f"{title} over rounds.", lines(drawn, "round", title, "of"), drawn)
         ends = {min(r["round"] for r in of_run), max(r["round"] for r in of_run)}
         own = [row for row in of_run if row["of"] == "clients" and row["round"] in ends]
-        shares = [
+        shares: list[Row] = [
             {"singular value": k, "share of the energy": share, "of": f"{row['factor']}, round {row['round']}"}
             for row in own
             for k, share in enumerate(_list(row["shares"]), 1)
@@ -170,7 +170,7 @@ def _spectra(rows: Mapping[str, Sequence[Row]]) -> Iterator[Part]:
             lines(shares, "singular value", "share of the energy", "of", log_y=True),
             shares,
         )
-        bins = [
+        bins: list[Row] = [
             {"value / rms": _centre(i, len(_list(row["histogram"]))), "share of the values": share, "of": name}
             for row in own
             for name in [f"{row['factor']}, round {row['round']}"]

@@ -86,7 +86,7 @@ def test_an_output_of_zeros_has_no_signal_by_one_definition_and_much_by_the_othe
     nothing = Deaf(layout, said=torch.zeros(layout.rank, layout.num_columns))
     *_, row = snr_by_place(Coding.of("nothing", nothing, recording), recording.updates)
     assert row.snr_db == pytest.approx(0, abs=1e-6)
-    assert row.paper_snr_db == pytest.approx(10 * math.log10(row.num_values)) and row.num_values > 1000
+    assert row.paper_snr_db == pytest.approx(10 * math.log10(row.num_values)) and row.num_values > 100
 
 
 @pytest.mark.parametrize("bits", [0.5, 1.0])
@@ -222,7 +222,7 @@ def test_the_course_of_a_run_counts_all_bytes_and_waits_for_the_slowest(tmp_path
     assert first.bytes == 3000 + 1000 + 70
     assert second.bytes == results.account().total == account_of(ups, downs, 80).total
     assert first.link_seconds == pytest.approx(2 * 1 + 2.0 + 0.5)
-    assert (second.link_seconds, second.seconds) == (pytest.approx(9.0), pytest.approx(15.0))
+    assert second.link_seconds == pytest.approx(9.0) and second.seconds == pytest.approx(15.0)
     with pytest.raises(ValueError, match="sent nothing"):
         course(replace(results, uplinks=[]), link)
 
