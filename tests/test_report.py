@@ -13,14 +13,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
-from importlib.util import find_spec
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 import hydra
 import pytest
 import torch
+from browsers import WIDTHS, chromium, in_a_browser, opened
 from run_results import HOSTILE, pretended_results, standard_settings
 
 from adapters.settings import TrainSettings
@@ -49,7 +48,6 @@ from strategies.outcomes import FAILED, Fault, NodeLoss
 from tasks.settings import TaskSettings
 
 ANSWERS = [{"prompt": f"say {HOSTILE}", "before": "a\nb", "after": "c", "how it really goes on": "d"}]
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := which(name))), None)
 
 
 class Page(HTMLParser):
@@ -580,13 +578,10 @@ def test_sections_without_answers_are_left_out() -> None:
     assert "Answers before and after" not in titles and titles[0] == "Whether to trust it"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed here")
-@pytest.mark.skipif(find_spec("playwright") is None, reason="playwright is not installed: pip install playwright")
+@in_a_browser
 @pytest.mark.parametrize("kind", ["run", "comparison"])
 def test_a_browser_shows_it(kind: str, tmp_path: Path) -> None:
     """Without an error, as wide as its window, with the values of the JSON, in every light."""
-    from playwright.sync_api import sync_playwright
-
     if kind == "run":
         write_run_page(pretended_results(), tmp_path, ANSWERS)
     else:
@@ -594,21 +589,13 @@ def test_a_browser_shows_it(kind: str, tmp_path: Path) -> None:
         write_comparison(*read_runs(folders), tmp_path, "Beside each other")
     content = json.loads((tmp_path / "report.json").read_text())
     figures = [part for part in parts_of(content) if part["kind"] == "figure"]
-    with sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        for width in (390, 1440):
+    address = (tmp_path / "report.html").as_uri()
+    with chromium() as browser:
+        for width in WIDTHS:
             for light in ("light", "dark"):
-                context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=light)
-                page = context.new_page()
-                said: list[str] = []
-                asked: list[str] = []
-                page.on("console", lambda message, said=said: said.append(message.text))
-                page.on("pageerror", lambda error, said=said: said.append(str(error)))
-                page.on("dialog", lambda dialog, said=said: said.append(dialog.message))
-                page.on("request", lambda request, asked=asked: asked.append(request.url))
-                page.goto((tmp_path / "report.html").as_uri())
+                page, said, asked = opened(browser, address, width, light)
                 page.wait_for_function("document.documentElement.dataset.drawn !== undefined")
-                assert said == [] and asked == [(tmp_path / "report.html").as_uri()]
+                assert said == [] and asked == [address]
                 assert page.evaluate("document.documentElement.scrollWidth") <= width
                 assert page.evaluate("document.querySelectorAll('.chart svg').length") == len(figures)
                 ends = "[...document.querySelectorAll('.chart svg')].map(s => s.getBoundingClientRect().right)"
@@ -625,5 +612,4 @@ def test_a_browser_shows_it(kind: str, tmp_path: Path) -> None:
                 page.focus("summary")
                 page.keyboard.press("Enter")
                 assert page.evaluate("document.querySelector('details').open")
-                context.close()
-        browser.close()
+                page.context.close()
