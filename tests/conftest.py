@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from flwr.app import Message
@@ -33,6 +34,8 @@ from gradcodec.learned.fit import Sample, fit_learned
 from gradcodec.learned.tables import LearnedTables
 from strategies.folding import unfold
 
+hypothesis.settings.register_profile("untimed", deadline=None)  # how long a case takes is the machine's affair
+hypothesis.settings.load_profile("untimed")
 server.answers.MOST_TOKENS = 4  # nobody reads what the tests' models write
 TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # outside a Flower process Message() needs them
 

@@ -158,7 +158,7 @@ def test_a_resumed_run_goes_on_with_what_the_strategy_remembers(installed: Path,
 FLOWERS: dict[str, Callable[..., Strategy]] = {
     "flowers-krum": lambda settings, arguments: Krum(num_malicious_nodes=0, **arguments),
     "fedyogi": lambda settings, arguments, eta=0.01: FedYogi(eta=eta, **arguments),
-    "dp": lambda settings, arguments: DifferentialPrivacyServerSideFixedClipping(FedAvg(**arguments), 0.01, 1.0, 2),
+    "dp": lambda settings, arguments: DifferentialPrivacyServerSideFixedClipping(FedAvg(**arguments), 1e-3, 1.0, 2),
 }
 
 
