@@ -313,7 +313,9 @@ def test_what_cannot_be_shown_is_refused(
 def test_on_a_terminal_it_is_redrawn_until_ctrl_c(living: Path) -> None:
     """In a process of its own, which has loaded no engine."""
     ours, theirs = pty.openpty()
-    code = "import sys, server.watch as w; w.main(); print('torch' in sys.modules, 'flwr' in sys.modules)"
+    ctrl_c = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # which what runs in the background ignores
+    code = f"import signal, sys; {ctrl_c}; import server.watch as w; w.main()"
+    code += "; print('torch' in sys.modules, 'flwr' in sys.modules)"
     command = [sys.executable, "-c", code, str(living), "--every", "0.1"]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24", "PYTHONPATH": str(Path.cwd())}
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
