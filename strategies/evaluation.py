@@ -17,18 +17,17 @@ from dataclasses import dataclass
 from logging import WARNING
 
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.common.constant import ErrorCode
 from flwr.common.serde import recorddict_to_proto
 from flwr.serverapp import Grid
 from flwr.supercore import log
 from torch import Tensor
 
 from strategies.broadcast import Broadcaster
-from strategies.folding import unfold
 from strategies.messages import in_order, replies_to
-from strategies.outcomes import ABSENT, FAILED, REFUSED, EvaluationObserver, Fault, NodeLoss
+from strategies.outbox import Outbox
+from strategies.outcomes import FAILED, REFUSED, Downlink, EvaluationObserver, Fault, NodeLoss
 from strategies.peer_text import clean
-from strategies.receive import Refused, lacks_of
+from strategies.receive import Refused, failure_of, lacks_of
 from strategies.roll import Roll
 from strategies.wire import (
     ARRAYS,
@@ -122,24 +121,23 @@ class Poll:
         self.broadcaster = broadcaster
         self.bounds = bounds
         self.observer = observer
-        self._messages: list[Message] = []
-        self._asked: dict[str, int] = {}  # identity of each of them -> its partition
-        self._repaired: set[int] = set()  # partitions that were sent another message
+        self._outbox = Outbox([], nodes, broadcaster)
         self._replies: Iterator[Message] = iter(())
 
     def send(self, grid: Grid, adapter: Mapping[str, Tensor], settings: str, seconds: float) -> None:
         for partition, node in self.nodes.items():
             arrays, of_adapter, sent = self.broadcaster.outgoing(partition, adapter)
             config = ConfigRecord({SETTINGS: settings, SERVER_ROUND: self.server_round, **of_adapter})
-            self._messages.append(Message(RecordDict({ARRAYS: arrays, CONFIG: config}), node, MessageType.EVALUATE))
-            self.observer.downlink(dataclasses.replace(sent, server_round=self.server_round, evaluating=True))
-        if self._messages:
-            self._replies = replies_to(grid, self._messages, seconds, self._again)
+            message = Message(RecordDict({ARRAYS: arrays, CONFIG: config}), node, MessageType.EVALUATE)
+            self._outbox.messages.append(message)
+            self._tell(sent)
+        if self.nodes:
+            self._replies = replies_to(grid, [*self._outbox.messages], seconds, self._again)
 
     def losses(self) -> list[NodeLoss]:
         """Of those that gave one, by ascending partition, once all have answered or their time is over."""
         found = []
-        for partition, reply in in_order(sorted(self.nodes), self._partition_of, self._replies):
+        for partition, reply in in_order(sorted(self.nodes), self._outbox.partition_of, self._replies):
             answer = judged(reply, self.server_round, partition, self.bounds)
             if isinstance(answer, NodeLoss):
                 self.broadcaster.answered(partition)
@@ -150,28 +148,15 @@ class Poll:
 
     def _again(self, reply: Message) -> Message | None:
         """What a client is sent that could not take in what it was sent, once. None: the reply is an answer."""
-        lacks, partition = lacks_of(reply), self._partition_of(reply)
-        if lacks is None or partition is None or partition in self._repaired:
-            return None
-        repair = self.broadcaster.repair(partition, lacks)
+        repair = self._outbox.repair(reply)
         if repair is None:
             return None
-        self._repaired.add(partition)
-        arrays, of_adapter, sent = repair
-        (asked,) = (m for m in self._messages if m.metadata.message_id == reply.metadata.reply_to_message_id)
-        before = unfold(asked.content)
-        config = ConfigRecord({**before.config_records[CONFIG], **of_adapter})
-        message = Message(RecordDict({ARRAYS: arrays, CONFIG: config}), self.nodes[partition], MessageType.EVALUATE)
-        self._messages.append(message)
-        self.observer.downlink(dataclasses.replace(sent, server_round=self.server_round, evaluating=True))
+        message, sent = repair
+        self._tell(sent)
         return message
 
-    def _partition_of(self, reply: Message) -> int | None:
-        identity = reply.metadata.reply_to_message_id
-        if identity not in self._asked:  # messages get their identity when they are sent
-            partition_of = {node: partition for partition, node in self.nodes.items()}
-            self._asked = {m.metadata.message_id: partition_of[m.metadata.dst_node_id] for m in self._messages}
-        return self._asked.get(identity)
+    def _tell(self, sent: Downlink) -> None:
+        self.observer.downlink(dataclasses.replace(sent, server_round=self.server_round, evaluating=True))
 
     def _fault(self, partition: int, refused: Refused) -> None:
         node = self.nodes[partition]
@@ -191,9 +176,7 @@ def judged(reply: Message | None, server_round: int, partition: int, bounds: Bou
     if reply is None:
         return Refused(FAILED, "no loss within federation.round_seconds")
     if reply.has_error():
-        code = reply.error.code
-        kind = ABSENT if code == ErrorCode.NODE_UNAVAILABLE else FAILED
-        return Refused(kind, clean(reply.error.reason or "") or f"Flower's error {code}")
+        return failure_of(reply.error)
     if lacks_of(reply) is not None:
         return Refused(REFUSED, "it does not come to hold the adapter that is to be evaluated")
     try:

@@ -23,12 +23,12 @@ from torch import Tensor
 from gradcodec.state import State
 from strategies.broadcast import Broadcaster
 from strategies.errors import RoundError
-from strategies.folding import unfold
 from strategies.messages import in_order
 from strategies.norms import NormBound
 from strategies.optimizer import begin_round, optimizer_state, restore_optimizer
+from strategies.outbox import Outbox
 from strategies.outcomes import ABSENT, REFUSED, Fault, Observer, Uplink
-from strategies.receive import Asked, Decoded, Receiver, Refused, lacks_of, receive
+from strategies.receive import Asked, Decoded, Receiver, Refused, receive
 from strategies.roll import POLL_SECONDS, Roll
 from strategies.sampling import Sampling
 from strategies.tensors import from_record, moved_to_record
@@ -88,9 +88,7 @@ class FederatedStrategy(AdapterStrategy):
         self.limits = limits
         self.uplinks: list[Uplink] = []  # what the last averaged round is made of
         self._absent: set[int] = set()  # partitions that were absent when they were last looked for
-        self._messages: list[Message] = []  # of this round
-        self._asked: dict[str, int] = {}  # identity of each of them -> its partition
-        self._repaired: set[int] = set()  # partitions that were sent another message in it
+        self._outbox = Outbox([], {}, ways.down)  # of this round
         self._nodes: dict[int, int] = {}  # partition -> node, of this round
 
     def configure_train(
@@ -129,8 +127,7 @@ class FederatedStrategy(AdapterStrategy):
             side_bytes = sum(len(array.data) for array in records.array_records.get(SIDE, {}).values())
             side_bytes += sum(len(value) for value in entries.values() if isinstance(value, bytes))
             self.observer.downlink(dataclasses.replace(sent, server_round=server_round, side_bytes=side_bytes))
-        self._messages, self._asked = messages, {}
-        self._repaired = set()
+        self._outbox = Outbox(messages, self._nodes, self.broadcaster)
         return messages
 
     @property
@@ -143,32 +140,14 @@ class FederatedStrategy(AdapterStrategy):
 
     def again(self, server_round: int, reply: Message) -> Message | None:
         """What a client is sent that could not take in what it was sent: once a round. None: the reply is an answer."""
-        lacks = lacks_of(reply)
-        partition = self._partition_of(reply)
-        if lacks is None or partition is None or partition in self._repaired:
-            return None
-        repair = self.broadcaster.repair(partition, lacks)
+        repair = self._outbox.repair(reply)
         if repair is None:
             return None
-        self._repaired.add(partition)
-        adapter, of_adapter, sent = repair
-        (asked,) = (m for m in self._messages if m.metadata.message_id == reply.metadata.reply_to_message_id)
-        before = unfold(asked.content)
-        config = ConfigRecord({**before.config_records[CONFIG], **of_adapter})
-        content = RecordDict({**before, ARRAYS: adapter, CONFIG: config})
-        message = Message(content, asked.metadata.dst_node_id, asked.metadata.message_type)
-        self._messages.append(message)
+        message, sent = repair
+        partition = self._outbox.partition_of(reply)
         log(WARNING, "partition %s holds another adapter than the server: it is sent what it needs", partition)
         self.observer.downlink(dataclasses.replace(sent, server_round=server_round))
         return message
-
-    def _partition_of(self, reply: Message) -> int | None:
-        """Who was asked for what this answers; None: nobody."""
-        identity = reply.metadata.reply_to_message_id
-        if identity not in self._asked:  # messages get their identity when they are sent
-            partition_of = {node: partition for partition, node in self._nodes.items()}
-            self._asked = {m.metadata.message_id: partition_of[m.metadata.dst_node_id] for m in self._messages}
-        return self._asked.get(identity)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -299,7 +278,7 @@ class FederatedStrategy(AdapterStrategy):
     def _decoded(self, server_round: int, replies: Iterable[Message]) -> Iterator[Decoded]:
         """The replies that are whole and are what they say, by ascending partition; all others are noted."""
         seen: dict[str, int] = {}  # digest -> the partition that it first came from
-        for partition, reply in in_order(sorted(self._nodes), self._partition_of, replies):
+        for partition, reply in in_order(sorted(self._nodes), self._outbox.partition_of, replies):
             asked = Asked(server_round, partition, self.limits.max_examples, self.limits.says_loss)
             found = receive(reply, asked, self.receiver, self.current)
             if isinstance(found, Decoded) and found.uplink.update_norm > 0:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
@@ -142,9 +142,7 @@ def checked(reply: Message | None, asked: Asked) -> MetricRecord | Refused:
     if reply is None:
         return Refused(FAILED, "no answer within federation.round_seconds")
     if reply.has_error():
-        code = reply.error.code
-        kind = ABSENT if code == ErrorCode.NODE_UNAVAILABLE else FAILED
-        return Refused(kind, clean(reply.error.reason or "") or f"Flower's error {code}")
+        return failure_of(reply.error)
     if _said(reply, SPENT) is True:
         return Refused(REFUSED, "its own count says that its privacy budget in this run is spent", has_spent=True)
     if lacks_of(reply) is not None:
@@ -159,6 +157,12 @@ def checked(reply: Message | None, asked: Asked) -> MetricRecord | Refused:
     except ValueError as error:
         return Refused(REFUSED, clean(error))
     return metrics
+
+
+def failure_of(error: Error) -> Refused:
+    """Why there is no answer, by a node's word or Flower's."""
+    kind = ABSENT if error.code == ErrorCode.NODE_UNAVAILABLE else FAILED
+    return Refused(kind, clean(error.reason or "") or f"Flower's error {error.code}")
 
 
 def _metrics_of(content: RecordDict, asked: Asked) -> MetricRecord:

@@ -180,7 +180,7 @@ class SecureStrategy(FederatedStrategy):
     ) -> Iterator[Message]:
         """One message: the mean of the round's sum. Raises RoundError: there is none, and nothing is averaged."""
         came: dict[int, Uplink] = {}
-        for partition, reply in in_order(sorted(self._nodes), self._partition_of, replies):
+        for partition, reply in in_order(sorted(self._nodes), self._outbox.partition_of, replies):
             found = self._taken_in(Asked(server_round, partition, 1.0, self.limits.says_loss), reply)
             if isinstance(found, Refused):
                 self._fault(server_round, partition, found)
