@@ -8,11 +8,13 @@ optimizer runs on the server (Reddi et al. 2021). ``delta``: AdamW here, averagi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapters.model import Adapter, get_adapter, set_adapter, subtract
 from adapters.settings import TrainSettings, num_steps
@@ -31,6 +33,7 @@ def finetune(
     settings: TrainSettings,
     seed: int,
     team: Team = Team(),  # noqa: B008 (frozen)
+    trained_rank: int | None = None,
 ) -> tuple[Adapter, float]:
     """Trains the adapter on random batches of windows.
 
@@ -44,6 +47,8 @@ def finetune(
         seed: of batches and dropout; the same seed, data and thread count give the same update to the bit.
         team: processes that do this together, all with the same arguments; all get the same update, which is that of
             one process but for the order of float sums (and for dropout, which every process draws on its own).
+        trained_rank: of every factor the first so many rows of A and columns of B are trained; the others take part in
+            every pass as they are. None: all are trained.
 
     Returns:
         The update (new adapter minus ``adapter``), float32 on the model's device, and the mean training loss in nats
@@ -55,7 +60,8 @@ def finetune(
     assert len(windows) > 0, "empty client data is refused before training starts"
     set_adapter(model, adapter)
     gradients = mean_gradients(model, windows, settings, seed, team)
-    loss = descend(model, gradients, settings, num_steps(settings, len(windows)), seed + team.rank)
+    trained = trained_parts(model, trained_rank)
+    loss = descend(trained, gradients, settings, num_steps(settings, len(windows)), seed + team.rank)
     return subtract(get_adapter(model), adapter), loss
 
 
@@ -64,8 +70,40 @@ def trained_parameters(model: PeftModel) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+@dataclass(frozen=True)
+class TrainedPart:
+    """What an optimizer is given of one of the model's parameters: all of it, or the rows of a rank. Of the others it
+    keeps no state."""
+
+    parameter: nn.Parameter
+    part: nn.Parameter  # the same one, or another on a part of its memory
+    cut: Callable[[Tensor], Tensor]
+
+    def take_gradient(self) -> None:
+        """From the parameter, where the backward pass left it."""
+        if self.part is not self.parameter and self.parameter.grad is not None:
+            self.part.grad = self.cut(self.parameter.grad)
+            self.parameter.grad = None
+
+
+def trained_parts(model: PeftModel, rank: int | None = None) -> list[TrainedPart]:
+    """Of the adapter's parameters, in the model's order; with a rank the first so many rows of A and columns of B."""
+    found = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            cut = partial(_of_rank, name, rank)
+            part = cut(parameter.detach())
+            is_whole = part.shape == parameter.shape
+            found.append(TrainedPart(parameter, parameter if is_whole else nn.Parameter(part), cut))
+    return found
+
+
+def _of_rank(name: str, rank: int | None, tensor: Tensor) -> Tensor:
+    return tensor[:rank] if ".lora_A." in name else tensor[:, :rank] if ".lora_B." in name else tensor
+
+
 def descend(
-    model: PeftModel,
+    trained: Sequence[TrainedPart],
     gradients: Iterable[float],
     settings: TrainSettings,
     steps: int,
@@ -76,7 +114,7 @@ def descend(
     """Takes a step for every loss that comes, along the gradient that came with it, and gives the mean of the losses.
 
     Args:
-        model: from whose adapter training goes on.
+        trained: where training goes on.
         gradients: gives a step's loss once the step's gradient lies in the parameters; ``steps`` of them.
         settings: optimizer, learning rate, schedule, bound of a gradient, and how strongly each step is pulled towards
             where the first began (``proximal_mu``).
@@ -88,7 +126,7 @@ def descend(
     Raises:
         DivergedError: a loss is not finite.
     """
-    parameters = trained_parameters(model)
+    parameters = [one.part for one in trained]
     optimizer = _optimizer(parameters, settings)
     device = parameters[0].device
     start = [parameter.detach().clone() for parameter in parameters] if settings.proximal_mu else []
@@ -99,6 +137,8 @@ def descend(
             if not math.isfinite(loss):
                 raise DivergedError(f"training diverged: the loss is {loss} in step {step + 1}: lower train.lr")
             total_loss += loss
+            for one in trained:
+                one.take_gradient()
             _pull(parameters, start, settings.proximal_mu)
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             for group in optimizer.param_groups:

@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from adapters.finetune import descend, trained_parameters
+from adapters.finetune import descend, trained_parameters, trained_parts
 from adapters.model import Adapter, get_adapter, set_adapter, subtract
 from adapters.settings import TrainSettings, num_steps, sampling_rate
 from adapters.team import Team
@@ -36,6 +36,7 @@ class Protection:
     uniforms: Callable[[int], Tensor]  # so many numbers in (0, 1], the same on every process of a team
     normals: Callable[[torch.Size], Tensor]  # standard normals of a shape, float32; asked for by the first of a team
     one_by_one: bool = False  # a pass for every window: where layers run twice or are compiled, hooks see no windows
+    trained_rank: int | None = None  # rows of every factor that are trained; the bound and the noise are of all
 
 
 def finetune_privately(
@@ -67,7 +68,8 @@ def finetune_privately(
     """
     set_adapter(model, adapter)
     gradients = _private_gradients(model, windows, settings, protection, team)
-    loss = descend(model, gradients, settings, num_steps(settings, len(windows)), seed + team.rank)
+    trained = trained_parts(model, protection.trained_rank)
+    loss = descend(trained, gradients, settings, num_steps(settings, len(windows)), seed + team.rank)
     return subtract(get_adapter(model), adapter), loss
 
 

@@ -83,6 +83,7 @@ def _node_config(args: argparse.Namespace, private: Path) -> NodeConfig:
         peer_keys=args.peer_keys,
         max_epsilon=args.max_epsilon,
         max_bits=args.max_bits,
+        max_rank=args.max_rank,
     )
 
 
@@ -166,6 +167,13 @@ def _parser() -> argparse.ArgumentParser:
         help="of a slow line: send at most B bits a parameter, whatever the run says",
     )
     parser.add_argument(
+        "--max-rank",
+        type=int,
+        metavar="R",
+        help="of a small GPU or a slow line: train and send the first R rows of every factor alone, whatever the run's "
+        "lora.rank",
+    )
+    parser.add_argument(
         "--peer-keys",
         type=Path,
         metavar="FOLDER",
@@ -194,7 +202,7 @@ def _checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[
         parser.error(
             f"--gpus-per-client {args.gpus_per_client}: at least 1, and more than 1 needs the resident trainer"
         )
-    for option in ("max_epsilon", "max_bits"):
+    for option in ("max_epsilon", "max_bits", "max_rank"):
         if (value := getattr(args, option)) is not None and not 0 < value < math.inf:
             parser.error(f"--{option.replace('_', '-')} {value:g} must be a number greater than 0")
     if not args.insecure:

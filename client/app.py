@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 
 from client.link import ResidentTrainer, trainer_at
 from client.sums import Member
-from client.work import MAX_BITS, MAX_EPSILON, NODE_KEY, PEER_KEYS, TRUST, Summed, Work
+from client.work import MAX_BITS, MAX_EPSILON, MAX_RANK, NODE_KEY, PEER_KEYS, TRUST, Summed, Work
 from gradcodec.transfers import Broadcast
 from privacy.errors import BudgetSpentError, PrivacyError
 from privacy.secagg import Invitation, least_stay
@@ -37,6 +37,7 @@ from strategies.wire import (
     NUM_EXAMPLES,
     PARTITION,
     PUBLISHED,
+    RANK,
     REFUSAL,
     REQUEST,
     RUN_ID,
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-NODE_KEYS = ("model-path", "task-path", "codec-artifact", TRUST, MAX_EPSILON, MAX_BITS)
+NODE_KEYS = ("model-path", "task-path", "codec-artifact", TRUST, MAX_EPSILON, MAX_BITS, MAX_RANK)
 """Keys of a node's config by which it says where its own copies lie, whom it trusts, and what it gives away."""
 
 TRAINER_SOCKET = "trainer-socket"
@@ -145,6 +146,8 @@ def train(message: Message, context: Context) -> Message:
     )
     if not privacy.protects:
         metrics[TRAIN_LOSS] = done.train_loss
+    if done.rank is not None:
+        metrics[RANK] = done.rank
     return Message(fold(RecordDict({ARRAYS: arrays, METRICS: metrics})), reply_to=message)
 
 

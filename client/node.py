@@ -12,7 +12,7 @@ from pathlib import Path
 
 from client.console import PartitionConsole, print_event
 from client.own_app import APP_VARIABLE, CHECKOUT
-from client.work import MAX_BITS, MAX_EPSILON, NODE_KEY, PEER_KEYS, TRUST
+from client.work import MAX_BITS, MAX_EPSILON, MAX_RANK, NODE_KEY, PEER_KEYS, TRUST
 from conf.processes import Child, path_with_binaries
 
 ENVIRONMENT = {
@@ -44,6 +44,7 @@ class NodeConfig:
     peer_keys: Path | None = None  # all nodes' public keys; None: in masked sums the server's word is taken for them
     max_epsilon: float | None = None  # of all runs on this node's data together; None: its owner sets no bound
     max_bits: float | None = None  # a parameter, that is sent at most; None: as many as the run says
+    max_rank: int | None = None  # of what is trained; None: the run's
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,9 @@ def _supernode(node: NodeConfig, own: PartitionConfig, environment: dict[str, st
         config.append(f'{TRUST}="true"')
     if node.peer_keys is not None:
         config.append(f'{PEER_KEYS}="{node.peer_keys.absolute()}"')
-    if node.max_epsilon is not None:
-        config.append(f'{MAX_EPSILON}="{node.max_epsilon}"')
-    if node.max_bits is not None:
-        config.append(f'{MAX_BITS}="{node.max_bits}"')
+    for key, bound in ((MAX_EPSILON, node.max_epsilon), (MAX_BITS, node.max_bits), (MAX_RANK, node.max_rank)):
+        if bound is not None:
+            config.append(f'{key}="{bound}"')
     if node.resident_trainer:
         config.append(f'trainer-socket="{_socket(node, own.partition)}"')
     trust = ["--insecure"]

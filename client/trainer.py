@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,19 +31,18 @@ from adapters.team import Team
 from client.console import note, round_line
 from client.memory import DiskMemory
 from client.private import Guard, Owner, keep_terms, secret_of, with_noise
-from client.work import MAX_BITS, MAX_EPSILON, TRUST, Arrays, Evaluated, Overrides, Trained, Work
+from client.work import MAX_BITS, MAX_EPSILON, MAX_RANK, TRUST, Arrays, Evaluated, Overrides, Trained, Work
 from conf.basis import codecs_of
 from conf.footprint import client_memory
+from conf.limits import ClientLimits, limits_of, refusal_of
 from conf.remedies import COPY_IT, codec_remedies
 from conf.schema import Settings, check_settings
 from conf.sums import terms_of
 from gradcodec.build import byte_budget
 from gradcodec.client import ClientEnd, LacksError, Place
 from gradcodec.exchange import encode_update
-from gradcodec.layout import Layout
-from gradcodec.registry import entry_of
+from gradcodec.layout import Layout, rank_first
 from gradcodec.rounds import Codecs, codec_at
-from gradcodec.settings import CodecSettings
 from gradcodec.sums import PublicRound, basis_at
 from privacy.errors import PrivacyError
 from strategies.settings import StrategySettings
@@ -68,13 +68,20 @@ class _Loaded:
 class Trainer:
     """One per process and settings; serves any partition."""
 
-    def __init__(self, settings: Settings, own_data: bool = False, max_epsilon: float | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        own_data: bool = False,
+        max_epsilon: float | None = None,
+        own_limits: ClientLimits = ClientLimits(),  # noqa: B008 (frozen)
+    ) -> None:
         """With ``own_data`` the task's file or folder is this client's alone and is not dealt out; ``max_epsilon`` is
-        what the node's owner allows of all runs together."""
+        what the node's owner allows of all runs together, ``own_limits`` of every message."""
         check_settings(settings)
         self.settings = settings
         self.own_data = own_data
         self.max_epsilon = max_epsilon
+        self.own_limits = own_limits
         self._shards: dict[int, Shard] = {}
         self._guards: dict[int, Guard] = {}
         self._source = _source_of(settings)
@@ -172,6 +179,8 @@ class Trainer:
         self.shard(partition)
         if memory is not None:
             self.guard(partition, memory)
+        if self._limits(partition).rank is not None and (name := _wider_than_long(adapter_shapes(self.model))):
+            raise ValueError(f"{name!r} has more ranks than its layer has inputs or outputs: no node can train fewer")
         if "model" not in self.__dict__:  # once it is in use, its memory is no longer free
             needed = client_memory(self.settings)
             if self._given is not None:
@@ -194,10 +203,14 @@ class Trainer:
         assert work.adapter is not None
         start = time.perf_counter()
         self.allow(work)
+        limits = self._limits(work.partition)
         update, loss = self.finetune(work, team or Team())
         noised_here = settings.privacy.name == "client_dp" and not settings.privacy.is_discrete
         if noised_here and (guard := self.guard(work.partition, work.memory)) is not None:
             update = guard.hidden(update, self._secret(work))  # before coding, so that no residual holds anything else
+        if limits.rank is not None:
+            for name, change in update.items():
+                rank_first(name, change)[limits.rank :] = 0  # noise lies there as well
         trained = time.perf_counter()
         payload = self._encode(update, work) if settings.arm == "coded" else None
         new: Arrays | None = None
@@ -210,6 +223,7 @@ class Trainer:
             train_loss=loss,
             seconds_train=trained - start,
             seconds_encode=time.perf_counter() - trained,
+            rank=limits.rank,
         )
         note(round_line(work.server_round, done))
         return done
@@ -270,11 +284,18 @@ class Trainer:
         windows, rounds = self.shard(work.partition).train, self.settings.federation.rounds
         training = for_round(self.settings.train, work.server_round, rounds)
         seed = training_seed(self.settings.seed, work.server_round, work.partition)
+        rank = self._limits(work.partition).rank
         guard = self.guard(work.partition, work.memory)
         if guard is not None and self.settings.privacy.name == "record_dp":
-            protection = guard.protection(self._secret(work))
+            protection = dataclasses.replace(guard.protection(self._secret(work)), trained_rank=rank)
             return finetune_privately(self.model, adapter, windows, training, protection, seed, team)
-        return finetune(self.model, adapter, windows, training, seed, team=team)
+        return finetune(self.model, adapter, windows, training, seed, team, rank)
+
+    def _limits(self, partition: int) -> ClientLimits:
+        limits = limits_of(self.settings, partition, self.own_limits)
+        return (
+            limits if limits.rank is None or limits.rank < self.layout.rank else dataclasses.replace(limits, rank=None)
+        )
 
     def _secret(self, work: Work) -> bytes:
         return secret_of(self.settings, work.server_round, work.partition, work.secret)
@@ -289,7 +310,8 @@ class Trainer:
         assert work.adapter is not None
         adapter = {name: torch.from_numpy(array) for name, array in work.adapter.items()}
         side = None if work.side is None else torch.from_numpy(work.side)
-        place = Place(work.partition, work.server_round, side, work.accepted)
+        limits = self._limits(work.partition)
+        place = Place(work.partition, work.server_round, side, work.accepted, limits.bits, limits.rank)
         with codec_remedies(COPY_IT):
             if work.sum is None:
                 return self.end.encode(update, _memory_of(work), place, self.codecs.at(adapter))
@@ -340,24 +362,28 @@ def trainer_for(settings_json: str, overrides: Overrides) -> Trainer:
 _current: tuple[tuple[str, Overrides], Trainer] | None = None
 
 
-def _slower(settings: Settings, bits: float) -> CodecSettings:
-    """The run's codec at no more bits a parameter than this node's owner gives. What a payload leaves out stays in the
-    residual, and the server counts the client as any other: it tells nobody's rate from a payload.
+def _wider_than_long(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """A factor whose shorter side is not its rank: in its blocks rows are something else."""
+    ranks_first = {name: shape if ".lora_A." in name else shape[::-1] for name, shape in shapes.items()}
+    return next((name for name, shape in ranks_first.items() if len(shape) == 2 and shape[0] > shape[1]), None)
+
+
+def _own_limits(settings: Settings, own: dict[str, str]) -> ClientLimits:
+    """What the node's owner gives. What a payload leaves out stays in the residual, and the server counts the client as
+    any other: it tells nobody's rate from a payload, and rows that were not trained from what the reply says.
 
     Raises:
-        ValueError: the run sends adapters as they are, by a codec of one rate, or in masked sums.
+        ValueError: the run can have no such client.
     """
-    codec = settings.codec
-    if settings.arm == "coded" and codec.bits is not None and codec.bits <= bits:
-        return codec
-    said = f"this node sends at most {bits:g} bits a parameter (--max-bits), and the run"
-    if settings.arm != "coded":
-        raise ValueError(f"{said} sends adapters as they are: it needs arm=coded")
-    if settings.privacy.secure_aggregation:
-        raise ValueError(f"{said} makes masked sums, in which all clients have one rate: give codec.bits={bits:g}")
-    if not entry_of(codec.name).has_rate:
-        raise ValueError(f"{said} has codec={codec.name}, which has one rate alone")
-    return dataclasses.replace(codec, bits=bits)
+    bits, rank = own.get(MAX_BITS), own.get(MAX_RANK)
+    limits = ClientLimits(None if bits is None else float(bits), None if rank is None else int(rank))
+    for one, said in (
+        (ClientLimits(bits=limits.bits), f"sends at most {bits} bits a parameter (--max-bits)"),
+        (ClientLimits(rank=limits.rank), f"trains at most rank {rank} (--max-rank)"),
+    ):
+        if reason := refusal_of(settings, one):
+            raise ValueError(f"this node {said}, and the run {reason}")
+    return limits
 
 
 def _new_trainer(settings_json: str, own: dict[str, str]) -> Trainer:
@@ -372,11 +398,10 @@ def _new_trainer(settings_json: str, own: dict[str, str]) -> Trainer:
     settings.model = dataclasses.replace(settings.model, path=model_path)
     settings.task = dataclasses.replace(settings.task, path=own.get("task-path", settings.task.path))
     settings.codec = dataclasses.replace(settings.codec, artifact=artifact)
+    limits = _own_limits(settings, own)
     settings.strategy = StrategySettings()  # the server's alone: a node need not have what it names
-    if (bits := own.get(MAX_BITS)) is not None:
-        settings.codec = _slower(settings, float(bits))
-    limit = own.get(MAX_EPSILON)
-    return Trainer(settings, own_data="task-path" in own, max_epsilon=None if limit is None else float(limit))
+    epsilon = own.get(MAX_EPSILON)
+    return Trainer(settings, "task-path" in own, None if epsilon is None else float(epsilon), limits)
 
 
 def _in_this_checkout(path: str) -> str:

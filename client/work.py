@@ -14,7 +14,7 @@ from gradcodec.transfers import Broadcast
 Arrays = dict[str, NDArray[np.float32]]
 Overrides = tuple[tuple[str, str], ...]
 """What a node says by its node config: its own paths (``model-path``, ``task-path``, ``codec-artifact``), ``TRUST``,
-``MAX_EPSILON`` and ``MAX_BITS``."""
+``MAX_EPSILON``, ``MAX_BITS`` and ``MAX_RANK``."""
 TRUST = "trust-remote-code"
 """``true`` if the node's owner lets a model's own Python code run: a server alone cannot."""
 NODE_KEY = "node-key"
@@ -25,6 +25,8 @@ MAX_EPSILON = "max-epsilon"
 """What all runs together may give away of the node's data, by its owner."""
 MAX_BITS = "max-bits"
 """A parameter, that this node sends at most, by its owner: its line is slower than others'."""
+MAX_RANK = "max-rank"
+"""Of what this node trains, by its owner: its GPU is smaller than others'."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Trained:
     seconds_train: float
     seconds_encode: float
     lacks: str | None = None
+    rank: int | None = None  # of every factor the first so many rows were trained; None: all
 
     @classmethod
     def nothing(cls, lacks: str) -> Trained:

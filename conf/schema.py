@@ -29,6 +29,7 @@ from adapters.settings import (
     is_package_file,
 )
 from adapters.settings import is_hub_name as is_hub_model
+from conf.limits import check_limits
 from conf.remedies import TRAIN_ONE
 from gradcodec.errors import ArtifactError, CodecError
 from gradcodec.registry import PLUGINS as CODECS
@@ -66,6 +67,10 @@ class FederationSettings:
     min_clients: int | None = None  # so many are enough to start; null: num_clients. The others may come later
     min_replies: int = 1  # a round with fewer usable replies is tried again
     retries: int = 2  # how often, before the run ends with an error
+    # bits a parameter that clients send at most, in place of `codec.bits`, and ranks of what they train, in place of
+    # the adapter's, dealt in turn: partition p has entry p modulo their number; empty: all alike
+    client_bits: list[float] = field(default_factory=list)
+    client_ranks: list[int] = field(default_factory=list)
     max_failures: int = 3  # a client that fails so often in a row is left out for `rest_rounds` rounds
     rest_rounds: int = 5
     rehearsal_steps: int = (
@@ -240,6 +245,7 @@ def check_settings(settings: Settings) -> None:
         check_attackers(settings.strategy, settings.federation.clients_per_round)
     if settings.arm == "coded":
         _check_codec_group(settings.codec)
+    check_limits(settings)
     if settings.backend.name == "simulation" and settings.arm in ("dense", "coded"):
         _check_simulation(settings.backend, settings.dry_run)
 

@@ -68,11 +68,13 @@ def codec_of(
     return codec
 
 
-def byte_budget(settings: CodecSettings, layout: Layout) -> int | None:
-    """Bytes that one payload may take; None where the codec has no rate to choose, or is left its own."""
+def byte_budget(settings: CodecSettings, layout: Layout, rank: int | None = None) -> int | None:
+    """Bytes that one payload may take, of a client that trains the first ``rank`` rows of every block; None where the
+    codec has no rate to choose, or is left its own."""
     if settings.bits is None or not entry_of(settings.name).has_rate:
         return None
-    return max_payload_bytes(settings.bits, layout.num_parameters)
+    trained = layout.num_parameters if rank is None else layout.num_parameters_of(rank)
+    return max_payload_bytes(settings.bits, trained)
 
 
 def broadcast_budget(settings: CodecSettings, layout: Layout) -> int | None:

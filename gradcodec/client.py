@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -64,6 +64,8 @@ class Place:
     server_round: int
     side: Tensor | None  # the codec's side information of the round
     accepted: str  # digest of the client's last payload that the server used
+    bits: float | None = None  # a parameter, for a client that sends fewer than the others; None: as the settings say
+    rank: int | None = None  # it trains the first so many rows of every block, and no others count; None: all
 
 
 class ClientEnd:
@@ -102,6 +104,9 @@ class ClientEnd:
     def encode(self, update: Mapping[str, Tensor], memory: Memory, place: Place, codec: Codec) -> bytes:
         """What local training changed -> payload, by the round's codec; what it leaves out goes into the memory.
 
+        A client of a lower rank has as many bytes as it trains parameters for. Rows beyond its rank are not counted of
+        what is decoded, there and here: what an earlier round of a higher rank left of them stays in the memory.
+
         Raises:
             CodecError: the update is not finite, or does not fit the layout.
             BudgetError: no payload of so few bytes can be made.
@@ -111,14 +116,21 @@ class ClientEnd:
             update,
             self._carried(memory, place),
             codec=codec,
-            max_bytes=byte_budget(self.settings, layout),
+            max_bytes=self._most_bytes(place),
             snr_db=self.settings.snr_db,
             side=place.side,
             context=context_of(self.run_id, place.server_round, place.client),
         )
         if self.settings.feedback > 0:
+            if place.rank is not None:
+                residual.error_RC[place.rank :] = residual.target_RC[place.rank :]
             memory.save_residual(layout, place.server_round, residual)
         return payload
+
+    def _most_bytes(self, place: Place) -> int | None:
+        """Of one payload."""
+        settings = self.settings if place.bits is None else replace(self.settings, bits=place.bits)
+        return byte_budget(settings, self.layout, place.rank)
 
     def encode_for_sum(
         self, update: Mapping[str, Tensor], memory: Memory, place: Place, code: LinearCode, identity: str

@@ -116,6 +116,10 @@ class Layout:
     def num_parameters(self) -> int:
         return sum(block.size for block in self.blocks)
 
+    def num_parameters_of(self, rank: int) -> int:
+        """Of the first ``rank`` rows of every block."""
+        return sum(min(block.rank, rank) * block.width for block in self.blocks)
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the whole tensors."""
@@ -198,6 +202,12 @@ class Layout:
         for name, shape in shapes.items():
             if tuple(update[name].shape) != shape:
                 raise CodecError(f"tensor {name!r} has shape {tuple(update[name].shape)}, expected {shape}")
+
+
+def rank_first(name: str, tensor: Tensor) -> Tensor:
+    """A view of an adapter's tensor with its rank first, ``[rank, width]``, as its blocks have it."""
+    block = next(_blocks_of(name, tuple(tensor.shape), None))
+    return tensor[None] if block.is_vector else tensor.T if block.transposed else tensor
 
 
 def _blocks_of(name: str, shape: tuple[int, ...], parts: Mapping[str, Rows] | None) -> Iterator[Block]:

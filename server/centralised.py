@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from adapters.finetune import DivergedError, descend, mean_gradients
+from adapters.finetune import DivergedError, descend, mean_gradients, trained_parts
 from adapters.model import get_adapter, on_host, set_adapter
 from adapters.settings import num_steps, round_factor
 from adapters.windows import Windows
@@ -124,7 +124,7 @@ class _Pooled:
         set_adapter(model, self.adapter)
         gradients = mean_gradients(model, pooled, training, settings.seed)
         try:
-            descend(model, gradients, training, training.steps, settings.seed, on_step, factor)
+            descend(trained_parts(model), gradients, training, training.steps, settings.seed, on_step, factor)
         except _Enough as end:
             done = len(self._results.heldout_loss) - 1
             self._results.ended_early = f"after round {done} of {federation.rounds}: {end}"

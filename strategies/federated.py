@@ -23,16 +23,17 @@ from torch import Tensor
 from gradcodec.state import State
 from strategies.broadcast import Broadcaster
 from strategies.errors import RoundError
+from strategies.mean import MeanStrategy
 from strategies.messages import in_order
 from strategies.norms import NormBound
 from strategies.optimizer import begin_round, optimizer_state, restore_optimizer
 from strategies.outbox import Outbox
 from strategies.outcomes import ABSENT, REFUSED, Fault, Observer, Uplink
-from strategies.receive import Asked, Decoded, Receiver, Refused, receive
+from strategies.receive import Asked, Decoded, Receiver, Refused, decoded, receive
 from strategies.roll import POLL_SECONDS, Roll
 from strategies.sampling import Sampling
 from strategies.tensors import from_record, moved_to_record
-from strategies.wire import ARRAYS, CONFIG, METRICS, SIDE
+from strategies.wire import ARRAYS, CONFIG, METRICS, RANK, SIDE
 from strategies.wrapping import AdapterStrategy
 
 RETURN_SECONDS = 20.0
@@ -128,6 +129,8 @@ class FederatedStrategy(AdapterStrategy):
             side_bytes += sum(len(value) for value in entries.values() if isinstance(value, bytes))
             self.observer.downlink(dataclasses.replace(sent, server_round=server_round, side_bytes=side_bytes))
         self._outbox = Outbox(messages, self._nodes, self.broadcaster)
+        if isinstance(self.inner, MeanStrategy):
+            self.inner.origin = self.current
         return messages
 
     @property
@@ -295,12 +298,15 @@ class FederatedStrategy(AdapterStrategy):
         """What the inner strategy gets: the client's adapter, as if it had been sent densely."""
         adapter = reply.adapter
         if adapter is None:
-            adapter = self.receiver.adapter_of(reply.content, reply.asked, self.current)
+            adapter = decoded(reply.content, reply.asked, self.receiver, self.current, reply.uplink.rank)
         if scale < 1:
             for name, tensor in self.current.items():
                 adapter[name].sub_(tensor).mul_(scale).add_(tensor)
-        metrics = reply.content.metric_records[METRICS]
+        said = reply.content.metric_records[METRICS]
+        metrics = MetricRecord({key: value for key, value in said.items() if key != RANK})
         content = RecordDict({ARRAYS: moved_to_record(adapter), METRICS: metrics})
+        if reply.uplink.rank is not None:
+            content[CONFIG] = ConfigRecord({RANK: reply.uplink.rank})
         return Message(content, self._nodes.get(reply.asked.partition, 1), "train")
 
     def _fault(self, server_round: int, partition: int, refused: Refused) -> None:

@@ -2,33 +2,47 @@
 
 Flower's strategies keep all replies of a round until they average them. Those that make nothing of the replies but
 their weighted mean (FedAvg, FedAvgM, FedAdam) get one reply from here, which is that mean.
+
+Where clients train lower ranks than the adapter has, the mean of a row is that of the clients that train it: in a mean
+over all, the rows that few train would hardly move (Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of
+On-Device Foundation Models", weigh whole clients by their norms instead).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from gradcodec.flower.wrapping import WrappingStrategy
+from gradcodec.layout import rank_first
 from strategies.tensors import moved_to_record
-from strategies.wire import ARRAYS, METRICS, NUM_EXAMPLES, metric
+from strategies.wire import ARRAYS, CONFIG, METRICS, NUM_EXAMPLES, RANK, metric
 
 
 class MeanStrategy(WrappingStrategy):
     """Hands the inner strategy one reply a round: the mean of all, each weighted by its number of examples.
 
+    A reply whose config has ``RANK`` counts in the first so many rows of every factor; in the others it must hold what
+    ``origin`` does. Rows that nobody trains stay as they are.
+
     The order of the replies decides the last bits of the sums; ``FederatedStrategy`` gives them in a fixed one.
     """
+
+    def __init__(self, inner: Strategy) -> None:
+        super().__init__(inner)
+        self.origin: Mapping[str, Tensor] = {}  # the adapter of the round, where replies say ranks
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         sums: dict[str, Tensor] = {}
         metrics: list[MetricRecord] = []
+        ranks: dict[int, float] = {}  # rank -> weight of those who trained no more
         last = None
         for reply in replies:
             said = reply.content.metric_records[METRICS]
@@ -38,18 +52,39 @@ class MeanStrategy(WrappingStrategy):
                 tensor = torch.from_numpy(np.asarray(record.pop(name).numpy(), np.float32))
                 sums.setdefault(name, torch.zeros_like(tensor)).add_(tensor, alpha=weight)
             metrics.append(said)
+            if (rank := _rank_of(reply)) is not None:
+                ranks[rank] = ranks.get(rank, 0.0) + weight
             last = reply
         if last is None:
             return super().aggregate_train(server_round, [])
         means = mean_metrics(metrics)
         for tensor in sums.values():
             tensor.div_(metric(means, NUM_EXAMPLES))
+        if ranks:
+            _weigh_rows(sums, self.origin, ranks, metric(means, NUM_EXAMPLES))
         mean = moved_to_record(sums)
         last.content = RecordDict({ARRAYS: mean, METRICS: means})
         try:
             return super().aggregate_train(server_round, [last])
         finally:
             mean.clear()
+
+
+def _rank_of(reply: Message) -> int | None:
+    config = reply.content.config_records.get(CONFIG)
+    return None if config is None or RANK not in config else int(str(config[RANK]))
+
+
+def _weigh_rows(
+    mean: Mapping[str, Tensor], origin: Mapping[str, Tensor], weight_of_rank: Mapping[int, float], total: float
+) -> None:
+    """Means over all become means over those who train a row: they moved it, and the others' weight did not."""
+    for name, tensor in mean.items():
+        moved, from_ = rank_first(name, tensor), rank_first(name, origin[name])
+        for row in range(min(weight_of_rank), len(moved)):
+            weight = total - sum(less for rank, less in weight_of_rank.items() if rank <= row)
+            factor = total / weight if weight > 1e-9 * total else 0.0
+            moved[row] = from_[row] + (moved[row] - from_[row]) * factor
 
 
 def mean_metrics(records: Sequence[MetricRecord]) -> MetricRecord:

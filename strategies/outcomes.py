@@ -26,6 +26,7 @@ class Uplink:
     scale: float = 1.0  # below 1: the update was scaled down to the bound (``norms.py``)
     seconds_decode: float = 0.0  # on the server
     num_examples: int | None = None  # that it trained on, by its own word; None: withheld
+    rank: int | None = None  # of every factor it trained the first so many rows; None: all
 
 
 DOWNLINK_BYTES = ("step_bytes", "catch_up_bytes", "snapshot_bytes", "side_bytes")

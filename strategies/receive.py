@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gradcodec.errors import CodecError
 from gradcodec.exchange import digest_of
+from gradcodec.layout import rank_first
 from gradcodec.state import State
 from strategies.outcomes import ABSENT, FAILED, REFUSED, Uplink
 from strategies.peer_text import clean
@@ -29,6 +30,7 @@ from strategies.wire import (
     NUM_EXAMPLES,
     PARTITION,
     PRIVATE_METRICS,
+    RANK,
     REPLY_METRICS,
     SECONDS_ENCODE,
     SECONDS_TRAIN,
@@ -39,6 +41,7 @@ from strategies.wire import (
 )
 
 Adapter = dict[str, Tensor]
+MOST_RANK = 2**16
 
 
 @dataclass(frozen=True)
@@ -126,15 +129,27 @@ def receive(
     if isinstance(metrics, Refused):
         return metrics
     assert reply is not None
+    uplink = uplink_of(reply.content, metrics, asked)
     try:
         started = time.perf_counter()
-        adapter = receiver.adapter_of(reply.content, asked, current)
+        adapter = decoded(reply.content, asked, receiver, current, uplink.rank)
         seconds_decode = time.perf_counter() - started
     except (CodecError, ValueError) as error:
         return Refused(REFUSED, clean(error))
-    uplink = uplink_of(reply.content, metrics, asked)
     uplink = replace(uplink, update_norm=distance(adapter, current), seconds_decode=seconds_decode)
     return Decoded(asked, reply.content, uplink, adapter)
+
+
+def decoded(
+    content: RecordDict, asked: Asked, receiver: Receiver, current: Mapping[str, Tensor], rank: int | None
+) -> Adapter:
+    """The adapter that a reply stands for. Rows beyond the rank that it trained are as they were, whatever came out of
+    its code there. Raises CodecError: as ``Receiver.adapter_of``."""
+    adapter = receiver.adapter_of(content, asked, current)
+    if rank is not None:
+        for name, tensor in adapter.items():
+            rank_first(name, tensor)[rank:] = rank_first(name, current[name])[rank:]
+    return adapter
 
 
 def checked(reply: Message | None, asked: Asked) -> MetricRecord | Refused:
@@ -173,8 +188,10 @@ def _metrics_of(content: RecordDict, asked: Asked) -> MetricRecord:
         raise ValueError(f"its reply holds no arrays, no metrics, or more: {names}")
     keys = REPLY_METRICS if asked.says_loss else PRIVATE_METRICS
     values = [metric(metrics, key) for key in keys]
-    if len(metrics) != len(values) or not all(map(math.isfinite, values)):
+    if len(metrics) != len(values) + (RANK in metrics) or not all(map(math.isfinite, values)):
         raise ValueError(f"its metrics are not the finite numbers {', '.join(keys)}")
+    if RANK in metrics and not 1 <= metric(metrics, RANK) <= MOST_RANK:
+        raise ValueError(f"it says that it trained rank {metric(metrics, RANK):g}")
     examples = metric(metrics, NUM_EXAMPLES)
     if not 1 <= examples <= asked.max_examples:
         raise ValueError(f"it says {examples:g} examples: between 1 and {asked.max_examples:g} are expected")
@@ -194,4 +211,5 @@ def uplink_of(content: RecordDict, metrics: MetricRecord, asked: Asked) -> Uplin
         metric(metrics, SECONDS_TRAIN),
         metric(metrics, SECONDS_ENCODE),
         num_examples=int(metric(metrics, NUM_EXAMPLES)) if asked.says_loss else None,
+        rank=int(metric(metrics, RANK)) if RANK in metrics else None,
     )

@@ -46,6 +46,9 @@ REPLY_METRICS = (*PRIVATE_METRICS, TRAIN_LOSS)
 """All that a reply must say, and no more: round and partition, too, so that one of an earlier round is noticed. Where
 the clients' data are protected the loss is withheld: no noise is in it."""
 
+RANK = "rank"
+"""A reply may say it as well: of every factor the first so many rows were trained."""
+
 EVALUATION_METRICS = (PARTITION, SERVER_ROUND, HELDOUT_LOSS, HELDOUT_TOKENS, HELDOUT_WINDOWS, SECONDS_EVALUATE)
 """All that the answer to a message of the kind ``evaluate`` says, and no more. Its round is the one that the adapter
 came out of; 0: the first adapter."""
