@@ -56,7 +56,9 @@ def node_command(folder: Path, partition: int, num_nodes: int, address: str, por
 
 
 @contextlib.contextmanager
-def deployment_on_hosts(folder: Path, num_nodes: int, hosts: Namespaces) -> Iterator[Deployment]:
+def deployment_on_hosts(
+    folder: Path, num_nodes: int, hosts: Namespaces, node_options: Sequence[str] = ()
+) -> Iterator[Deployment]:
     """The same with a host and addresses of its own for the server and every node."""
     shutil.rmtree(folder, ignore_errors=True)
     server, names = [sys.executable, "-m", "server"], ",".join(map(hosts.server_address, range(num_nodes)))
@@ -68,7 +70,9 @@ def deployment_on_hosts(folder: Path, num_nodes: int, hosts: Namespaces) -> Iter
         nodes = []
         for i in range(num_nodes):
             command = node_command(folder, i, num_nodes, f"{hosts.server_address(i)}:{FLEET_PORT}", NODE_PORT)
-            nodes.append(stack.enter_context(running(hosts.in_node(i, command), folder / f"node-{i}.log")))
+            nodes.append(
+                stack.enter_context(running(hosts.in_node(i, [*command, *node_options]), folder / f"node-{i}.log"))
+            )
         yield Deployment(folder, FLEET_PORT, link, [], nodes, stack)
 
 

@@ -58,6 +58,10 @@ class Namespaces:
         _ip("-n", self._nodes[node], "link", "set", f"n{node}", "down")
         threading.Timer(seconds, _ip, ("-n", self._nodes[node], "link", "set", f"n{node}", "up")).start()
 
+    def slow(self, node: int, kilobits: int) -> None:
+        """Lets so many kilobits a second out of a node; what comes in is as fast as it was."""
+        _run("tc", "-n", self._nodes[node], "qdisc", "add", "dev", f"n{node}", "root", *_bucket(kilobits))
+
     def _remove(self) -> None:
         for name in (self._server, *self._nodes):
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
@@ -67,10 +71,18 @@ def _node(node: int) -> str:
     return f"10.77.{node}.2"
 
 
+def _bucket(kilobits: int) -> list[str]:
+    return ["tbf", "rate", f"{kilobits}kbit", "burst", "4kb", "latency", "4s"]
+
+
 def _ip(*arguments: str) -> None:
+    _run("ip", *arguments)
+
+
+def _run(*command: str) -> None:
     try:
-        subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+        subprocess.run(command, check=True, capture_output=True, text=True)
     except FileNotFoundError:
-        raise ValueError("there is no `ip` here: install iproute2") from None
+        raise ValueError(f"there is no `{command[0]}` here: install iproute2") from None
     except subprocess.CalledProcessError as error:
-        raise ValueError(f"ip {' '.join(arguments)}: {error.stderr.strip()}") from None
+        raise ValueError(f"{' '.join(command)}: {error.stderr.strip()}") from None

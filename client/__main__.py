@@ -21,6 +21,7 @@ from pathlib import Path
 from client.console import WAITING, print_event
 from client.gpus import deal_gpus
 from client.health import WRITE_SECONDS, write_health
+from client.line import LEAST_SECONDS
 from client.node import (
     ON_THE_NODE,
     NodeConfig,
@@ -83,6 +84,7 @@ def _node_config(args: argparse.Namespace, private: Path) -> NodeConfig:
         peer_keys=args.peer_keys,
         max_epsilon=args.max_epsilon,
         max_bits=args.max_bits,
+        upload_seconds=args.upload_seconds,
         max_rank=args.max_rank,
     )
 
@@ -167,6 +169,12 @@ def _parser() -> argparse.ArgumentParser:
         help="of a slow line: send at most B bits a parameter, whatever the run says",
     )
     parser.add_argument(
+        "--upload-seconds",
+        type=float,
+        metavar="S",
+        help="of a line whose speed is not known: send no more than it takes in S seconds, as the reply before took",
+    )
+    parser.add_argument(
         "--max-rank",
         type=int,
         metavar="R",
@@ -202,15 +210,22 @@ def _checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[
         parser.error(
             f"--gpus-per-client {args.gpus_per_client}: at least 1, and more than 1 needs the resident trainer"
         )
-    for option in ("max_epsilon", "max_bits", "max_rank"):
-        if (value := getattr(args, option)) is not None and not 0 < value < math.inf:
-            parser.error(f"--{option.replace('_', '-')} {value:g} must be a number greater than 0")
+    _check_bounds(parser, args)
     if not args.insecure:
         _check_keys(parser, args, len(partitions))
     for key in ("model_path", "task_path", "codec_artifact", "peer_keys"):
         if (path := getattr(args, key)) is not None and not path.exists():
             parser.error(f"--{key.replace('_', '-')} {path} does not exist on this host")
     return partitions
+
+
+def _check_bounds(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What the node's owner allows at most."""
+    for option in ("max_epsilon", "max_bits", "max_rank", "upload_seconds"):
+        value, least = getattr(args, option), LEAST_SECONDS if option == "upload_seconds" else 0.0
+        if value is not None and not (0 < value < math.inf and value >= least):
+            said = f"at least {least:g}" if least else "greater than 0"
+            parser.error(f"--{option.replace('_', '-')} {value:g} must be a number {said}")
 
 
 def _check_keys(parser: argparse.ArgumentParser, args: argparse.Namespace, num_partitions: int) -> None:

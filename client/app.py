@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 
 from client.link import ResidentTrainer, trainer_at
 from client.sums import Member
-from client.work import MAX_BITS, MAX_EPSILON, MAX_RANK, NODE_KEY, PEER_KEYS, TRUST, Summed, Work
+from client.work import LINE, MAX_BITS, MAX_EPSILON, MAX_RANK, NODE_KEY, PEER_KEYS, TRUST, UPLOAD_SECONDS, Summed, Work
 from gradcodec.transfers import Broadcast
 from privacy.errors import BudgetSpentError, PrivacyError
 from privacy.secagg import Invitation, least_stay
@@ -64,7 +64,10 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-NODE_KEYS = ("model-path", "task-path", "codec-artifact", TRUST, MAX_EPSILON, MAX_BITS, MAX_RANK)
+NODE_KEYS = (
+    *("model-path", "task-path", "codec-artifact", TRUST),
+    *(MAX_EPSILON, MAX_BITS, MAX_RANK, LINE, UPLOAD_SECONDS),
+)
 """Keys of a node's config by which it says where its own copies lie, whom it trusts, and what it gives away."""
 
 TRAINER_SOCKET = "trainer-socket"

@@ -7,11 +7,14 @@ a message: the round, its loss, seconds and bytes. Loads nothing but the standar
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from client.line import Meter
 
 if TYPE_CHECKING:
     from client.work import Trained
@@ -20,6 +23,7 @@ NOTE = " node: "
 """Marks the lines of a log that its reader passes on to the console."""
 STARTING, WAITING, CONNECTED = "starting", "waiting for the server", "connected"
 MAX_LETTERS = 500
+_BYTES_TO_SEND = re.compile(r"([\d,]+) bytes to send$")
 _NOTES = logging.getLogger("cg-fedllm.node")
 
 
@@ -62,11 +66,23 @@ def print_event(text: str) -> None:
     print(f"{now()} {text}", flush=True)
 
 
+def _measure(meter: Meter, line: str) -> None:
+    if (made := _BYTES_TO_SEND.search(line)) is not None and NOTE in line:
+        meter.reply_made(int(made[1].replace(",", "")))
+    elif "Sending: train message" in line:
+        meter.sending(time.monotonic())
+    elif "Sent successfully" in line:
+        meter.sent(time.monotonic())
+
+
 class PartitionConsole:
     """The events of one partition, as its programs' logs grow."""
 
-    def __init__(self, partition: int, logs: Sequence[Path], say: Callable[[str], None]) -> None:
-        """Only what is logged from now on counts; ``say`` gets a line an event."""
+    def __init__(
+        self, partition: int, logs: Sequence[Path], say: Callable[[str], None], meter: Meter | None = None
+    ) -> None:
+        """Only what is logged from now on counts; ``say`` gets a line an event, ``meter`` what tells of the line."""
+        self._meter = meter
         self.state = self._before = STARTING
         self._name, self._say = f"partition {partition}", say
         self._read = {log: log.stat().st_size if log.is_file() else 0 for log in logs}
@@ -75,6 +91,8 @@ class PartitionConsole:
         """Passes on what is new."""
         for log in self._read:
             for line in self._new_lines(log):
+                if self._meter is not None:
+                    _measure(self._meter, line)
                 if (text := self._event(line)) is not None:
                     self._say(f"{self._name}: {text}")
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.console import PartitionConsole, print_event
+from client.line import Meter
 from client.own_app import APP_VARIABLE, CHECKOUT
-from client.work import MAX_BITS, MAX_EPSILON, MAX_RANK, NODE_KEY, PEER_KEYS, TRUST
+from client.work import LINE, MAX_BITS, MAX_EPSILON, MAX_RANK, NODE_KEY, PEER_KEYS, TRUST, UPLOAD_SECONDS
 from conf.processes import Child, path_with_binaries
 
 ENVIRONMENT = {
@@ -44,6 +45,7 @@ class NodeConfig:
     peer_keys: Path | None = None  # all nodes' public keys; None: in masked sums the server's word is taken for them
     max_epsilon: float | None = None  # of all runs on this node's data together; None: its owner sets no bound
     max_bits: float | None = None  # a parameter, that is sent at most; None: as many as the run says
+    upload_seconds: float | None = None  # that a payload takes at most, as its line was measured; None: what it takes
     max_rank: int | None = None  # of what is trained; None: the run's
 
 
@@ -81,9 +83,15 @@ def programs_of(node: NodeConfig, own: PartitionConfig) -> PartitionPrograms:
     if node.resident_trainer:
         children.append(_trainer(node, own.partition, environment))
     children += [_supernode(node, own, environment), _executor(node, own, environment)]
-    console = PartitionConsole(own.partition, [child.log for child in children], print_event)
+    meter = None if node.upload_seconds is None else Meter(_line(node, own.partition))
+    console = PartitionConsole(own.partition, [child.log for child in children], print_event, meter)
     trainer = _socket(node, own.partition) if node.resident_trainer else None
     return PartitionPrograms(own.partition, own.port, trainer, children, console)
+
+
+def _line(node: NodeConfig, partition: int) -> Path:
+    """Where it stands how fast the partition's line is."""
+    return node.private / f"line-{partition}.json"
 
 
 def _trainer(node: NodeConfig, partition: int, environment: dict[str, str]) -> Child:
@@ -106,6 +114,8 @@ def _supernode(node: NodeConfig, own: PartitionConfig, environment: dict[str, st
     for key, bound in ((MAX_EPSILON, node.max_epsilon), (MAX_BITS, node.max_bits), (MAX_RANK, node.max_rank)):
         if bound is not None:
             config.append(f'{key}="{bound}"')
+    if node.upload_seconds is not None:
+        config += [f'{UPLOAD_SECONDS}="{node.upload_seconds}"', f'{LINE}="{_line(node, own.partition)}"']
     if node.resident_trainer:
         config.append(f'trainer-socket="{_socket(node, own.partition)}"')
     trust = ["--insecure"]

@@ -29,9 +29,22 @@ from adapters.private import finetune_privately
 from adapters.settings import for_round, is_hub_name, num_examples
 from adapters.team import Team
 from client.console import note, round_line
+from client.line import Line
 from client.memory import DiskMemory
 from client.private import Guard, Owner, keep_terms, secret_of, with_noise
-from client.work import MAX_BITS, MAX_EPSILON, MAX_RANK, TRUST, Arrays, Evaluated, Overrides, Trained, Work
+from client.work import (
+    LINE,
+    MAX_BITS,
+    MAX_EPSILON,
+    MAX_RANK,
+    TRUST,
+    UPLOAD_SECONDS,
+    Arrays,
+    Evaluated,
+    Overrides,
+    Trained,
+    Work,
+)
 from conf.basis import codecs_of
 from conf.footprint import client_memory
 from conf.limits import ClientLimits, limits_of, refusal_of
@@ -74,14 +87,17 @@ class Trainer:
         own_data: bool = False,
         max_epsilon: float | None = None,
         own_limits: ClientLimits = ClientLimits(),  # noqa: B008 (frozen)
+        line: Line | None = None,
     ) -> None:
         """With ``own_data`` the task's file or folder is this client's alone and is not dealt out; ``max_epsilon`` is
-        what the node's owner allows of all runs together, ``own_limits`` of every message."""
+        what the node's owner allows of all runs together, ``own_limits`` of every message, ``line`` what is known of
+        the one to the server."""
         check_settings(settings)
         self.settings = settings
         self.own_data = own_data
         self.max_epsilon = max_epsilon
         self.own_limits = own_limits
+        self.line = line
         self._shards: dict[int, Shard] = {}
         self._guards: dict[int, Guard] = {}
         self._source = _source_of(settings)
@@ -297,6 +313,17 @@ class Trainer:
             limits if limits.rank is None or limits.rank < self.layout.rank else dataclasses.replace(limits, rank=None)
         )
 
+    def _bits_now(self, limits: ClientLimits) -> float | None:
+        """A parameter, of the next payload: no more than the line to the server bears; None: as the run says."""
+        bits, layout = limits.bits if limits.bits is not None else self.settings.codec.bits, self.layout
+        if self.line is None or bits is None:
+            return limits.bits
+        most = self.line.most_bits(layout.num_parameters_of(limits.rank or layout.rank))
+        if most is None or most >= bits:
+            return limits.bits
+        note(f"its line bears {most:.3g} bits a parameter in {self.line.seconds:g} s")
+        return most
+
     def _secret(self, work: Work) -> bytes:
         return secret_of(self.settings, work.server_round, work.partition, work.secret)
 
@@ -311,7 +338,8 @@ class Trainer:
         adapter = {name: torch.from_numpy(array) for name, array in work.adapter.items()}
         side = None if work.side is None else torch.from_numpy(work.side)
         limits = self._limits(work.partition)
-        place = Place(work.partition, work.server_round, side, work.accepted, limits.bits, limits.rank)
+        bits = self._bits_now(limits)
+        place = Place(work.partition, work.server_round, side, work.accepted, bits, limits.rank)
         with codec_remedies(COPY_IT):
             if work.sum is None:
                 return self.end.encode(update, _memory_of(work), place, self.codecs.at(adapter))
@@ -377,6 +405,8 @@ def _own_limits(settings: Settings, own: dict[str, str]) -> ClientLimits:
     """
     bits, rank = own.get(MAX_BITS), own.get(MAX_RANK)
     limits = ClientLimits(None if bits is None else float(bits), None if rank is None else int(rank))
+    if (seconds := own.get(UPLOAD_SECONDS)) is not None and (reason := refusal_of(settings, ClientLimits(bits=0.0))):
+        raise ValueError(f"this node sends what its line takes in {seconds} s (--upload-seconds), and the run {reason}")
     for one, said in (
         (ClientLimits(bits=limits.bits), f"sends at most {bits} bits a parameter (--max-bits)"),
         (ClientLimits(rank=limits.rank), f"trains at most rank {rank} (--max-rank)"),
@@ -401,7 +431,8 @@ def _new_trainer(settings_json: str, own: dict[str, str]) -> Trainer:
     limits = _own_limits(settings, own)
     settings.strategy = StrategySettings()  # the server's alone: a node need not have what it names
     epsilon = own.get(MAX_EPSILON)
-    return Trainer(settings, "task-path" in own, None if epsilon is None else float(epsilon), limits)
+    line = Line(Path(own[LINE]), float(own[UPLOAD_SECONDS])) if LINE in own and UPLOAD_SECONDS in own else None
+    return Trainer(settings, "task-path" in own, None if epsilon is None else float(epsilon), limits, line)
 
 
 def _in_this_checkout(path: str) -> str:

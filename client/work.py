@@ -14,7 +14,8 @@ from gradcodec.transfers import Broadcast
 Arrays = dict[str, NDArray[np.float32]]
 Overrides = tuple[tuple[str, str], ...]
 """What a node says by its node config: its own paths (``model-path``, ``task-path``, ``codec-artifact``), ``TRUST``,
-``MAX_EPSILON``, ``MAX_BITS`` and ``MAX_RANK``."""
+``MAX_EPSILON``, ``MAX_BITS``, ``MAX_RANK``, and ``LINE`` with
+``UPLOAD_SECONDS``."""
 TRUST = "trust-remote-code"
 """``true`` if the node's owner lets a model's own Python code run: a server alone cannot."""
 NODE_KEY = "node-key"
@@ -25,6 +26,8 @@ MAX_EPSILON = "max-epsilon"
 """What all runs together may give away of the node's data, by its owner."""
 MAX_BITS = "max-bits"
 """A parameter, that this node sends at most, by its owner: its line is slower than others'."""
+LINE, UPLOAD_SECONDS = "line", "upload-seconds"
+"""Where it stands how fast this node's line is (``line.py``), and for how long a payload may take it."""
 MAX_RANK = "max-rank"
 """Of what this node trains, by its owner: its GPU is smaller than others'."""
 
