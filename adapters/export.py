@@ -159,6 +159,7 @@ def lora_settings(config: LoraConfig) -> LoraSettings:
         alpha_pattern={pattern: float(alpha) for pattern, alpha in (config.alpha_pattern or {}).items()},
         rslora=config.use_rslora,
         dora=config.use_dora,
+        local=sorted(config.exclude_modules or ()),
     )
 
 
@@ -195,6 +196,11 @@ def what_to_know(model: PeftModel, config: PreTrainedConfig, lora: LoraSettings)
         lora: the settings of the adapter.
     """
     lines = [left_out(model.get_base_model(), lora.target_modules)]
+    if lora.local:
+        lines.append(
+            "lora.local: some layers stay on the nodes; the server's held-out loss is that of the others alone, and "
+            "the adapter that it writes has only those (python -m client.personal joins a node's own)"
+        )
     if not served_by_vllm(config, adapter_shapes(model)):
         lines.append("vLLM does not apply adapters of this model's text part by their names: export with --merged")
     if (why := beyond_vllm(lora)) is not None:
@@ -217,6 +223,7 @@ _PLAIN = {
     "lora_alpha",
     "lora_dropout",
     "target_modules",  # as a list: checked apart
+    "exclude_modules",  # the same
     "fan_in_fan_out",  # PEFT sets it anew from the layers that it finds
     "rank_pattern",
     "alpha_pattern",
@@ -259,6 +266,8 @@ def _beyond_plain_lora(config: PeftConfig) -> str | None:
         return f"peft_type={config.peft_type}"
     if not isinstance(config.target_modules, (list, set)):
         return f"target_modules={config.target_modules!r}"
+    if isinstance(config.exclude_modules, str):
+        return f"exclude_modules={config.exclude_modules!r}"
     if config.task_type not in (None, "CAUSAL_LM"):
         return f"task_type={config.task_type}"
     if config.init_lora_weights not in _INITIAL_VALUES:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.architectures import attention_layers, linear_layers
 from adapters.base import empty_base
-from adapters.model import adapter_shapes, empty_model
+from adapters.model import empty_model, whole_shapes
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings, for_evaluation
 
 _FLOAT = 4
@@ -88,7 +88,7 @@ def estimate_memory(
     config = base.config.get_text_config()
     num_tokens = training.micro_batch_size * window
     width = _width(settings)
-    num_values = sum(prod(shape) for shape in adapter_shapes(model).values())
+    num_values = sum(prod(shape) for shape in whole_shapes(model).values())
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     num_moments = 2 if training.update == "delta" else 0
     a_token = _kept_by_layers(base, settings) + _kept_by_adapter(model, settings) + _kept_by_dora(model, settings)
@@ -115,7 +115,7 @@ def num_adapter_values(settings: ModelSettings, lora: LoraSettings) -> int:
 def adapter_size(settings: ModelSettings, lora: LoraSettings) -> tuple[int, int]:
     """Of an adapter for the model: the values of all its tensors, and the widths of its factors, which are inputs of A
     and outputs of B whatever the ranks."""
-    shapes = adapter_shapes(empty_model(settings, lora)).values()
+    shapes = whole_shapes(empty_model(settings, lora)).values()
     return sum(map(prod, shapes)), sum(max(shape) for shape in shapes if len(shape) == 2)
 
 
@@ -179,22 +179,22 @@ def _kept_by_layers(base: PreTrainedModel, settings: ModelSettings) -> int:
 
 def _kept_by_adapter(model: PeftModel, settings: ModelSettings) -> int:
     """Bytes a token: the inputs of A and of B. In float32 layers side by side share theirs; else each has its copy."""
-    inputs = {name: shape[1] for name, shape in adapter_shapes(model).items() if ".lora_A." in name}
-    ranks = sum(shape[0] for name, shape in adapter_shapes(model).items() if ".lora_A." in name)
+    inputs = {name: shape[1] for name, shape in whole_shapes(model).items() if ".lora_A." in name}
+    ranks = sum(shape[0] for name, shape in whole_shapes(model).items() if ".lora_A." in name)
     layers = {name.partition(".lora_A.")[0]: size for name, size in inputs.items()}
     return _FLOAT * (ranks + (_distinct_inputs(layers) if _width(settings) == _FLOAT else sum(layers.values())))
 
 
 def _kept_by_dora(model: PeftModel, settings: ModelSettings) -> int:
     """Bytes a token: what a layer and its factors give, both of which a magnitude scales."""
-    outputs = sum(shape[0] for name, shape in adapter_shapes(model).items() if name.endswith(_MAGNITUDE))
+    outputs = sum(shape[0] for name, shape in whole_shapes(model).items() if name.endswith(_MAGNITUDE))
     return (_FLOAT + _width(settings)) * outputs
 
 
 def _normed_at_once(model: PeftModel) -> int:
     """Bytes of the layer that needs most: PEFT sends the identity through both factors, and sums up product and
     weights to take the norms."""
-    shapes = adapter_shapes(model)
+    shapes = whole_shapes(model)
     layers = [name.removesuffix(_MAGNITUDE) for name in shapes if name.endswith(_MAGNITUDE)]
     sizes = [(shapes[f"{layer}.lora_A.weight"][1], shapes[f"{layer}.lora_B.weight"][0]) for layer in layers]
     return max((_FLOAT * inputs * (inputs + 3 * outputs) for inputs, outputs in sizes), default=0)

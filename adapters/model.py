@@ -102,25 +102,49 @@ def _with_adapter(base: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftM
             parameter.data = parameter.data.float()
             parameter.requires_grad = lora.train == "both" or ".lora_A." not in name
     _check_patterns(model, lora)
+    if lora.local:
+        layers = _layers(model)
+        local = [layer for layer in layers if any(_is_of(pattern, layer) for pattern in lora.local)]
+        if len(local) == len(layers):
+            raise ValueError("lora.local holds all adapted layers: nothing is left to train together")
+        config.exclude_modules = local  # the adapter that is shared, and so written, has none of these
     return model
 
 
 def _check_patterns(model: PeftModel, lora: LoraSettings) -> None:
     """Raises ValueError: a pattern is of no adapted layer, and so would change nothing."""
-    head = "base_model.model."
-    layers = [name.removeprefix(head).partition(".lora_A.")[0] for name in adapter_shapes(model) if ".lora_A." in name]
-    for key, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
-        for pattern in patterns:
-            if all(get_pattern_key([pattern], layer) != pattern for layer in layers):
+    layers = _layers(model)
+    for key in ("rank_pattern", "alpha_pattern", "local"):
+        for pattern in getattr(lora, key):
+            if not any(_is_of(pattern, layer) for layer in layers):
                 raise ValueError(
                     f"lora.{key}: {pattern!r} is the end of no adapted layer's name, such as {layers[0]!r}: PEFT "
                     "matches a regular expression with all of it, or with what is behind a dot"
                 )
 
 
+def _layers(model: PeftModel) -> list[str]:
+    """The full names of the adapted ones."""
+    return [_layer_of(name) for name in _whole_state(model) if ".lora_A." in name]
+
+
+def _layer_of(name: str) -> str:
+    """What a tensor of an adapter belongs to."""
+    return name.removeprefix("base_model.model.").partition(".lora_")[0]
+
+
+def _is_of(pattern: str, layer: str) -> bool:
+    return bool(get_pattern_key([pattern], layer) == pattern)
+
+
 def adapter_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
     """PEFT tensor name -> shape."""
     return {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
+
+
+def whole_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
+    """The same with the layers that are not shared (``lora.local``)."""
+    return {name: tuple(tensor.shape) for name, tensor in _whole_state(model).items()}
 
 
 def adapter_parts(model: PeftModel) -> dict[str, Parts]:
@@ -150,6 +174,26 @@ def set_adapter(model: PeftModel, adapter: Mapping[str, Tensor]) -> None:
     set_peft_model_state_dict(model, dict(adapter))
 
 
+def get_local(model: PeftModel) -> Adapter:
+    """A copy of the tensors of layers that are not shared, float32, on the CPU; empty without ``lora.local``."""
+    shared = _state(model).keys()
+    return {name: t.detach().float().cpu().clone() for name, t in _whole_state(model).items() if name not in shared}
+
+
+def set_local(model: PeftModel, local: Mapping[str, Tensor]) -> None:
+    """Inverse of ``get_local``; the shared tensors stay as they are."""
+    if local:
+        set_peft_model_state_dict(model, dict(local))
+
+
+def freeze_local(model: PeftModel) -> None:
+    """Layers that are not shared are not trained here: a server has nobody's."""
+    local = set(model.peft_config["default"].exclude_modules or ())
+    for name, parameter in model.named_parameters():
+        if _layer_of(name) in local:
+            parameter.requires_grad = False
+
+
 def subtract(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Adapter:
     """The update that leads from ``old`` to ``new``, on the device of ``new``."""
     return {name: new[name] - old[name].to(new[name].device) for name in new}
@@ -166,6 +210,12 @@ def on_host(adapter: Mapping[str, Tensor]) -> Adapter:
 
 
 def _state(model: PeftModel) -> dict[str, Tensor]:
+    local = set(model.peft_config["default"].exclude_modules or ())
+    whole = _whole_state(model)
+    return {name: tensor for name, tensor in whole.items() if _layer_of(name) not in local} if local else whole
+
+
+def _whole_state(model: PeftModel) -> dict[str, Tensor]:
     # without the setting PEFT asks the hub whether the vocabulary has grown
     state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
     return state

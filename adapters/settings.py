@@ -57,6 +57,8 @@ class LoraSettings:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     rslora: bool = False  # scale alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023)
     dora: bool = False  # a trained magnitude for every output of an adapted layer (DoRA, Liu et al. 2024)
+    # such patterns: layers whose factors stay on each node, neither sent nor averaged (Arivazhagan et al. 2019, FedPer)
+    local: list[str] = field(default_factory=list)
     train: str = "both"  # both factors | b: A stays as it was drawn (FFA-LoRA, Sun et al. 2024)
     start: str | None = None  # PEFT adapter directory on the server from which training starts; null: a fresh one
 
@@ -191,7 +193,7 @@ def check_lora(settings: LoraSettings) -> None:
 
 
 def _check_patterns(settings: LoraSettings) -> None:
-    named = [("rank_pattern", pattern) for pattern in settings.rank_pattern]
+    named = [(key, pattern) for key in ("rank_pattern", "local") for pattern in getattr(settings, key)]
     for key, pattern in [*named, *(("alpha_pattern", pattern) for pattern in settings.alpha_pattern)]:
         try:
             re.compile(pattern)

@@ -24,12 +24,23 @@ from adapters.base import check_vocabulary, load_tokenizer, max_positions, resol
 from adapters.finetune import finetune
 from adapters.footprint import check_fits
 from adapters.gguf import model_folder
-from adapters.model import Adapter, adapter_parts, adapter_shapes, get_adapter, load_model, on_host, set_adapter
+from adapters.model import (
+    Adapter,
+    adapter_parts,
+    adapter_shapes,
+    get_adapter,
+    get_local,
+    load_model,
+    on_host,
+    set_adapter,
+    set_local,
+)
 from adapters.private import finetune_privately
 from adapters.settings import for_round, is_hub_name, num_examples
 from adapters.team import Team
 from client.console import note, round_line
 from client.line import Line
+from client.local import load_local, save_local
 from client.memory import DiskMemory
 from client.private import Guard, Owner, keep_terms, secret_of, with_noise
 from client.work import (
@@ -76,6 +87,7 @@ class _Loaded:
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     seeded: Adapter
+    seeded_local: Adapter
 
 
 class Trainer:
@@ -107,16 +119,16 @@ class Trainer:
         """Model and tokenizer of the trainer before, if this one would load the same. Gives whether they are kept."""
         if self._source == old._source:
             loaded = "model" in old.__dict__
-            self._given = _Loaded(old.model, old.tokenizer, old.seeded) if loaded else old._given
+            self._given = _Loaded(old.model, old.tokenizer, old.seeded, old.seeded_local) if loaded else old._given
         return self._given is not None
 
     @cached_property
     def model(self) -> PeftModel:
         if self._given is not None:
-            self.seeded = self._given.seeded
+            self.seeded, self.seeded_local = self._given.seeded, self._given.seeded_local
             return self._given.model
         model = load_model(self.settings.model, self.settings.lora, self.settings.seed)
-        self.seeded = on_host(get_adapter(model))
+        self.seeded, self.seeded_local = on_host(get_adapter(model)), get_local(model)
         return model
 
     @cached_property
@@ -229,6 +241,8 @@ class Trainer:
                 rank_first(name, change)[limits.rank :] = 0  # noise lies there as well
         trained = time.perf_counter()
         payload = self._encode(update, work) if settings.arm == "coded" else None
+        if self.seeded_local:
+            save_local(work.memory, work.partition, get_local(self.model), work.server_round)
         new: Arrays | None = None
         if payload is None:
             new = {name: work.adapter[name] + change.numpy() for name, change in on_host(update).items()}
@@ -262,6 +276,7 @@ class Trainer:
         start = time.perf_counter()
         torch.set_num_threads(self.settings.train.threads)
         set_adapter(self.model, {name: torch.from_numpy(array) for name, array in work.adapter.items()})
+        self._take_local(work, work.server_round + 1)
         windows = self.shard(work.partition).heldout
         loss = heldout_loss(self.model, windows, self.settings.train.micro_batch_size)
         done = Evaluated(
@@ -297,6 +312,7 @@ class Trainer:
         assert work.adapter is not None
         self.model.zero_grad()  # a message that failed within a step left its gradients
         adapter = {name: torch.from_numpy(array) for name, array in work.adapter.items()}
+        self._take_local(work, work.server_round)
         windows, rounds = self.shard(work.partition).train, self.settings.federation.rounds
         training = for_round(self.settings.train, work.server_round, rounds)
         seed = training_seed(self.settings.seed, work.server_round, work.partition)
@@ -306,6 +322,11 @@ class Trainer:
             protection = dataclasses.replace(guard.protection(self._secret(work)), trained_rank=rank)
             return finetune_privately(self.model, adapter, windows, training, protection, seed, team)
         return finetune(self.model, adapter, windows, training, seed, team, rank)
+
+    def _take_local(self, work: Work, server_round: int) -> None:
+        """Puts the partition's own layers into the model, where another's may be, as they were before the round."""
+        if self.seeded_local:
+            set_local(self.model, load_local(work.memory, work.partition, self.seeded_local, server_round))
 
     def _limits(self, partition: int) -> ClientLimits:
         limits = limits_of(self.settings, partition, self.own_limits)

@@ -341,6 +341,8 @@ def _check_together(settings: Settings) -> None:
             "lora.dora=true does not go with codec=b-only, which sends B factors alone: the magnitudes would never "
             "arrive"
         )
+    if settings.lora.local:
+        _check_local(settings)
     _check_rounds(settings)
     if settings.privacy.is_private or settings.privacy.secure_aggregation:
         _check_private_run(settings)
@@ -348,6 +350,19 @@ def _check_together(settings: Settings) -> None:
         _check_evaluation(settings)
     if settings.server.base == NONE:
         _check_without_base(settings)
+
+
+def _check_local(settings: Settings) -> None:
+    """What layers that stay on the nodes need of the rest."""
+    what = f"lora.local={settings.lora.local}"
+    if settings.arm not in ("dense", "coded"):
+        raise ValueError(f"{what} needs arm=dense or arm=coded: arm={settings.arm} has no nodes to keep them")
+    if settings.lora.start is not None:
+        raise ValueError(f"{what} and lora.start do not go together: the start adapter would hold those layers, too")
+    if settings.privacy.protects:
+        raise ValueError(
+            f"{what} and privacy do not go together: what is sent depends on those layers, which no noise protects"
+        )
 
 
 def _check_evaluation(settings: Settings) -> None:

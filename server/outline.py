@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from adapters.base import load_config, max_positions
 from adapters.export import Sections, load_start, save_adapter, served_by_vllm, what_to_know
-from adapters.model import Adapter, adapter_parts, adapter_shapes, get_adapter, on_host, outline_model
+from adapters.model import Adapter, adapter_parts, adapter_shapes, freeze_local, get_adapter, on_host, outline_model
 from conf.schema import Settings
 from gradcodec.layout import Layout
 from tasks.settings import check_window
@@ -37,6 +37,7 @@ class Outline:
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.train.threads)
         self.model: PeftModel = self._load(settings)
+        freeze_local(self.model)
         config = load_config(settings.model)
         self.served_by_vllm = served_by_vllm(config, adapter_shapes(self.model))
         for warning in what_to_know(self.model, config, settings.lora):

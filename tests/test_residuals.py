@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from client.residuals import _paths, load_residual, save_residual
+from client.residuals import load_residual, save_residual
 from conf.output import OutputError
 from gradcodec.exchange import Residual
 from gradcodec.layout import Layout
@@ -88,7 +88,7 @@ def test_a_client_that_is_killed_while_it_writes_loses_nothing(
     tmp_path: Path, layout: Layout, residual: Residual, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     second = Residual(2 * residual.target_RC, residual.error_RC, "second")
-    last, before = _paths(tmp_path, 0)
+    last, before = tmp_path / "partition-0.safetensors", tmp_path / "partition-0.before.safetensors"
     replace = os.replace
 
     def killed_between(source: Path, target: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_client_that_is_killed_while_it_writes_loses_nothing(
 
     save_residual(tmp_path, 0, layout, 1, residual)
     with monkeypatch.context() as patch:
-        patch.setattr("client.residuals.os.replace", killed_between)
+        patch.setattr("client.generations.os.replace", killed_between)
         with pytest.raises(KeyboardInterrupt):
             save_residual(tmp_path, 0, layout, 2, second)
     assert not last.exists() and before.exists()
@@ -117,7 +117,7 @@ def test_what_lies_before_a_damaged_residual_is_not_sent_twice(
 ) -> None:
     for server_round in (1, 2):
         save_residual(tmp_path, 0, layout, server_round, residual)
-    last, before = _paths(tmp_path, 0)
+    last, before = tmp_path / "partition-0.safetensors", tmp_path / "partition-0.before.safetensors"
     last.write_bytes(last.read_bytes()[:100])
     assert before.exists()
     assert load_residual(tmp_path, 0, layout, 3) is None
@@ -131,7 +131,7 @@ def test_what_was_kept_stays_if_the_disk_is_full(
     def full(*_: object) -> None:
         raise SafetensorError("No space left on device (os error 28)")
 
-    monkeypatch.setattr("client.residuals.save_file", full)
+    monkeypatch.setattr("client.generations.save_file", full)
     with pytest.raises(OutputError, match=r"partition-0.*No space left"):
         save_residual(tmp_path, 0, layout, 2, residual)
     assert load_residual(tmp_path, 0, layout, 2) is not None
@@ -167,7 +167,7 @@ def test_what_killed_writers_left_goes_with_the_next_round(
     for name in ("partition-0.part4711", "partition-0.next.part", "partition-1.next.part"):
         (tmp_path / name).write_bytes(b"half")
     with monkeypatch.context() as patch:
-        patch.setattr("client.residuals.os.replace", killed)
+        patch.setattr("client.generations.os.replace", killed)
         with pytest.raises(KeyboardInterrupt):
             save_residual(tmp_path, 0, layout, 2, residual)
     save_residual(tmp_path, 0, layout, 2, residual)
