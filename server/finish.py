@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -18,12 +19,14 @@ from server.run_page import NAME, write_run_page
 _LOG = logging.getLogger("flwr")  # which a run shows and keeps
 
 
-def report_on(results: RunResults, evaluator: Outline, adapter: Mapping[str, Tensor]) -> None:
-    """Writes the report of a run whose results are written; what is wrong with it is a warning.
+def report_on(
+    results: RunResults, evaluator: Outline | None = None, adapter: Mapping[str, Tensor] = MappingProxyType({})
+) -> None:
+    """Writes the report of a run whose results are written, or that failed; what is wrong with it is a warning.
 
     Args:
         results: of the run.
-        evaluator: its model, if there is one, which holds ``adapter`` afterwards.
+        evaluator: its model, if there is one, which holds ``adapter`` afterwards; None: no answers are wanted.
         adapter: the final one.
     """
     output = Path(results.settings.output)
@@ -32,10 +35,10 @@ def report_on(results: RunResults, evaluator: Outline, adapter: Mapping[str, Ten
             (output / name).unlink(missing_ok=True)  # of an earlier run in the same folder
         write_run_page(results, output, _answers(results, evaluator, adapter))
     except Exception as error:
-        _LOG.warning("the run is finished, but its report %s is not written: %r", output / NAME, error)
+        _LOG.warning("the run has ended, but its report %s is not written: %r", output / NAME, error)
 
 
-def _answers(results: RunResults, evaluator: Outline, adapter: Mapping[str, Tensor]) -> list[dict[str, str]]:
+def _answers(results: RunResults, evaluator: Outline | None, adapter: Mapping[str, Tensor]) -> list[dict[str, str]]:
     """None where texts are protected, where there is no model, and where it does not generate."""
     count = results.settings.federation.sample_answers
     if not isinstance(evaluator, Evaluator) or not count or Withheld.of(results).texts:

@@ -59,6 +59,7 @@ class RunResults:
     ended_early: str = ""  # before its last round, and why
     node_losses: list[NodeLoss] = field(default_factory=list)  # of evaluations on the nodes
     adapter_round: int | None = None  # that the final adapter is of, if it is the best one; None: the last
+    failed: str = ""  # why there are no more rounds; for the report alone: a resumed run begins without it
 
     def account(self) -> Account:
         """Of the whole run."""

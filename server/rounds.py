@@ -282,7 +282,10 @@ class Federation:
         try:
             self._run_rounds()
         except Diverged as error:
-            raise ValueError(self._kept(error)) from None
+            raise ValueError(self._reported(self._kept(error))) from None
+        except ValueError as error:
+            self._reported(str(error))
+            raise
         self._write_results()
         report_on(self.results, self.evaluator, self.adapter)
         self.journal.event("run_finished", seconds=self.results.seconds)
@@ -488,6 +491,13 @@ class Federation:
             reason = f"no checkpoint of round {self.done} in output={self.output}: {error}"
             log(WARNING, "%s. The run goes on, and tries again after the next round: make room on that disk", reason)
             self.journal.event("checkpoint_failed", server_round=self.done, reason=reason)
+
+    def _reported(self, reason: str) -> str:
+        """What a run that fails leaves to read, if it has done any rounds; gives the reason."""
+        self.results.failed = reason
+        if self.results.rounds_done:
+            report_on(self.results)
+        return reason
 
     def _kept(self, error: Diverged) -> str:
         """Goes back to the last good round, writes its adapter, and says all this."""

@@ -47,6 +47,7 @@ def lead_of(results: RunResults) -> str:
     clients = results.settings.federation.num_clients
     cost = f" of {clients:,} clients, for {bytes_text(account.total)} in all" if results.uplinks else ""
     early = f" The run ended early, {results.ended_early}." if results.ended_early else ""
+    early += f" Then it failed: {results.failed.rstrip('.')}." if results.failed else ""
     rounds = f"{results.rounds_done:,} rounds{cost}.{early}"
     if not losses:
         return f"Nobody measured a loss. The adapter is that of {rounds}"
@@ -103,8 +104,8 @@ def _checks(results: RunResults, withheld: Withheld) -> Table:
         rows.append([question, found, "fine" if fine else "look at it"])
 
     if done := results.rounds_done:
-        said = results.ended_early or f"{done:,} of {federation.rounds:,}"
-        ask("Were all rounds done?", said, done >= federation.rounds)
+        said = results.failed or results.ended_early or f"{done:,} of {federation.rounds:,}"
+        ask("Were all rounds done?", said, done >= federation.rounds and not results.failed)
         if not losses:
             ask("Was a loss measured?", "no: federation.evaluate_every=0, and the server holds no base model", False)
     if len(losses) > 1:

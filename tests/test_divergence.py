@@ -50,8 +50,10 @@ def test_a_run_that_diverges_says_so_and_keeps_the_last_good_round(
     assert all(torch.equal(tensor, adapter[name]) for name, tensor in kept.adapter.items())
     assert not (output / "results.json").exists()
     assert read_status(output).state == "failed"
+    assert "Then it failed: training diverged" in (output / "report.html").read_text()
     result = run(resumed(output, [], 1), tmp_path)
     assert len(result.heldout_loss) == 4
+    assert "Then it failed" not in (output / "report.html").read_text()
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

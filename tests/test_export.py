@@ -183,7 +183,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "fan": {"fan_in_fan_out": True},
 }
 SERVED = {"plain", "rslora", "gaussian", "orthogonal", "drawn", "fan"}
-SERVED |= {"dora", "rsdora", "rank_pattern", "alpha_pattern", "patterns"}
+SERVED |= {"dora", "rsdora", "rank_pattern", "alpha_pattern", "patterns", "exclude"}
 IDS = torch.arange(5, 21)[None]
 
 

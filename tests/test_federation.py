@@ -555,6 +555,7 @@ def test_a_round_without_any_node_is_waited_for_and_then_ends_the_run(tmp_path: 
     with pytest.raises(FederationError, match=r"none of the nodes of its 2 clients .*; tried 2 times"):
         run(settings, tmp_path, EmptyGrid)
     assert read_status(tmp_path / "empty").state == "failed"
+    assert not (tmp_path / "empty" / "report.html").exists()  # there was no round to report
 
 
 class LeavingGrid(InProcessGrid):
