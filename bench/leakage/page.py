@@ -12,8 +12,6 @@ from typing import Any
 Row = dict[str, Any]
 _OPENING = """# What leaks
 
-<!-- figures of this page: bench/results/leakage.json -->
-
 What an honest but curious server reads out of the updates that it is sent, and what anybody reads out of the adapter
 that a run ends with. Clients attacked are those of a run's second round, LoRA of rank 8 on q, k, v and o, base models
 in float32: in the first round B is zero, and so is A's gradient. The attacker knows base model, global adapter,
