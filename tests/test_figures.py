@@ -44,11 +44,9 @@ NOT_YET = (
     "docs/deployment.md",
     "docs/flower-apps.md",
     "docs/negative-results.md",
-    "docs/peers.md",
     "docs/privacy.md",
     "docs/real-models.md",
     "docs/results/leakage.md",  # written by its bench, from its JSON
-    "docs/robustness.md",
     "examples/flowertune/README.md",
     "examples/vision/README.md",
 )
