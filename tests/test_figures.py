@@ -47,8 +47,6 @@ NOT_YET = (
     "docs/privacy.md",
     "docs/real-models.md",
     "docs/results/leakage.md",  # written by its bench, from its JSON
-    "examples/flowertune/README.md",
-    "examples/vision/README.md",
 )
 """Pages with figures outside such passages. It only shrinks: a page whose figures are all covered leaves it."""
 MARK = re.compile(r"<!-- figures: (.*?) -->", re.DOTALL)
