@@ -42,7 +42,6 @@ NOT_YET = (
     "docs/codec.md",
     "docs/demos.md",
     "docs/deployment.md",
-    "docs/flower-apps.md",
     "docs/negative-results.md",
     "docs/privacy.md",
     "docs/real-models.md",
