@@ -40,7 +40,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("examples/*/README.md"), *ROOT.glob("docs/**/*.md")])
 NOT_YET = (
     "docs/codec.md",
-    "docs/demos.md",
     "docs/deployment.md",
     "docs/negative-results.md",
     "docs/privacy.md",
