@@ -40,7 +40,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("examples/*/README.md"), *ROOT.glob("docs/**/*.md")])
 NOT_YET = (
     "docs/codec.md",
-    "docs/deployment.md",
     "docs/negative-results.md",
     "docs/privacy.md",
     "docs/real-models.md",
@@ -89,7 +88,7 @@ def readable(text: str) -> str:
         r"`[^`]*`",
         r"\]\([^)]*\)",
         r"arXiv[: ]\S+",
-        r"(Python|Flower) \d\.\d+( to \d\.\d+)?",
+        r"(Python|Flower|flwr) \d\.\d+( to \d\.\d+)?",
         r"Apache-2\.0",
         r"<!-- .*? -->",
     ):
@@ -249,7 +248,7 @@ def test_a_wrong_figure_is_noticed() -> None:
 
 
 def test_numbers_are_read_in_their_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "kept 87.8 % (1/38.8), 12.3 KB in 4.5 minutes, `0.1` and 1.39.0 and [x](x-0.3.md), v0.4, 1,234.5 s"
+    text = "kept 87.8 % (1/38.8), 12.3 KB in 4.5 minutes, `0.1`, flwr 1.39, 1.39.0, [x](x-0.3.md), v0.4, 1,234.5 s"
     assert [*figures(readable(text))] == [
         ("87.8", "%"),
         ("38.8", ""),
