@@ -5,8 +5,7 @@ A passage says where its figures are from, in a comment that the site does not s
     <!-- figures: bench/results/both-ways-toy.json bench/results/fidelity-embedded.json#rows.*.snr_db:error -->
 
 It reaches to the next such comment or heading; ``figures of this page:`` holds for all of a page that has no other.
-``<!-- figures: none -->`` ends it, before numbers that were not measured: settings, versions, definitions;
-``<!-- figures: unchecked -->`` before what was measured, or follows from it, and is in no file.
+``<!-- figures: none -->`` ends it, before numbers that were not measured: settings, versions, definitions.
 
 ``FILE#path`` narrows a source to a part of the file, ``*`` standing for every key or entry; ``a~b|c~d`` is the ratio of
 two differences. ``:mean`` takes the mean of all that is there, ``:percent`` a hundred times it, ``:inverse`` one over
@@ -18,7 +17,7 @@ texts among them, in the unit that stands behind the number (%, KB, MB, GB, ms, 
 ``bench/results/recorded.json`` has what was measured once and is in no other file: page by page, with the commit that
 wrote it there. It is a record and no proof.
 
-On pages that are not in ``NOT_YET`` every such number must lie in a passage that says so.
+Every such number must lie in a passage that says so.
 """
 
 from __future__ import annotations
@@ -38,8 +37,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("examples/*/README.md"), *ROOT.glob("docs/**/*.md")])
-NOT_YET = ("docs/privacy.md",)
-"""Pages with figures outside such passages. It only shrinks: a page whose figures are all covered leaves it."""
 MARK = re.compile(r"<!-- figures: (.*?) -->", re.DOTALL)
 OF_PAGE = re.compile(r"<!-- figures of this page: (.*?) -->", re.DOTALL)
 HEADING = re.compile(r"^#{1,6} ", re.MULTILINE)
@@ -108,8 +105,7 @@ def passages(page: Path) -> list[Passage]:
 
 
 ALL = [passage for page in PAGES for passage in passages(page)]
-NONE, UNCHECKED = ("none",), ("unchecked",)
-COVERED = [passage for passage in ALL if passage.sources not in ((), NONE, UNCHECKED)]
+COVERED = [passage for passage in ALL if passage.sources not in ((), ("none",))]
 
 
 def figures(text: str) -> Iterator[tuple[str, str]]:
@@ -201,21 +197,12 @@ def test_every_figure_of_a_passage_is_in_the_files_that_it_names(passage: Passag
     assert not missing, f"{passage.name}: not in {', '.join(passage.sources)}: {', '.join(missing)}"
 
 
-def uncovered(page: str) -> list[str]:
-    return [
-        number for one in ALL if one.page == page and one.sources in ((), UNCHECKED) for number, _ in figures(one.text)
-    ]
-
-
 @pytest.mark.parametrize("page", sorted({passage.page for passage in ALL}))
 def test_every_figure_of_a_page_lies_in_such_a_passage(page: str) -> None:
-    found = uncovered(page)
-    if page in NOT_YET:
-        assert found, f"{page} is covered: take it out of NOT_YET"
-    else:
-        assert not found, (
-            f"{page}: say where {', '.join(found[:20])} are from (<!-- figures: FILE -->), or that they are none"
-        )
+    found = [number for one in ALL if one.page == page and not one.sources for number, _ in figures(one.text)]
+    assert not found, (
+        f"{page}: say where {', '.join(found[:20])} are from (<!-- figures: FILE -->), or that they are none"
+    )
 
 
 RECORDED = json.loads((ROOT / "bench/results/recorded.json").read_text(encoding="utf-8"))
@@ -226,6 +213,7 @@ def test_every_recorded_figure_is_quoted_on_its_page(page: str) -> None:
     text = (ROOT / f"{page}.md").read_text(encoding="utf-8")
     quoted = [float(number) / scale for number, unit in figures(readable(text)) for scale in UNITS[unit]]
     said = {value for entry in RECORDED[page].values() for value in entry["figures"]}
+    assert all(re.fullmatch("[0-9a-f]{10}", entry["commit"]) for entry in RECORDED[page].values())
     lost = [value for value in said if not any(abs(value - here) <= 1e-6 * here for here in quoted)]
     assert not lost, f"{page} does not quote {lost}"
 
