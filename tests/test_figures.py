@@ -226,6 +226,7 @@ def test_every_recorded_figure_is_quoted_on_its_page(page: str) -> None:
     text = (ROOT / f"{page}.md").read_text(encoding="utf-8")
     quoted = [float(number) / scale for number, unit in figures(readable(text)) for scale in UNITS[unit]]
     said = {value for entry in RECORDED[page].values() for value in entry["figures"]}
+    assert all(re.fullmatch("[0-9a-f]{10}", entry["commit"]) for entry in RECORDED[page].values())
     lost = [value for value in said if not any(abs(value - here) <= 1e-6 * here for here in quoted)]
     assert not lost, f"{page} does not quote {lost}"
 
