@@ -17,6 +17,7 @@ from bench.leakage import channels, membership, sections
 from bench.leakage.channels import CHANNELS, Ends, noise_multiplier, noised, transmit
 from bench.leakage.inverter import Inverter, Projection, prior_guess
 from bench.leakage.matching import Effort, Matcher
+from bench.leakage.page import means_of, page_of
 from bench.leakage.scores import auc, f1_of, precision_of, recall_of, roc, rouge, true_positives_at
 from bench.leakage.sequences import exact_sentences, likely_sentence
 from bench.leakage.span import (
@@ -281,3 +282,9 @@ def test_the_bench_writes_rows_and_a_page(
     with pytest.raises(SystemExit):
         program.main()
     assert "'token'" in capsys.readouterr().err
+
+
+def test_the_page_of_the_docs_is_what_the_bench_makes_of_its_file() -> None:
+    results = json.loads(program.RESULTS.read_text())
+    assert page_of(results) == program.PAGE.read_text()
+    assert results["means"] == means_of(results["sections"])

@@ -76,6 +76,7 @@ def run(sections: Sequence[str], quick: bool, threads: int, before: dict[str, An
     import torch  # here, as it takes seconds
 
     from bench.leakage import sections as parts
+    from bench.leakage.page import means_of
     from bench.leakage.victim import Victim
 
     torch.set_num_threads(threads)
@@ -99,14 +100,18 @@ def run(sections: Sequence[str], quick: bool, threads: int, before: dict[str, An
         "noise": parts.noise_rows(),
         "sections": before,
     }
+
+    def keep() -> None:
+        write_json(results | {"means": means_of(results["sections"])}, place)
+
     for section in sections:
         console.rule(section)
         started = time.perf_counter()
         rows = what[section]()
         seconds = time.perf_counter() - started
         results["sections"][section] = {"rows": rows, "seconds": seconds, "quick": quick, "made_with": provenance()}
-        write_json(results, place)
-    write_json(results, place)
+        keep()
+    keep()
     return results
 
 

@@ -10,9 +10,9 @@ from statistics import mean
 from typing import Any
 
 Row = dict[str, Any]
+_FIGURES = "<!-- figures: bench/results/leakage.json#{} -->"
+"""Says, for ``tests/test_figures.py``, which part of the file holds a passage's figures."""
 _OPENING = """# What leaks
-
-<!-- figures of this page: bench/results/leakage.json -->
 
 What an honest but curious server reads out of the updates that it is sent, and what anybody reads out of the adapter
 that a run ends with. Clients attacked are those of a run's second round, LoRA of rank 8 on q, k, v and o, base models
@@ -32,6 +32,7 @@ _QUICK = """
 *These figures are of `--quick`, which tries every part once: they mean nothing.*
 """
 _CHANNELS = """
+{figures}
 *Dense*: the update in float32. *Coded*: by `learned` with the artifact that ships with the project, first message,
 decoded as the server does. *epsilon*: all of the update cut to the median norm of public ones, Gaussian noise of
 {noise} times that on every value (delta {delta}, one release), then coded. *Mean*: of the client's update and public
@@ -40,6 +41,7 @@ clients', in float32, which is what a secure aggregate shows.
 _TOKENS = """
 ## Which tokens
 
+{figures}
 Each row of A's gradient is a sum of the layer's inputs, and the first layer's inputs are the tokens' normed embeddings.
 *Span check*: how much of each of the vocabulary's tokens lies in the rows' span (DAGER, Petrov et al. 2024).
 *Sparse recovery*: the rows as sums of few tokens, which goes on where the tokens are more than the rows (Davies and
@@ -52,6 +54,7 @@ is of eight AdamW steps.
 _CONTROL = """
 ### Where the attack is exact
 
+{figures}
 The same with a rank above the number of tokens and uncoded gradients, as in DAGER's own figures, which use rank 256:
 first and second layer, no language model. It shows that the attack is the published one, and works. Where ROUGE is 1
 and a sentence not exact, its last full stop is missing: the model is so sure of the end of text behind it that its
@@ -60,6 +63,7 @@ gradient is below float32's rounding.
 _SENTENCES = """
 ## Whole sentences
 
+{figures}
 One sentence a client, its length told to the attacker. *Second layer and language model*: the tokens of both attacks
 above, in the order that the second layer's span and the base model like best. *Gradient matching*: LAMP (Balunovic et
 al. 2022) over mixtures of candidate tokens, then moves of whole tokens, ten seconds a sentence on the embedded model
@@ -69,12 +73,14 @@ tried. Means over {count} sentences, ROUGE-1 / ROUGE-2, then the share that is e
 _LEARNED = """
 ## An attacker that learns
 
+{figures}
 A network from the decoded update to its tokens, trained through the channel on {count} updates of public sentences
 (Learning to Invert, Wu et al. 2023): embedded model, gradients of one sentence, {trials} of them attacked.
 """
 _MEMBERS = """
 ## Who was trained on
 
+{figures}
 Told from the trained adapter alone: {members} windows of source code that were trained on, and as many of the same
 files that were not. *Loss*: Yeom et al. 2018. *Beside the base model*: how far the adapter lowers the base model's
 loss (Watson et al. 2022; the base model stands where LiRA has shadow models). Embedded model, {clients} clients in
@@ -83,6 +89,8 @@ remembers less. Noise is each client's own, for epsilon 8 of the whole run.
 """
 _READING = """
 ## How to read it
+
+{figures}
 
 {findings}- What counts is the distance from *nothing*. Where a figure lies there, this attack found nothing; that is no
   bound.
@@ -103,17 +111,24 @@ _READING = """
 def page_of(results: Row) -> str:
     """The whole page, Markdown; without the sections that were not run."""
     sections: dict[str, Row] = results["sections"]
-    sizes = results["sizes"]
+    sizes, means = results["sizes"], means_of(sections)
     tell: dict[str, Callable[[list[Row]], Iterable[str]]] = {
-        "tokens": lambda rows: [_TOKENS, *_token_tables(rows)],
-        "control": lambda rows: [_CONTROL, _control_table(rows)],
-        "sentences": lambda rows: [_SENTENCES.format(**_effort(sizes)), *_sentence_tables(rows), _examples(rows)],
+        "tokens": lambda rows: [_TOKENS.format(figures=_rows_of("tokens")), *_token_tables(rows)],
+        "control": lambda rows: [
+            _CONTROL.format(figures=_FIGURES.format("means.control")),
+            _control_table(means["control"]),
+        ],
+        "sentences": lambda rows: [
+            _SENTENCES.format(figures=_FIGURES.format("means.sentences"), **_effort(sizes)),
+            *_sentence_tables(means["sentences"]),
+            _examples(rows),
+        ],
         "learned": lambda rows: [
-            _LEARNED.format(count=sizes["learned_from"], trials=rows[0]["trials"]),
+            _LEARNED.format(figures=_rows_of("learned"), count=sizes["learned_from"], trials=rows[0]["trials"]),
             _learned_table(rows),
         ],
         "members": lambda rows: [
-            _MEMBERS.format(members=rows[0]["members"], **sizes["federation"]),
+            _MEMBERS.format(figures=_rows_of("members"), members=rows[0]["members"], **sizes["federation"]),
             _members_table(rows),
         ],
     }
@@ -121,16 +136,44 @@ def page_of(results: Row) -> str:
     parts = [_OPENING, _QUICK if quick else "", _CHANNELS.format(**_noise(results["noise"]))]
     for name, told in tell.items():
         parts += told(sections[name]["rows"]) if name in sections else []
-    findings = "".join(f"- {line}\n" for line in _findings(sections["tokens"]["rows"])) if "tokens" in sections else ""
+    findings = "".join(f"- {line}\n" for line in _findings(means.get("tokens", [])))
     trials = sorted({row["trials"] for row in sections["tokens"]["rows"]}) if "tokens" in sections else []
-    return "".join(
-        [*parts, _READING.format(trials=" to ".join(map(str, trials)), findings=findings), _made_with(sections)]
+    reading = _READING.format(
+        figures=_FIGURES.format("means.tokens"), trials=" to ".join(map(str, trials)), findings=findings
     )
+    return "".join([*parts, reading, _made_with(sections)])
+
+
+def means_of(sections: dict[str, Row]) -> dict[str, list[Row]]:
+    """Where the page tells of several rows together: what they come to, of every section that was run. Of tokens it is
+    the best attack's F1 behind each channel, over all updates."""
+    means: dict[str, Callable[[list[Row]], list[Row]]] = {
+        "tokens": lambda rows: [
+            {"model": model, "channel": channel, "f1": _best_f1(mine)}
+            for (model, channel), mine in _grouped(rows, "model", "channel")
+        ],
+        "control": lambda rows: _means(
+            rows, ("model", "rank", "sentences"), ("true_tokens", "recall", "precision", "rouge1", "rouge2", "exact")
+        ),
+        "sentences": lambda rows: _means(rows, ("model", "update", "channel", "attack"), ("rouge1", "rouge2", "exact")),
+    }
+    return {name: tell(sections[name]["rows"]) for name, tell in means.items() if name in sections}
+
+
+def _means(rows: Sequence[Row], same: Sequence[str], figures: Sequence[str]) -> list[Row]:
+    return [
+        dict(zip(same, values, strict=True)) | {key: mean(row[key] for row in mine) for key in figures}
+        for values, mine in _grouped(rows, *same)
+    ]
+
+
+def _rows_of(section: str) -> str:
+    return _FIGURES.format(f"sections.{section}.rows")
 
 
 def _noise(rows: Sequence[Row]) -> dict[str, str]:
     said = [f"{row['standard_deviation_over_clip']:.2f} (epsilon {row['epsilon']:g})" for row in rows]
-    return {"noise": " or ".join(said), "delta": f"{rows[0]['delta']:g}"}
+    return {"figures": _FIGURES.format("noise"), "noise": " or ".join(said), "delta": f"{rows[0]['delta']:g}"}
 
 
 def _effort(sizes: Row) -> dict[str, str]:
@@ -161,11 +204,10 @@ def _token_tables(rows: Sequence[Row]) -> Iterator[str]:
         yield f"\n**{model}, error**\n" + _table(["update", *channels], lines)
 
 
-def _findings(rows: Sequence[Row]) -> Iterator[str]:
-    """What the tokens' tables come to, a line a model: the best attack behind each channel, over all updates."""
-    for (model,), mine in _grouped(rows, "model"):
-        f1 = {channel: _best_f1(of_channel) for (channel,), of_channel in _grouped(mine, "channel")}
-        said = "; ".join(f"{value:.2f} {channel}" for channel, value in f1.items())
+def _findings(means: Sequence[Row]) -> Iterator[str]:
+    """What the tokens' tables come to, a line a model."""
+    for (model,), mine in _grouped(means, "model"):
+        said = "; ".join(f"{row['f1']:.2f} {row['channel']}" for row in mine)
         yield f"{model}: F1 of the tokens, mean over the updates, of each the attack that does better: {said}."
 
 
@@ -179,22 +221,22 @@ def _f1(row: Row) -> float:
     return found
 
 
-def _control_table(rows: Sequence[Row]) -> str:
+def _control_table(means: Sequence[Row]) -> str:
     lines = [
-        [model, str(rank), str(count), f"{mean(row['true_tokens'] for row in mine):.0f}"]
-        + [f"{mean(row[key] for row in mine):.2f}" for key in ("recall", "precision", "rouge1", "rouge2", "exact")]
-        for (model, rank, count), mine in _grouped(rows, "model", "rank", "sentences")
+        [row["model"], str(row["rank"]), str(row["sentences"]), f"{row['true_tokens']:.0f}"]
+        + [f"{row[key]:.2f}" for key in ("recall", "precision", "rouge1", "rouge2", "exact")]
+        for row in means
     ]
     head = ["model", "rank", "sentences", "tokens", "recall", "precision", "ROUGE-1", "ROUGE-2", "exact"]
     return _table(head, lines)
 
 
-def _sentence_tables(rows: Sequence[Row]) -> Iterator[str]:
+def _sentence_tables(means: Sequence[Row]) -> Iterator[str]:
     """One a model and kind of update: channels down, attacks across."""
-    for (model, kind), mine in _grouped(rows, "model", "update"):
-        attacks, told = _values(mine, "attack"), dict(_grouped(mine, "channel", "attack"))
+    for (model, kind), mine in _grouped(means, "model", "update"):
+        attacks, told = _values(mine, "attack"), {(row["channel"], row["attack"]): row for row in mine}
         lines = [
-            [channel, *(_rouges(told.get((channel, attack), [])) for attack in attacks)]
+            [channel, *(_rouges(told.get((channel, attack))) for attack in attacks)]
             for channel in _values(mine, "channel")
         ]
         yield f"\n**{model}, {kind}**\n" + _table(["channel", *attacks], lines)
@@ -255,11 +297,8 @@ def _shares(row: Row) -> str:
     return f"{row['recall']:.2f} ({row['precision']:.2f})"
 
 
-def _rouges(rows: Sequence[Row]) -> str:
-    if not rows:
-        return "-"
-    one, two, exact = (mean(row[key] for row in rows) for key in ("rouge1", "rouge2", "exact"))
-    return f"{one:.2f} / {two:.2f}, {exact:.2f}"
+def _rouges(row: Row | None) -> str:
+    return "-" if row is None else f"{row['rouge1']:.2f} / {row['rouge2']:.2f}, {row['exact']:.2f}"
 
 
 def _shown(text: str) -> str:
