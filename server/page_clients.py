@@ -191,8 +191,12 @@ def _client_table(results: RunResults) -> Table:
                 sum(uplink.seconds_train for uplink in own),
             ]
         )
-    columns = (
+    columns = [
         "client", "examples a round", "first train loss", "last train loss", "mean norm of its updates", "scaled",
         "bytes up", "bytes down", "seconds of training",
-    )  # fmt: skip
+    ]  # fmt: skip
+    if ranks := {uplink.partition: uplink.rank for uplink in results.uplinks if uplink.rank is not None}:
+        columns.append("rank that it trained")
+        for row, client in zip(rows, accounts, strict=True):
+            row.append(ranks.get(client, results.settings.lora.rank))
     return Table("By client", columns, rows)

@@ -3,13 +3,16 @@
 Flower's strategies keep all replies of a round until they average them. Those that make nothing of the replies but
 their weighted mean (FedAvg, FedAvgM, FedAdam) get one reply from here, which is that mean.
 
-Where clients train lower ranks than the adapter has, the mean of a row is that of the clients that train it: in a mean
-over all, the rows that few train would hardly move (Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of
-On-Device Foundation Models", weigh whole clients by their norms instead).
+Where clients train lower ranks than the adapter has, few of them may train a row. In a mean over all it would hardly
+move; the mean over those few is longer than other rows' steps, as less of it cancels out, and overshoots
+(docs/negative-results.md). Its step is that mean times the root of their share of the weight: as long as other rows' if
+what clients send has little in common. (Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device
+Foundation Models", weigh whole clients by their norms instead.)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -78,12 +81,12 @@ def _rank_of(reply: Message) -> int | None:
 def _weigh_rows(
     mean: Mapping[str, Tensor], origin: Mapping[str, Tensor], weight_of_rank: Mapping[int, float], total: float
 ) -> None:
-    """Means over all become means over those who train a row: they moved it, and the others' weight did not."""
+    """Means over all -> means over those who train a row, times the root of their share of the weight."""
     for name, tensor in mean.items():
         moved, from_ = rank_first(name, tensor), rank_first(name, origin[name])
         for row in range(min(weight_of_rank), len(moved)):
             weight = total - sum(less for rank, less in weight_of_rank.items() if rank <= row)
-            factor = total / weight if weight > 1e-9 * total else 0.0
+            factor = math.sqrt(total / weight) if weight > 1e-9 * total else 0.0
             moved[row] = from_[row] + (moved[row] - from_[row]) * factor
 
 

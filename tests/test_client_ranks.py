@@ -3,6 +3,8 @@ and nothing is lost."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,9 @@ def test_with_other_arms_and_adapters(tmp_path: Path, changes: dict[str, Any]) -
     results = run(ranked(tmp_path, "run", **changes), tmp_path)
     assert not results.faults and results.heldout_loss[-1] < results.heldout_loss[0]
     assert {uplink.rank for uplink in results.uplinks} == {2, 4, None}
+    content = json.loads((tmp_path / "run" / "report.json").read_text())
+    tables = [part for section in content["sections"] for part in section["parts"] if part.get("title") == "By client"]
+    assert [row[-1] for row in tables[0]["rows"]] == [2, 4, 8]
 
 
 def test_the_owner_of_a_node_has_the_last_word(tmp_path: Path) -> None:
@@ -119,7 +124,7 @@ def test_with_a_server_that_remembers(tmp_path: Path, kind: str) -> None:
     assert run(settings, tmp_path).heldout_loss[-1] < 3.7
 
 
-def test_every_row_is_the_mean_of_those_who_train_it() -> None:
+def test_every_row_is_the_mean_of_those_who_train_it_and_as_long_as_the_others() -> None:
     shapes = {"x.lora_A.weight": (3, 5), "x.lora_B.weight": (6, 3)}
     origin = {name: torch.randn(shape) for name, shape in shapes.items()}
     updates = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(3)]
@@ -148,8 +153,8 @@ def test_every_row_is_the_mean_of_those_who_train_it() -> None:
         moved = rank_first(name, found[name] - origin[name])
         each = [rank_first(name, update[name]) for update in updates]
         torch.testing.assert_close(moved[0], (4 * each[0][0] + each[1][0] + 3 * each[2][0]) / 8)
-        torch.testing.assert_close(moved[1], (each[1][1] + 3 * each[2][1]) / 4)
-        torch.testing.assert_close(moved[2], each[1][2])
+        torch.testing.assert_close(moved[1], (each[1][1] + 3 * each[2][1]) / 4 * math.sqrt(4 / 8))
+        torch.testing.assert_close(moved[2], each[1][2] * math.sqrt(1 / 8))
     nobody = mean((1, 2, 2))
     for name in shapes:
         assert torch.equal(rank_first(name, nobody[name])[2], rank_first(name, origin[name])[2])
