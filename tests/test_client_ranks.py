@@ -82,7 +82,7 @@ def test_nothing_is_lost_and_bytes_go_by_what_is_trained(tmp_path: Path, monkeyp
 
 def test_they_end_between_all_low_and_all_high(tmp_path: Path) -> None:
     def ended(name: str, ranks: list[int]) -> float:
-        settings = ranked(tmp_path / name, name, arm="dense", train__steps=4, federation__rounds=6)
+        settings = ranked(tmp_path / name, name, arm="dense", train__steps=4, federation__rounds=4)
         settings.run_id, settings.lora.rank, settings.federation.client_ranks = "same", 16, ranks
         settings.federation.num_clients = settings.federation.clients_per_round = 6
         return run(settings, tmp_path / name).heldout_loss[-1]
@@ -93,7 +93,7 @@ def test_they_end_between_all_low_and_all_high(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changes", [{"arm": "dense"}, {"lora__dora": True}, {"lora__train": "b"}])
 def test_with_other_arms_and_adapters(tmp_path: Path, changes: dict[str, Any]) -> None:
-    results = run(ranked(tmp_path, "run", **changes), tmp_path)
+    results = run(ranked(tmp_path, "run", federation__rounds=2, **changes), tmp_path)
     assert not results.faults and results.heldout_loss[-1] < results.heldout_loss[0]
     assert {uplink.rank for uplink in results.uplinks} == {2, 4, None}
     content = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -108,7 +108,7 @@ def test_the_owner_of_a_node_has_the_last_word(tmp_path: Path) -> None:
             context = list(self.contexts.values())[2]
             context.node_config = UserConfig({**context.node_config, MAX_RANK: "1"})
 
-    results = run(ranked(tmp_path, "run"), tmp_path, OneLow)
+    results = run(ranked(tmp_path, "run", federation__rounds=1), tmp_path, OneLow)
     assert {(uplink.partition, uplink.rank) for uplink in results.uplinks} == {(0, 2), (1, 4), (2, 1)}
     settings = ranked(tmp_path, "run")
     settings.codec.bits, settings.federation.client_bits = 0.5, [0.1, 2.0]
@@ -119,7 +119,7 @@ def test_the_owner_of_a_node_has_the_last_word(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["fedavgm", "fedadam"])
 def test_with_a_server_that_remembers(tmp_path: Path, kind: str) -> None:
-    settings = ranked(tmp_path, kind, strategy__name=kind)
+    settings = ranked(tmp_path, kind, strategy__name=kind, federation__rounds=2)
     settings.strategy.lr = 0.02 if kind == "fedadam" else 0.5
     assert run(settings, tmp_path).heldout_loss[-1] < 3.7
 
