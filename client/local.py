@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from adapters.finetune import DivergedError
 from client.generations import Generations, Kept, Kind
 from client.residuals import open_folder
 
@@ -30,7 +31,14 @@ def load_local(folder: Path, partition: int, start: Mapping[str, Tensor], server
 
 
 def save_local(folder: Path, partition: int, local: Mapping[str, Tensor], server_round: int) -> None:
-    """Inverse of ``load_local``. Raises OutputError: the disk is full or cannot be written."""
+    """Inverse of ``load_local``.
+
+    Raises:
+        DivergedError: they hold NaN or infinity, from which no later round would recover; what was there still is.
+        OutputError: the disk is full or cannot be written.
+    """
+    if broken := next((name for name, tensor in local.items() if not bool(tensor.isfinite().all())), None):
+        raise DivergedError(f"training diverged: {broken!r}, which stays on this node, is not finite: lower train.lr")
     open_folder(folder, partition)
     _generations(folder, partition, local).save(Kept(server_round, local, ""))
 

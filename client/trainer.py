@@ -241,8 +241,8 @@ class Trainer:
                 rank_first(name, change)[limits.rank :] = 0  # noise lies there as well
         trained = time.perf_counter()
         payload = self._encode(update, work) if settings.arm == "coded" else None
-        if self.seeded_local:
-            save_local(work.memory, work.partition, get_local(self.model), work.server_round)
+        if local := get_local(self.model):
+            save_local(work.memory, work.partition, local, work.server_round)
         new: Arrays | None = None
         if payload is None:
             new = {name: work.adapter[name] + change.numpy() for name, change in on_host(update).items()}

@@ -15,10 +15,10 @@ from test_federation import run, settings_for
 from transformers import AutoModelForCausalLM
 
 import client.personal
-from adapters.finetune import trained_parameters
+from adapters.finetune import DivergedError, trained_parameters
 from adapters.model import adapter_shapes, empty_model, freeze_local, get_adapter, get_local, load_model, whole_shapes
 from adapters.settings import LoraSettings
-from client.local import local_file
+from client.local import load_local, local_file, save_local
 from conf.schema import Settings, check_settings
 from server.results import RunResults
 from strategies.wire import ARRAYS, unwrap_adapter
@@ -160,6 +160,14 @@ def test_a_node_s_own_adapter_loses_what_the_node_says(tmp_path: Path, run_progr
         client.personal.main, ["--adapter", str(out), *asked[2:], "--partition", "2", "--output", str(tmp_path / "new")]
     )
     assert status != 0 and "is whole" in err
+
+
+def test_layers_that_diverged_are_not_kept(tmp_path: Path) -> None:
+    good = {"x.lora_B.weight": torch.ones(4, 2)}
+    save_local(tmp_path, 0, good, 1)
+    with pytest.raises(DivergedError, match=r"'x\.lora_B\.weight', which stays on this node, is not finite"):
+        save_local(tmp_path, 0, {"x.lora_B.weight": torch.full((4, 2), torch.nan)}, 2)
+    assert torch.equal(load_local(tmp_path, 0, good, 3)["x.lora_B.weight"], good["x.lora_B.weight"])
 
 
 @pytest.mark.parametrize(
