@@ -207,14 +207,14 @@ class Trainer:
         self.shard(partition)
         if memory is not None:
             self.guard(partition, memory)
-        if self._limits(partition).rank is not None and (name := _wider_than_long(adapter_shapes(self.model))):
-            raise ValueError(f"{name!r} has more ranks than its layer has inputs or outputs: no node can train fewer")
         if "model" not in self.__dict__:  # once it is in use, its memory is no longer free
             needed = client_memory(self.settings)
             if self._given is not None:
                 needed = dataclasses.replace(needed, weights=0)
             check_fits(needed, resolve_device(self.settings.model))
-        _ = self.model
+        shapes = adapter_shapes(self.model)
+        if self._limits(partition).rank is not None and (name := _wider_than_long(shapes)):
+            raise ValueError(f"{name!r} has more ranks than its layer has inputs or outputs: no node can train fewer")
         if self.settings.arm == "coded":
             layout, device = self.layout, self.model.device
             any_update = {name: torch.full(shape, 1e-3, device=device) for name, shape in layout.shapes.items()}
@@ -241,8 +241,8 @@ class Trainer:
                 rank_first(name, change)[limits.rank :] = 0  # noise lies there as well
         trained = time.perf_counter()
         payload = self._encode(update, work) if settings.arm == "coded" else None
-        if local := get_local(self.model):
-            save_local(work.memory, work.partition, local, work.server_round)
+        if self.seeded_local:
+            save_local(work.memory, work.partition, get_local(self.model), work.server_round)
         new: Arrays | None = None
         if payload is None:
             new = {name: work.adapter[name] + change.numpy() for name, change in on_host(update).items()}

@@ -23,7 +23,6 @@ from torch import Tensor
 from gradcodec.state import State
 from strategies.broadcast import Broadcaster
 from strategies.errors import RoundError
-from strategies.mean import MeanStrategy
 from strategies.messages import in_order
 from strategies.norms import NormBound
 from strategies.optimizer import begin_round, optimizer_state, restore_optimizer
@@ -129,8 +128,6 @@ class FederatedStrategy(AdapterStrategy):
             side_bytes += sum(len(value) for value in entries.values() if isinstance(value, bytes))
             self.observer.downlink(dataclasses.replace(sent, server_round=server_round, side_bytes=side_bytes))
         self._outbox = Outbox(messages, self._nodes, self.broadcaster)
-        if isinstance(self.inner, MeanStrategy):
-            self.inner.origin = self.current
         return messages
 
     @property

@@ -17,13 +17,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from gradcodec.flower.wrapping import WrappingStrategy
 from gradcodec.layout import rank_first
-from strategies.tensors import moved_to_record
+from strategies.tensors import from_record, moved_to_record
 from strategies.wire import ARRAYS, CONFIG, METRICS, NUM_EXAMPLES, RANK, metric
 
 
@@ -31,18 +32,25 @@ class MeanStrategy(WrappingStrategy):
     """Hands the inner strategy one reply a round: the mean of all, each weighted by its number of examples.
 
     A reply whose config has ``RANK`` counts in the first so many rows of every factor; in the others it must hold what
-    ``origin`` does. Rows that nobody trains stay as they are.
+    the round started from. Rows that nobody trains stay as they are.
 
     The order of the replies decides the last bits of the sums; ``FederatedStrategy`` gives them in a fixed one.
     """
 
     def __init__(self, inner: Strategy) -> None:
         super().__init__(inner)
-        self.origin: Mapping[str, Tensor] = {}  # the adapter of the round, where replies say ranks
+        self._start = ArrayRecord()  # the adapter of the round: unpacked where replies say ranks, and let go with it
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self._start = arrays
+        return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        start, self._start = self._start, ArrayRecord()
         sums: dict[str, Tensor] = {}
         metrics: list[MetricRecord] = []
         ranks: dict[int, float] = {}  # rank -> weight of those who trained no more
@@ -64,7 +72,7 @@ class MeanStrategy(WrappingStrategy):
         for tensor in sums.values():
             tensor.div_(metric(means, NUM_EXAMPLES))
         if ranks:
-            _weigh_rows(sums, self.origin, ranks, metric(means, NUM_EXAMPLES))
+            _weigh_rows(sums, from_record(start), ranks, metric(means, NUM_EXAMPLES))
         mean = moved_to_record(sums)
         last.content = RecordDict({ARRAYS: mean, METRICS: means})
         try:

@@ -48,6 +48,13 @@ SHAPES = {
 }
 
 
+def apply_changes(settings: Any, changes: Mapping[str, object]) -> None:
+    """Sets ``group__key``, or ``key`` of the settings themselves, to each value."""
+    for key, value in changes.items():
+        holder, _, attribute = key.rpartition("__")
+        setattr(getattr(settings, holder) if holder else settings, attribute, value)
+
+
 def heavy_tailed_update(seed: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:
     """Low-rank, heavy-tailed matrices, as gradients are; around 1e-3."""
     generator = torch.Generator().manual_seed(seed)

@@ -7,12 +7,14 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
-from conftest import InProcessGrid
+from conftest import InProcessGrid, apply_changes
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict, UserConfig
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from test_federation import run, settings_for
 from torch import Tensor
@@ -101,6 +103,15 @@ def test_with_other_arms_and_adapters(tmp_path: Path, changes: dict[str, Any]) -
     assert [row[-1] for row in tables[0]["rows"]] == [2, 4, 8]
 
 
+def test_a_recorded_run_is_the_same_run(tmp_path: Path) -> None:
+    plain, recorded = (
+        ranked(tmp_path / name, name, arm="dense", federation__rounds=2) for name in ("plain", "recorded")
+    )
+    plain.run_id = recorded.run_id = "same"
+    recorded.record = str(tmp_path / "updates.safetensors")
+    assert run(recorded, tmp_path / "recorded").heldout_loss == run(plain, tmp_path / "plain").heldout_loss
+
+
 def test_the_owner_of_a_node_has_the_last_word(tmp_path: Path) -> None:
     class OneLow(InProcessGrid):
         def __init__(self, *args: Any) -> None:
@@ -129,11 +140,12 @@ def test_every_row_is_the_mean_of_those_who_train_it_and_as_long_as_the_others()
     origin = {name: torch.randn(shape) for name, shape in shapes.items()}
     updates = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(3)]
     ranks, weights = (1, None, 2), (4.0, 1.0, 3.0)
-    strategy = MeanStrategy(FedAvg(min_train_nodes=1, weighted_by_key=NUM_EXAMPLES, arrayrecord_key=ARRAYS))
-    strategy.origin = origin
+    nodes: dict[str, Any] = {"min_train_nodes": 1, "min_available_nodes": 1, "fraction_evaluate": 0.0}
+    strategy = MeanStrategy(FedAvg(**nodes, weighted_by_key=NUM_EXAMPLES, arrayrecord_key=ARRAYS))
+    grid = cast(Grid, SimpleNamespace(get_node_ids=lambda: [1]))
 
     def reply(update: Mapping[str, Tensor], rank: int | None, weight: float) -> Message:
-        adapter = {name: origin[name] + change for name, change in update.items()}
+        adapter = {name: origin[name] + moved for name, moved in update.items()}
         if rank is not None:
             for name, tensor in adapter.items():
                 rank_first(name, tensor)[rank:] = rank_first(name, origin[name])[rank:]
@@ -143,6 +155,7 @@ def test_every_row_is_the_mean_of_those_who_train_it_and_as_long_as_the_others()
         return Message(content, 1, "train")
 
     def mean(ranks: tuple[int | None, ...]) -> dict[str, Tensor]:
+        list(strategy.configure_train(1, to_record(origin), ConfigRecord(), grid))
         replies = [reply(*one) for one in zip(updates, ranks, weights, strict=True)]
         arrays, _ = strategy.aggregate_train(1, replies)
         assert arrays is not None
@@ -189,9 +202,7 @@ def test_rows_of_the_rank_alone_are_trained_and_remembered(tmp_path: Path) -> No
 )
 def test_what_does_not_go_together_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     settings = ranked(tmp_path, "run")
-    for key, value in changes.items():
-        holder, _, attribute = key.rpartition("__")
-        setattr(getattr(settings, holder) if holder else settings, attribute, value)
+    apply_changes(settings, changes)
     with pytest.raises(ValueError, match=said):
         check_settings(settings)
 
@@ -202,6 +213,19 @@ def test_a_node_says_why_it_cannot_take_part(tmp_path: Path) -> None:
     grid = InProcessGrid(client_app, settings.federation.num_clients, {MAX_RANK: "2", "memory": str(tmp_path)})
     with pytest.raises(ValueError, match=r"trains at most rank 2 .*compares whole updates"):
         run_federation(grid, settings)
+
+
+def test_a_node_too_small_for_the_model_says_so_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_small(*_: Any) -> None:
+        raise ValueError("the model does not fit")
+
+    monkeypatch.setattr("client.trainer.check_fits", too_small)
+    trainer = Trainer(ranked(tmp_path, "run"), own_limits=ClientLimits(rank=2))
+    with pytest.raises(ValueError, match="does not fit"):
+        trainer.check(0)
+    assert "model" not in trainer.__dict__
 
 
 @pytest.mark.parametrize("rank", [0, -1, float("nan"), 1e9])
