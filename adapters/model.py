@@ -125,11 +125,11 @@ def _check_patterns(model: PeftModel, lora: LoraSettings) -> None:
 
 def _layers(model: PeftModel) -> list[str]:
     """The full names of the adapted ones."""
-    return [_layer_of(name) for name in _whole_state(model) if ".lora_A." in name]
+    return [layer_of(name) for name in _whole_state(model) if ".lora_A." in name]
 
 
-def _layer_of(name: str) -> str:
-    """What a tensor of an adapter belongs to."""
+def layer_of(name: str) -> str:
+    """The full name of the layer that a tensor of an adapter belongs to."""
     return name.removeprefix("base_model.model.").partition(".lora_")[0]
 
 
@@ -176,8 +176,10 @@ def set_adapter(model: PeftModel, adapter: Mapping[str, Tensor]) -> None:
 
 def get_local(model: PeftModel) -> Adapter:
     """A copy of the tensors of layers that are not shared, float32, on the CPU; empty without ``lora.local``."""
-    shared = _state(model).keys()
-    return {name: t.detach().float().cpu().clone() for name, t in _whole_state(model).items() if name not in shared}
+    local = _local_layers(model)
+    return {
+        name: t.detach().float().cpu().clone() for name, t in _whole_state(model).items() if layer_of(name) in local
+    }
 
 
 def set_local(model: PeftModel, local: Mapping[str, Tensor]) -> None:
@@ -188,9 +190,9 @@ def set_local(model: PeftModel, local: Mapping[str, Tensor]) -> None:
 
 def freeze_local(model: PeftModel) -> None:
     """Layers that are not shared are not trained here: a server has nobody's."""
-    local = set(model.peft_config["default"].exclude_modules or ())
+    local = _local_layers(model)
     for name, parameter in model.named_parameters():
-        if _layer_of(name) in local:
+        if layer_of(name) in local:
             parameter.requires_grad = False
 
 
@@ -210,9 +212,13 @@ def on_host(adapter: Mapping[str, Tensor]) -> Adapter:
 
 
 def _state(model: PeftModel) -> dict[str, Tensor]:
-    local = set(model.peft_config["default"].exclude_modules or ())
-    whole = _whole_state(model)
-    return {name: tensor for name, tensor in whole.items() if _layer_of(name) not in local} if local else whole
+    local = _local_layers(model)
+    return {name: tensor for name, tensor in _whole_state(model).items() if layer_of(name) not in local}
+
+
+def _local_layers(model: PeftModel) -> frozenset[str]:
+    """The full names of those that are not shared (``lora.local``), as ``_with_adapter`` noted them."""
+    return frozenset(model.peft_config["default"].exclude_modules or ())
 
 
 def _whole_state(model: PeftModel) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ from transformers import PreTrainedConfig
 
 from adapters.base import load_config, resolve_device
 from adapters.gguf import cache_folder, model_folder
+from adapters.model import layer_of
 from adapters.plugins import Plugins
 from adapters.settings import ModelSettings
 
@@ -76,7 +77,7 @@ class Wanted:
     @property
     def layer(self) -> str:
         """The full name of the layer that it adapts."""
-        return self.tensor.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        return layer_of(self.tensor)
 
     @property
     def is_a(self) -> bool:

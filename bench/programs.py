@@ -14,14 +14,17 @@ from typing import Any
 from conf.output import provenance, write_json
 
 
-def run_program(module: str, overrides: Sequence[str], flwr_home: Path | None = None) -> None:
-    """``python -m MODULE OVERRIDES...``, its output shown, with Flower's home where it is given.
+def run_program(
+    module: str, overrides: Sequence[str], flwr_home: Path | None = None, prefix: Sequence[str] = ()
+) -> None:
+    """``python -m MODULE OVERRIDES...``, its output shown, with Flower's home where it is given, and behind a
+    ``prefix`` that runs it on another host (``Namespaces.in_server([])``).
 
     Raises:
         ValueError: it failed.
     """
     environment = {**os.environ, "FLWR_HOME": str(flwr_home)} if flwr_home is not None else None
-    if subprocess.run([sys.executable, "-m", module, *overrides], env=environment).returncode != 0:
+    if subprocess.run([*prefix, sys.executable, "-m", module, *overrides], env=environment).returncode != 0:
         raise ValueError(f"`python -m {module}` failed; the reason stands above")
 
 

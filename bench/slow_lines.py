@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from itertools import pairwise
@@ -23,8 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.deployment import Deployment, deployment_on_hosts
+from bench.deployment import deployment_on_hosts
 from bench.namespaces import Namespaces
+from bench.programs import run_program
 from conf.output import provenance, write_json
 
 NUM_NODES = 3
@@ -52,7 +51,9 @@ def main() -> None:
                 deployment_on_hosts(Path(folder) / "server", NUM_NODES, hosts, more) as place,
             ):
                 hosts.slow(0, args.kilobits)
-                found[name] = figures_of(run(hosts, place, Path(folder) / "run", own))
+                output = Path(folder) / "run"
+                run_program("server.federate", ["--output", str(output), *own], place.flwr_home, hosts.in_server([]))
+                found[name] = figures_of(output)
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -61,15 +62,6 @@ def main() -> None:
     if args.json is not None:
         about = {"kilobits": args.kilobits, "upload_seconds": args.seconds, "settings": own}
         write_json({"runs": found, **about, "made_with": provenance()}, args.json)
-
-
-def run(hosts: Namespaces, place: Deployment, output: Path, settings: list[str]) -> Path:
-    """The run's folder. Raises ValueError: it failed."""
-    command = [sys.executable, "-m", "server.federate", "--output", str(output), *settings]
-    environment = {**os.environ, "FLWR_HOME": str(place.flwr_home)}
-    if subprocess.run(hosts.in_server(command), env=environment).returncode != 0:
-        raise ValueError("`python -m server.federate` failed; the reason stands above")
-    return output
 
 
 def figures_of(output: Path) -> dict[str, Any]:

@@ -46,12 +46,13 @@ def join(adapter: Path, memory: Path, partition: int, output: Path) -> None:
         ValueError: a part is missing, damaged, or of another adapter, or ``output`` holds files already.
     """
     from adapters.export import load_adapter, save_adapter  # slow to load, and not needed for --help
+    from adapters.model import layer_of
 
     config, shared = load_adapter(adapter)
     if not config.exclude_modules:
         raise ValueError(f"{adapter} is whole: its run kept no layers on the nodes (lora.local)")
     local = read_local(memory, partition)
-    layers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in local}
+    layers = {layer_of(name) for name in local}
     if layers != set(config.exclude_modules):
         raise ValueError(f"the layers of partition {partition} in {memory} are not those that {adapter} lacks")
     if any(open_output(output).iterdir()):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import InProcessGrid
+from conftest import InProcessGrid, apply_changes
 from flwr.app import ConfigRecord, Message, RecordDict
 from safetensors.torch import load_file
 
@@ -43,9 +43,7 @@ def settings_for(folder: Path, artifact: str, **changes: object) -> Settings:
     settings.train.update, settings.train.lr, settings.train.steps = "delta", 0.005, 2
     settings.train.batch_size = settings.train.micro_batch_size = 4
     settings.federation = FederationSettings(rounds=4, num_clients=4, clients_per_round=2, wait_seconds=5.0)
-    for key, value in changes.items():
-        holder, _, attribute = key.rpartition("__")
-        setattr(getattr(settings, holder) if holder else settings, attribute, value)
+    apply_changes(settings, changes)
     return settings
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import InProcessGrid
+from conftest import InProcessGrid, apply_changes
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from google.protobuf.message import DecodeError
 from peft import PeftModel
@@ -64,9 +64,7 @@ def settings_for(folder: Path, name: str, **changes: object) -> Settings:
     settings.train.steps, settings.train.batch_size, settings.train.micro_batch_size = 2, 4, 4
     settings.federation.num_clients, settings.federation.clients_per_round = 3, 2
     settings.federation.rounds, settings.federation.wait_seconds = 3, 5.0
-    for key, value in changes.items():
-        holder, _, attribute = key.rpartition("__")
-        setattr(getattr(settings, holder) if holder else settings, attribute, value)
+    apply_changes(settings, changes)
     return settings
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import InProcessGrid, RunProgram
+from conftest import InProcessGrid, RunProgram, apply_changes
 from flwr.app import Message
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -181,8 +181,6 @@ def test_layers_that_diverged_are_not_kept(tmp_path: Path) -> None:
 )
 def test_what_does_not_go_together_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     settings = local_run(tmp_path, "run")
-    for key, value in changes.items():
-        holder, _, attribute = key.rpartition("__")
-        setattr(getattr(settings, holder) if holder else settings, attribute, value)
+    apply_changes(settings, changes)
     with pytest.raises(ValueError, match=said):
         check_settings(settings)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import InProcessGrid
+from conftest import InProcessGrid, apply_changes
 from flwr.app import Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from safetensors.torch import load_file
@@ -351,9 +351,7 @@ def test_too_few_answers_are_said_and_the_run_goes_on(tmp_path: Path, caplog: py
 def test_settings_that_do_not_go_together(tmp_path: Path, changes: dict[str, object], said: str) -> None:
     settings = settings_for(tmp_path, "run")
     settings.federation.clients_per_round = 3
-    for key, value in changes.items():
-        holder, _, attribute = key.rpartition("__")
-        setattr(getattr(settings, holder) if holder else settings, attribute, value)
+    apply_changes(settings, changes)
     with pytest.raises(ValueError, match=said):
         check_settings(settings)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import InProcessGrid
+from conftest import InProcessGrid, apply_changes
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from scipy import stats
@@ -194,7 +194,7 @@ def test_messages_tell_nothing_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
         ({"codec__name": "rotated"}, "needs codec=learned"),
         ({"codec__bits": None}, "needs codec.bits=NUMBER"),
@@ -203,11 +203,9 @@ def test_messages_tell_nothing_apart(tmp_path: Path) -> None:
         ({"privacy__secret_sampling": True}, "do not go together"),
     ],
 )
-def test_settings_that_cannot_be_served(tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_settings_that_cannot_be_served(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     settings = secure_settings(tmp_path, "run")
-    for key, value in change.items():
-        holder, _, attribute = key.partition("__")
-        setattr(getattr(settings, holder), attribute, value)
+    apply_changes(settings, changes)
     with pytest.raises(ValueError, match=message):
         check_settings(settings)
 
