@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adapters.settings import ALL_LINEAR, ATTENTION
+from adapters.settings import ALL_LINEAR, ATTENTION, NORMS
 
 Parts = dict[str, tuple[range, ...]]
 """Name of a part -> the rows of the whole that are its own."""
@@ -112,6 +112,50 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
             raise ValueError(f"lora.target_modules: {name!r} is no linear layer of this model, which has {leaves}")
         targets += _shortest_ends(found, everywhere) if name in groups or _also_in(others, name) else [name]
     return list(dict.fromkeys(targets))
+
+
+def modules_to_save(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
+    """The ends of module names by which PEFT finds the modules that are trained whole.
+
+    Args:
+        model: the base model, without an adapter; its modules are enough.
+        wanted: ends of modules' names, wherever they begin, as PEFT takes them (``norm`` is ``input_layernorm`` as
+            well); ``norms`` stands for all norms that text passes, whatever the architecture calls them.
+
+    Raises:
+        ValueError: one of them is no module of this model, or one that holds something else than vectors.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    text = _text_part(model)
+    norms = [name for name in modules if "Norm" in type(modules[name]).__name__ and name.startswith(text)]
+    ends: list[str] = []
+    for name in wanted:
+        found = norms if name == NORMS else [module for module in modules if module.endswith(name)]
+        if not found:
+            raise ValueError(
+                f"lora.modules_to_save: {name!r} is the end of no module's name, such as {next(iter(norms), '')!r}"
+            )
+        for module in found:
+            _check_vectors(module, modules[module])
+        ends += _ends_of_no_other(found, modules) if name == NORMS else [name]
+    return list(dict.fromkeys(ends))
+
+
+def _check_vectors(name: str, module: nn.Module) -> None:
+    sizes = [parameter.numel() for parameter in module.parameters() if parameter.ndim != 1]
+    if sizes:
+        raise ValueError(
+            f"lora.modules_to_save: {name!r} holds {sum(sizes):,} values of matrices: modules of vectors alone, such "
+            f"as [{NORMS}], are trained whole; a matrix is adapted by factors (lora.target_modules)"
+        )
+    if next(module.parameters(), None) is None:
+        raise ValueError(f"lora.modules_to_save: {name!r} has nothing to train; try [{NORMS}]")
+
+
+def _ends_of_no_other(wanted: Sequence[str], modules: Iterable[str]) -> list[str]:
+    """The last parts of names, or all of them where a last part ends another module's name as well."""
+    ends = tuple(dict.fromkeys(name.rpartition(".")[2] for name in wanted))
+    return list(ends) if {name for name in modules if name.endswith(ends)} == {*wanted} else [*wanted]
 
 
 def _also_in(others: Iterable[str], end: str) -> bool:

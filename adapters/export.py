@@ -29,7 +29,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from adapters.architectures import left_out
 from adapters.files import CONFIG, WEIGHTS, check_adapter_files
 from adapters.gguf import origin
-from adapters.model import Adapter, adapter_shapes, set_adapter
+from adapters.model import Adapter, adapter_shapes, merged, set_adapter
 from adapters.settings import LoraSettings
 from adapters.text import one_line
 
@@ -92,6 +92,11 @@ def load_adapter(folder: Path) -> tuple[LoraConfig, Adapter]:
         raise ValueError(f"{folder / WEIGHTS} is damaged: {error}; copy it again") from None
     if broken := next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None):
         raise ValueError(f"{folder / WEIGHTS} holds NaN or infinity in {one_line(broken)!r}: its training diverged")
+    if whole := next((name for name, tensor in tensors.items() if ".lora_" not in name and tensor.ndim != 1), None):
+        raise ValueError(
+            f"{folder} is no plain LoRA adapter: modules_to_save={config.modules_to_save} with the matrix "
+            f"{one_line(whole)!r} is not served; modules of vectors, such as norms, are"
+        )
     return config, {name: tensor.float() for name, tensor in tensors.items()}
 
 
@@ -107,7 +112,7 @@ def load_start(folder: Path, model: PeftModel) -> Adapter:
         {**dataclasses.asdict(lora_settings(one)), "target_modules": _modules(names)}
         for one, names in ((config, adapter), (own_config, own))
     )
-    for key in ("rank", "alpha", "rslora", "dora", "rank_pattern", "alpha_pattern", "target_modules"):
+    for key in _MUST_AGREE:
         if theirs_of_key[key] != ours_of_key[key]:
             said = _said(theirs_of_key[key])
             raise ValueError(f"lora.start={folder} has another {key} than this run: give lora.{key}={said}")
@@ -141,8 +146,7 @@ def save_merged(
             f"{base_name} is loaded quantised, and an adapter can be merged into unquantised weights only: "
             "give --set model.quantization=none"
         )
-    merged = model.merge_and_unload()
-    merged.save_pretrained(str(folder))
+    merged(model).save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     _card("Merged LoRA", base_name, "transformers", facts, _text_of(sections) + _LOAD_MERGED).save(folder / CARD)
     _follow_umask(folder)
@@ -159,6 +163,7 @@ def lora_settings(config: LoraConfig) -> LoraSettings:
         alpha_pattern={pattern: float(alpha) for pattern, alpha in (config.alpha_pattern or {}).items()},
         rslora=config.use_rslora,
         dora=config.use_dora,
+        modules_to_save=sorted(config.modules_to_save or ()),
         local=sorted(config.exclude_modules or ()),
     )
 
@@ -166,11 +171,13 @@ def lora_settings(config: LoraConfig) -> LoraSettings:
 def beyond_vllm(lora: LoraSettings) -> str | None:
     """What of an adapter vLLM does not apply, in a few words; None: it applies all of it.
 
-    Its ``PEFTHelper`` refuses DoRA, and has one rank and one alpha for all layers: patterns it would leave out in
-    silence.
+    Its ``PEFTHelper`` refuses DoRA and modules that are trained whole, and has one rank and one alpha for all layers:
+    patterns it would leave out in silence.
     """
     if lora.dora:
         return "it is DoRA, which vLLM refuses"
+    if lora.modules_to_save:
+        return "it holds modules that were trained whole, which vLLM refuses"
     if lora.rank_pattern or lora.alpha_pattern:
         return "its layers differ in rank or alpha, and vLLM takes one of each for all"
     return None
@@ -218,6 +225,8 @@ def public_name(path: str) -> str:
     return path
 
 
+_MUST_AGREE = ("rank", "alpha", "rslora", "dora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_modules")
+"""What a run and the adapter that it starts from have in common."""
 _PLAIN = {
     "r",
     "lora_alpha",
@@ -229,6 +238,7 @@ _PLAIN = {
     "alpha_pattern",
     "use_rslora",
     "use_dora",
+    "modules_to_save",  # of vectors alone: checked apart
     "init_lora_weights",  # some values of it change the base, too: checked apart
     "task_type",  # checked apart
     "inference_mode",

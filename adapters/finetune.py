@@ -194,7 +194,10 @@ def _batches(num_windows: int, settings: TrainSettings, seed: int) -> Iterator[T
 def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
     if settings.update == "gradient":
         return torch.optim.SGD(parameters, lr=settings.lr)
-    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim == 1]  # scales, which mean nothing at zero
+    groups = [{"params": matrices}] + ([{"params": vectors, "weight_decay": 0.0}] if vectors else [])
+    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
 def _schedule(settings: TrainSettings, step: int, steps: int) -> float:

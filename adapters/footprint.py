@@ -92,6 +92,7 @@ def estimate_memory(
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     num_moments = 2 if training.update == "delta" else 0
     a_token = _kept_by_layers(base, settings) + _kept_by_adapter(model, settings) + _kept_by_dora(model, settings)
+    a_token += _kept_by_saved(model)
     if base.config._attn_implementation == "eager":
         a_token += config.num_hidden_layers * config.num_attention_heads * window * (width + _FLOAT)
     if settings.gradient_checkpointing:
@@ -189,6 +190,14 @@ def _kept_by_dora(model: PeftModel, settings: ModelSettings) -> int:
     """Bytes a token: what a layer and its factors give, both of which a magnitude scales."""
     outputs = sum(shape[0] for name, shape in whole_shapes(model).items() if name.endswith(_MAGNITUDE))
     return (_FLOAT + _width(settings)) * outputs
+
+
+def _kept_by_saved(model: PeftModel) -> int:
+    """Bytes a token: what a norm that is trained scales, in float32."""
+    weights = [
+        shape for name, shape in whole_shapes(model).items() if ".lora_" not in name and name.endswith(".weight")
+    ]
+    return _FLOAT * sum(map(prod, weights))
 
 
 def _normed_at_once(model: PeftModel) -> int:

@@ -17,12 +17,12 @@ from peft import (
     prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
-from peft.utils.other import get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adapters.architectures import Parts, fused_parts, target_modules
+from adapters.architectures import Parts, fused_parts, modules_to_save, target_modules
 from adapters.base import empty_base, is_quantized, load_base, resolve_device
 from adapters.settings import LoraSettings, ModelSettings, check_kind
 
@@ -90,6 +90,7 @@ def _with_adapter(base: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftM
         alpha_pattern=dict(lora.alpha_pattern),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
+        modules_to_save=modules_to_save(base, lora.modules_to_save) or None,
         target_modules=target_modules(base, lora.target_modules),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
         task_type="CAUSAL_LM",
@@ -101,6 +102,8 @@ def _with_adapter(base: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftM
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
             parameter.requires_grad = lora.train == "both" or ".lora_A." not in name
+    for wrapper in _saved(model):
+        _compute_in_float32(wrapper)
     _check_patterns(model, lora)
     if lora.local:
         layers = _layers(model)
@@ -109,6 +112,37 @@ def _with_adapter(base: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftM
             raise ValueError("lora.local holds all adapted layers: nothing is left to train together")
         config.exclude_modules = local  # the adapter that is shared, and so written, has none of these
     return model
+
+
+def _saved(model: nn.Module) -> list[ModulesToSaveWrapper]:
+    return [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+
+
+def _own(wrapper: ModulesToSaveWrapper) -> nn.Module:
+    """The copy that is trained."""
+    own: nn.Module = wrapper.modules_to_save["default"]
+    return own
+
+
+def _base_type(wrapper: ModulesToSaveWrapper) -> torch.dtype:
+    first: nn.Parameter = next(wrapper.original_module.parameters())
+    return first.dtype
+
+
+def _compute_in_float32(wrapper: ModulesToSaveWrapper) -> None:
+    """Its weights are float32 as those of the factors are: what goes in and out keeps the base model's type."""
+    if (dtype := _base_type(wrapper)) != torch.float32:
+        own = _own(wrapper)
+        own.register_forward_pre_hook(lambda _, inputs: tuple(one.float() for one in inputs))
+        own.register_forward_hook(lambda _, inputs, output: output.to(dtype))
+
+
+def merged(model: PeftModel) -> PreTrainedModel:
+    """The base model with the adapter merged in, in the types of the base's weights; the model is used up."""
+    for wrapper in _saved(model):
+        _own(wrapper).to(_base_type(wrapper))
+    base: PreTrainedModel = model.merge_and_unload()
+    return base
 
 
 def _check_patterns(model: PeftModel, lora: LoraSettings) -> None:

@@ -15,7 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8", "nf4")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
 ROUND_SCHEDULES = ("constant", "linear", "cosine")
-ATTENTION, ALL_LINEAR = "attention", "all-linear"
+ATTENTION, ALL_LINEAR, NORMS = "attention", "all-linear", "norms"
 DEVICES = ["cpu", "cuda", "mps", "xpu", "hpu", "npu"]
 """What torch calls kinds of devices; a back end of one's own adds its name."""
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -57,6 +57,8 @@ class LoraSettings:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     rslora: bool = False  # scale alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023)
     dora: bool = False  # a trained magnitude for every output of an adapted layer (DoRA, Liu et al. 2024)
+    # modules whose vectors are trained whole beside the factors: norms | ends of names, such as [model.norm]
+    modules_to_save: list[str] = field(default_factory=list)
     # such patterns: layers whose factors stay on each node, neither sent nor averaged (Arivazhagan et al. 2019, FedPer)
     local: list[str] = field(default_factory=list)
     train: str = "both"  # both factors | b: A stays as it was drawn (FFA-LoRA, Sun et al. 2024)
@@ -220,6 +222,12 @@ def start_is_known(settings: LoraSettings) -> bool:
     """Whether every machine makes the adapter that a run starts from on its own, to the bit. DoRA's magnitudes are
     norms of the base weights, which machines sum up in orders of their own."""
     return settings.start is None and not settings.dora
+
+
+def start_needs_weights(settings: LoraSettings) -> bool:
+    """Whether the adapter that a run starts from is partly the base model's own values, so that the shapes of the base
+    and a seed do not give it."""
+    return settings.start is None and (settings.dora or bool(settings.modules_to_save))
 
 
 def check_training(settings: TrainSettings) -> None:

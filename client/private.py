@@ -152,7 +152,9 @@ class Guard:
         self.partition = partition
         self._least_replies = settings.federation.min_replies
         # a layer that runs twice, is compiled, or has parameters that are no linear layer's
-        self._one_by_one = settings.model.gradient_checkpointing or settings.model.compile or settings.lora.dora
+        model, lora = settings.model, settings.lora
+        beyond_linear = lora.dora or bool(lora.modules_to_save)
+        self._one_by_one = model.gradient_checkpointing or model.compile or beyond_linear
         rate = sampling_rate(settings.train, num_windows)
         self.release: Release = release_of(self.settings, rate, num_steps(settings.train, num_windows))
         self._path = folder / f"{COUNTS}{partition}.json"

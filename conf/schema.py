@@ -27,6 +27,7 @@ from adapters.settings import (
     check_seed,
     check_training,
     is_package_file,
+    start_needs_weights,
 )
 from adapters.settings import is_hub_name as is_hub_model
 from conf.limits import check_limits
@@ -336,11 +337,7 @@ def _check_together(settings: Settings) -> None:
         raise ValueError(f"resume=... needs arm=dense or arm=coded, not arm={settings.arm}")
     if settings.record is not None and settings.arm != "dense":
         raise ValueError(f"record=... needs arm=dense, not arm={settings.arm}: payloads are no updates")
-    if settings.lora.dora and settings.arm == "coded" and settings.codec.name == "b-only":
-        raise ValueError(
-            "lora.dora=true does not go with codec=b-only, which sends B factors alone: the magnitudes would never "
-            "arrive"
-        )
+    _check_vectors(settings)
     if settings.lora.local:
         _check_local(settings)
     _check_rounds(settings)
@@ -350,6 +347,23 @@ def _check_together(settings: Settings) -> None:
         _check_evaluation(settings)
     if settings.server.base == NONE:
         _check_without_base(settings)
+
+
+def _check_vectors(settings: Settings) -> None:
+    """What vectors beside the factors need of the rest."""
+    lora = settings.lora
+    what = "lora.dora=true" if lora.dora else f"lora.modules_to_save={lora.modules_to_save}"
+    if not (lora.dora or lora.modules_to_save):
+        return
+    if settings.arm == "coded" and settings.codec.name == "b-only":
+        raise ValueError(
+            f"{what} does not go with codec=b-only, which sends B factors alone: vectors would never arrive"
+        )
+    if settings.server.base == NONE and start_needs_weights(lora):
+        raise ValueError(
+            f"server.base=none does not go with {what}: a run starts from the base model's own values there, which "
+            "this server does not hold; give lora.start, or server.base=whole"
+        )
 
 
 def _check_local(settings: Settings) -> None:

@@ -322,7 +322,8 @@ def _kind_of(lora: LoraSettings) -> str:
     kind = f"rank {lora.rank}, alpha {lora.alpha:g}"
     for name, patterns in (("rank", lora.rank_pattern), ("alpha", lora.alpha_pattern)):
         kind += "".join(f", {name} {value:g} of {pattern}" for pattern, value in patterns.items())
-    return kind + (", rank-stabilised" if lora.rslora else "") + (", DoRA" if lora.dora else "")
+    kind += (", rank-stabilised" if lora.rslora else "") + (", DoRA" if lora.dora else "")
+    return kind + (f"; trained whole: {', '.join(lora.modules_to_save)}" if lora.modules_to_save else "")
 
 
 def _memory_lines(plan: Plan) -> dict[str, str]:

@@ -178,12 +178,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "parameters": {"target_parameters": ["mlp.up_proj.weight"]},
     "tokens": {"trainable_token_indices": [3, 4]},
     "saved": {"modules_to_save": ["lm_head"]},
+    "norms": {"modules_to_save": ["norm", "input_layernorm"]},
     "replicated": {"layer_replication": [(0, 2), (1, 4)]},
     "embedding": {"target_modules": ["embed_tokens"]},
     "fan": {"fan_in_fan_out": True},
 }
 SERVED = {"plain", "rslora", "gaussian", "orthogonal", "drawn", "fan"}
-SERVED |= {"dora", "rsdora", "rank_pattern", "alpha_pattern", "patterns", "exclude"}
+SERVED |= {"dora", "rsdora", "rank_pattern", "alpha_pattern", "patterns", "exclude", "norms"}
 IDS = torch.arange(5, 21)[None]
 
 
@@ -197,7 +198,7 @@ def test_an_adapter_of_peft_gives_pefts_logits_or_is_refused_by_name(kind: str, 
     for name, parameter in made.named_parameters():
         if ".lora_B." in name:
             parameter += 0.1 * torch.randn_like(parameter)
-        if ".lora_magnitude_vector." in name:
+        if ".lora_magnitude_vector." in name or ".modules_to_save." in name:
             parameter *= 1 + 0.1 * torch.randn_like(parameter)
     made.save_pretrained(str(tmp_path / "made"))
     if kind not in SERVED:
@@ -319,7 +320,6 @@ def test_damaged_and_missing_files_are_named(adapter: Path, tmp_path: Path) -> N
         ({"use_qalora": True}, "use_qalora=True"),
         ({"arrow_config": {"top_k": 2}}, "arrow_config="),
         ({"bias": "all"}, "bias=all"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"target_modules": ".*_proj"}, "target_modules='"),
         ({"peft_type": "IA3"}, "peft_type=.*IA3|cannot be read"),
     ],

@@ -73,10 +73,12 @@ def test_bytes_of_weights_are_exact(name: str, quantization: str, tmp_path: Path
         ({"dora": True, "dtype": "bfloat16"}, 1.15),
         ({"dora": True, "quantization": "nf4"}, 1.25),
         ({"rank_pattern": {"q_proj": 64}}, 1.15),
+        ({"modules_to_save": ["norms"]}, 1.15),
+        ({"modules_to_save": ["norms"], "dtype": "bfloat16"}, 1.15),
     ],
 )
 def test_the_estimate_is_near_the_peak_that_is_measured(change: dict[str, Any], most: float) -> None:
-    lora = LoraSettings(**{key: change[key] for key in ("dora", "rank_pattern") if key in change})
+    lora = LoraSettings(**{key: change[key] for key in ("dora", "rank_pattern", "modules_to_save") if key in change})
     settings = ModelSettings(device="cpu", **{key: change[key] for key in change if not hasattr(lora, key)})
     model = load_model(settings, lora, seed=0)
     windows, adapter = Windows.whole(torch.randint(1, 1024, (8, 128))), get_adapter(model)

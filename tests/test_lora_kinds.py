@@ -1,4 +1,5 @@
-"""rsLoRA, DoRA, ranks and alphas by layer: through layout, codecs and a federated run, and out again as PEFT has it."""
+"""rsLoRA, DoRA, ranks and alphas by layer, norms trained whole: through layout, codecs and a federated run, and out
+again as PEFT has it."""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_federation import run, settings_for
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapters.export import load_start, save_adapter
+from adapters.export import load_start, save_adapter, save_merged
 from adapters.finetune import finetune
-from adapters.model import adapter_parts, adapter_shapes, empty_model, get_adapter, load_model
+from adapters.model import adapter_parts, adapter_shapes, add, empty_model, get_adapter, load_model, set_adapter
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_lora
 from adapters.windows import Windows
 from client.private import Guard
@@ -33,6 +34,7 @@ from gradcodec.layout import Layout
 from gradcodec.registry import codec_names, entry_of
 from gradcodec.settings import CodecSettings
 from server.evaluate import Evaluator
+from server.outline import Outline
 from server.plan import plan_of
 from tasks.windows import heldout_loss
 
@@ -43,6 +45,8 @@ PATTERNS: dict[str, Any] = {
     "alpha_pattern": {"v_proj": 4.0},
     "rslora": True,
 }
+NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+VECTOR_KINDS: list[dict[str, Any]] = [{"dora": True}, {"modules_to_save": ["norms"]}]
 VECTORS: dict[str, tuple[int, ...]] = {
     "a.lora_A.weight": (4, 64),
     "a.lora_B.weight": (48, 4),
@@ -161,10 +165,14 @@ def test_the_base_model_says_nothing_of_where_magnitudes_move() -> None:
 
 @pytest.fixture(scope="module")
 def kinds() -> dict[str, dict[str, Any]]:
-    return {"patterns": PATTERNS, "dora": {"dora": True, "rank_pattern": {"q_proj": 4}}}
+    return {
+        "patterns": PATTERNS,
+        "dora": {"dora": True, "rank_pattern": {"q_proj": 4}},
+        "norms": {"modules_to_save": ["norms"], "rank_pattern": {"q_proj": 4}},
+    }
 
 
-@pytest.mark.parametrize(("kind", "down_bits"), [("patterns", None), ("dora", 1.0)])
+@pytest.mark.parametrize(("kind", "down_bits"), [("patterns", None), ("dora", 1.0), ("norms", None), ("norms", 1.0)])
 def test_a_coded_run_of_it_learns_and_its_adapter_is_pefts(
     tmp_path: Path, kinds: dict[str, dict[str, Any]], kind: str, down_bits: float | None
 ) -> None:
@@ -186,11 +194,12 @@ def test_a_coded_run_of_it_learns_and_its_adapter_is_pefts(
     assert heldout_loss(merged, heldout) == pytest.approx(results.heldout_loss[-1], abs=1e-4)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["rank_pattern"], config["use_rslora"]) == (kinds[kind]["rank_pattern"], kind == "patterns")
+    assert config["modules_to_save"] == (NORMS if kind == "norms" else None)
     assert "vLLM does not apply this adapter: it" in (folder / "README.md").read_text()
-    if kind == "dora":
+    if kind != "patterns":
         last, first = load_file(folder / "adapter_model.safetensors"), Evaluator(results.settings).seeded
-        moved = [(last[name] - first[name]).abs().max() for name in first if name.endswith(MAGNITUDE)]
-        assert len(moved) == 16 and all(bool(one > 1e-5) for one in moved)
+        moved = [(last[name] - first[name]).abs().max() for name in first if first[name].ndim == 1]
+        assert len(moved) == (16 if kind == "dora" else 9) and all(bool(one > 1e-5) for one in moved)
 
 
 def test_dora_trains_on_a_base_of_four_bits_and_not_of_eight() -> None:
@@ -206,15 +215,83 @@ def test_dora_trains_on_a_base_of_four_bits_and_not_of_eight() -> None:
         assert bool(change.isfinite().all()) and bool(change.any()) == (".lora_A." not in name)
 
 
-def test_windows_pass_one_by_one_where_hooks_see_no_magnitudes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("held", [{}, {"dtype": "bfloat16"}, {"quantization": "nf4"}, {"quantization": "int8"}])
+def test_norms_train_in_float32_whatever_the_base_is_held_in(held: dict[str, str], tmp_path: Path) -> None:
+    settings = ModelSettings(device="cpu", **held)  # type: ignore[arg-type]
+    model = load_model(settings, LoraSettings(modules_to_save=["norms"]), seed=0)
+    adapter = get_adapter(model)
+    norms = {name for name, tensor in adapter.items() if tensor.ndim == 1}
+    weights = load_file(f"{BASE}/model.safetensors")
+    assert all(torch.equal(adapter[name], weights[name.removeprefix("base_model.model.")].float()) for name in norms)
+    windows = Windows.whole(torch.randint(5, 200, (4, 16), generator=torch.Generator().manual_seed(0)))
+    training = TrainSettings(update="delta", lr=0.01, steps=2, batch_size=2, micro_batch_size=2, weight_decay=1e-9)
+    update, _ = finetune(model, adapter, windows, training, seed=0)
+    assert len(norms) == 9
+    assert all(bool(update[name].isfinite().all() and update[name].any()) for name in norms)
+    if "quantization" in held:
+        return
+    set_adapter(model, add(adapter, update))
+    adapted = model.eval()(input_ids=windows.ids).logits
+    save_merged(model, AutoTokenizer.from_pretrained(BASE), {}, tmp_path / "merged")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {
+        getattr(torch, settings.dtype)
+    }
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=settings.dtype)
+    rtol, atol = (0.0, 1e-4) if settings.dtype == "float32" else (0.1, 0.3)
+    torch.testing.assert_close(whole(input_ids=windows.ids).logits, adapted, rtol=rtol, atol=atol)
+
+
+def test_vectors_do_not_decay() -> None:
+    model = load_model(ModelSettings(device="cpu"), LoraSettings(modules_to_save=["norms"]), seed=0)
+    windows = Windows.whole(torch.randint(5, 200, (4, 16), generator=torch.Generator().manual_seed(0)))
+    adapter = get_adapter(model)
+    training = TrainSettings(update="delta", lr=1e-3, steps=1, batch_size=2, micro_batch_size=2)
+    plain, decayed = (
+        finetune(model, adapter, windows, replace(training, weight_decay=decay), seed=0)[0] for decay in (0.0, 0.5)
+    )
+    for name in adapter:
+        same = ".lora_A." not in name  # B is zero, which stays so; norms are scales and do not decay
+        assert torch.equal(plain[name], decayed[name]) == same
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("lm_head", r"'lm_head' holds [\d,]+ values of matrices: modules of vectors alone, such as \[norms\]"),
+        ("mlp", r"'model\.layers\.0\.mlp' holds [\d,]+ values of matrices"),
+        ("nrom", r"'nrom' is the end of no module's name, such as 'model\.layers\.0\.input_layernorm'"),
+        ("act_fn", r"'model\.layers\.0\.mlp\.act_fn' has nothing to train"),
+    ],
+)
+def test_modules_that_cannot_be_trained_whole_are_named(wanted: str, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"lora\.modules_to_save: {said}"):
+        empty_model(ModelSettings(), LoraSettings(modules_to_save=[wanted]))
+
+
+@pytest.mark.parametrize("kind", VECTOR_KINDS)
+def test_windows_pass_one_by_one_where_hooks_see_no_vectors(kind: dict[str, Any], tmp_path: Path) -> None:
     settings = Settings()
     settings.privacy = replace(settings.privacy, name="record_dp", epsilon=None, noise_multiplier=1.0)
-    for dora in (False, True):
-        settings.lora.dora = dora
-        guard = Guard(settings, 100, tmp_path / str(dora), 0)
-        assert guard.protection(b"secret").one_by_one == dora
+    for lora in (settings.lora, replace(settings.lora, **kind)):
+        settings.lora = lora
+        guard = Guard(settings, 100, tmp_path / str(lora.dora), 0)
+        assert guard.protection(b"secret").one_by_one == (lora != LoraSettings())
 
 
-def test_b_only_and_dora_do_not_go_together(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"lora\.dora=true does not go with codec=b-only"):
-        check_settings(settings_for(tmp_path, "run", codec__name="b-only", lora__dora=True))
+@pytest.mark.parametrize("kind", VECTOR_KINDS)
+def test_vectors_go_neither_with_b_only_nor_with_a_server_that_does_not_hold_them(
+    kind: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = settings_for(tmp_path, "run", codec__name="b-only")
+    settings.lora = replace(settings.lora, **kind)
+    with pytest.raises(ValueError, match=r"lora\.(dora=true|modules_to_save=.*) does not go with codec=b-only"):
+        check_settings(settings)
+    settings.codec.name, settings.server.base = "rotated", "none"
+    with pytest.raises(ValueError, match=r"server\.base=none does not go with lora\.(dora|modules_to_save)=.*\.start"):
+        check_settings(settings)
+    model = load_model(settings.model, settings.lora, seed=0)
+    save_adapter(get_adapter(model), model.peft_config["default"], {}, tmp_path / "start")
+    settings.lora.start = str(tmp_path / "start")
+    check_settings(settings)
+    seen = Outline(settings).initial
+    assert all(torch.equal(tensor, seen[name]) for name, tensor in get_adapter(model).items())
