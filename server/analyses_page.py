@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from gradcodec.analysis.places import VECTOR, A, B
 from report.charts import Row, heat_map, lines
 from report.page import Facts, Figure, Part, Section, Table, Text, page_of
 from server.analyses import Found
@@ -56,7 +57,7 @@ def _snr(rows: Mapping[str, Sequence[Row]]) -> Iterator[Part]:
     yield _table("Whole updates", whole, shown)
     for run, of_run in _by(rows["snr"], "run"):
         last = max(number for row in of_run if isinstance(number := row["round"], int))
-        for factor in ("A", "B"):
+        for factor in (A, B, VECTOR):
             drawn = [
                 {"layer": row["layer"], "SNR, dB": row["snr_db"], "codec": row["codec"]}
                 for row in of_run
@@ -64,7 +65,7 @@ def _snr(rows: Mapping[str, Sequence[Row]]) -> Iterator[Part]:
             ]
             if drawn:
                 yield Figure(
-                    f"{run}, factor {factor}, round {last}",
+                    f"{run}, {'vectors' if factor == VECTOR else f'factor {factor}'}, round {last}",
                     "Signal-to-noise ratio by layer, a line a codec; what loses nothing has no line.",
                     lines(drawn, "layer", "SNR, dB", "codec"),
                     drawn,

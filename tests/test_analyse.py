@@ -157,8 +157,9 @@ def test_spectra_of_planted_factors() -> None:
         0, abs=0.1
     )
 
-    layout = Layout.of({"0.lora_A.weight": (4, 16), "0.lora_B.weight": (16, 4)})
-    one = layout.to_blocks({"0.lora_A.weight": orthogonal, "0.lora_B.weight": torch.ones(16, 4)})
+    layout = Layout.of({"0.lora_A.weight": (4, 16), "0.lora_B.weight": (16, 4), "0.norm.weight": (16,)})
+    factors = {"0.lora_A.weight": orthogonal, "0.lora_B.weight": torch.ones(16, 4)}
+    one = layout.to_blocks({**factors, "0.norm.weight": torch.ones(16)})  # a vector has no spectrum
     rows = spectra(Recording(layout, (Update(1, 0, one), Update(1, 1, -0.5 * one))))
     by = {(row.of, row.factor): row for row in rows}
     assert by["clients", "A"].effective_rank == pytest.approx(4)
@@ -171,6 +172,8 @@ def test_places_in_the_model(layout: Layout) -> None:
     assert [(layer_of(block), factor_of(block)) for block in layout.blocks] == [(0, "A"), (0, "B"), (1, "A"), (1, "B")]
     unnamed = Layout.of({"head": (4, 16), "tail": (16, 4)})
     assert [(layer_of(block), factor_of(block)) for block in unnamed.blocks] == [(None, "A"), (None, "B")]
+    vectors = Layout.of({"0.lora_magnitude_vector": (16,), "norm.weight": (16,)})
+    assert [(layer_of(block), factor_of(block)) for block in vectors.blocks] == [(0, "vector"), (None, "vector")]
 
 
 def test_work_counts_products_of_codec_and_model(layout: Layout) -> None:

@@ -1,4 +1,4 @@
-"""Where in a model a block of an adapter lies: its layer, and which of the two LoRA factors it is."""
+"""Where in a model a block of an adapter lies: its layer, and which of the two LoRA factors it is, if it is one."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import re
 
 from gradcodec.layout import Block
 
-A, B = "A", "B"
+A, B, VECTOR = "A", "B", "vector"
 _LAYER = re.compile(r"(?:^|[._])(\d+)(?=[._])")
 
 
 def factor_of(block: Block) -> str:
-    """``A`` or ``B`` by the tensor's name; of one that says neither by its shape: B is the taller one."""
+    """``A`` or ``B`` by the tensor's name; of a matrix that says neither by its shape: B is the taller one. ``vector``
+    is what has one axis: DoRA's magnitudes, norms that are trained."""
+    if block.is_vector:
+        return VECTOR
     if ".lora_A" in block.tensor:
         return A
     return B if ".lora_B" in block.tensor or block.transposed else A

@@ -22,8 +22,8 @@ from gradcodec.training.recording import Update
 class Snr:
     """One codec in one place: energies are sums over the clients of a round, ``num_values`` those of one update.
 
-    ``layer`` is None for tensors without a number, and ``factor`` ``A`` or ``B``; both are ``all`` in the row of the
-    whole update.
+    ``layer`` is None for tensors without a number, and ``factor`` ``A``, ``B`` or ``vector``; both are ``all`` in the
+    row of the whole update.
     """
 
     codec: str

@@ -52,7 +52,7 @@ class Spectrum:
 
 
 def spectra(recording: Recording) -> list[Spectrum]:
-    """Of every round and both factors, clients' and global."""
+    """Of every round and both factors, clients' and global. Vectors have no singular values and are left out."""
     rows = []
     for number in recording.rounds:
         single = [update.blocks_RC for update in recording.updates if update.round == number]
