@@ -51,7 +51,7 @@ SMALL = (
     "task.heldout_windows=4",
 )
 KINDS = {
-    "server.control": "SuperLink",
+    "server.host.control": "SuperLink",
     "flower-superexec": "server's executor",
     "flwr-serverapp": "server app",
     "client.supernode": "SuperNode",

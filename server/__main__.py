@@ -16,12 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from conf.processes import end_all, exit_on_sigterm, stay_up
-from server.bindings import bind, load_table, save_table
-from server.keys import CA_CERTIFICATE, make_keys, private_folder
-from server.launch import CONNECTION, ServerConfig, start_server
-from server.nodes import list_nodes, register_nodes, revoke_node
-from server.places import LATEST, found
-from server.status import show_status
+from server.host.bindings import bind, load_table, save_table
+from server.host.keys import CA_CERTIFICATE, make_keys, private_folder
+from server.host.launch import CONNECTION, ServerConfig, start_server
+from server.host.nodes import list_nodes, register_nodes, revoke_node
+from server.live.status import show_status
+from server.records.places import LATEST, found
 
 INSECURE = """\
 ************************************************************************

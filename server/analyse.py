@@ -28,7 +28,7 @@ from conf.output import open_output, provenance, write_text
 from server.quiet import quiet
 
 if TYPE_CHECKING:  # slow to import, and not needed for --help or to refuse an argument
-    from server.analyses import Found, Wanted
+    from server.analysis.analyses import Found, Wanted
 
 CODECS = "learned,rotated,identity,resnet,resnet-literal,cnn1d,uformer"
 ANALYSES = "snr,rate,noise,damage,transfer,spectra,work,loss"
@@ -108,10 +108,10 @@ def rates_in(text: str) -> list[float]:
 
 def run(args: argparse.Namespace) -> list[Path]:
     """Reads, analyses, writes; the files. Raises ValueError: something cannot be done as asked for."""
-    from server.analyses import Wanted, analyse
-    from server.contenders import Given, check_names
-    from server.links import Link
-    from server.subjects import read_subjects
+    from server.analysis.analyses import Wanted, analyse
+    from server.analysis.contenders import Given, check_names
+    from server.analysis.links import Link
+    from server.analysis.subjects import read_subjects
 
     names = names_in(args.codecs)
     check_names(names)
@@ -140,7 +140,7 @@ def written(found: Found, wanted: Wanted, output: Path) -> list[Path]:
         places.append(output / f"{section}.csv")
         write_text(as_csv(rows), places[-1])
     try:
-        from server.analyses_page import page
+        from server.analysis.page import page
 
         places.append(output / "analyses.html")
         write_text(page(found, about, made_with), places[-1])

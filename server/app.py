@@ -9,9 +9,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from conf.output import open_output
 from conf.schema import Settings
-from server.bindings import read_bindings
+from server.host.bindings import read_bindings
 from server.quiet import engine_log, quiet
-from server.rounds import run_federation
+from server.run.rounds import run_federation
 
 app = ServerApp()
 

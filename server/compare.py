@@ -14,26 +14,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from conf.console import printable, say
-from conf.output import open_output, provenance
-from report.page import write_csv, write_page
-from server.compare_page import Kind, kinds_of, lead_of, runs_table, sections_of
-from server.finished import Failure, FinishedRun, read_jobs, read_runs
+from conf.console import printable
+from server.pages.comparison import REPORT, Kind, write_comparison
+from server.records.finished import Failure, read_runs
 
 if TYPE_CHECKING:
     from rich.table import Table as ConsoleTable
-
-NAME = "report.html"
-
-
-class Job(Protocol):
-    """Of a sweep; ``server.sweep`` has them."""
-
-    folder: str
-    state: str
-    reason: str
 
 
 def main() -> None:
@@ -49,31 +37,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {printable(error)}")
     _print(kinds, failures)
-    print(f"report: {args.output / NAME}")
-
-
-def write_comparison(runs: Sequence[FinishedRun], failures: Sequence[Failure], output: Path, title: str) -> list[Kind]:
-    """Writes ``report.html``, ``report.json`` and ``report.csv`` into the folder. Raises ValueError: there is nothing
-    to compare, or the folder cannot be written to."""
-    if not runs:
-        raise ValueError("none of the runs has finished: there is nothing to compare")
-    kinds = kinds_of(runs)
-    open_output(output)
-    write_page(output / NAME, title, lead_of(kinds, failures), sections_of(kinds, failures), provenance())
-    write_csv(runs_table(kinds), (output / NAME).with_suffix(".csv"))
-    return kinds
-
-
-def compare_sweep(folder: Path, jobs: Sequence[Job]) -> None:
-    """The report of a sweep that has ended, in its folder; what is wrong with it is said, and ends nothing."""
-    try:
-        runs, failures = read_jobs([(job.folder, job.state, job.reason) for job in jobs])
-        if not runs:  # each has said why
-            return
-        write_comparison(runs, failures, folder, f"Sweep of {len(jobs):,} runs")
-        print(f"report: {folder / NAME}")
-    except Exception as error:
-        say(f"warning: no report of the sweep: {printable(repr(error))}")
+    print(f"report: {args.output / REPORT}")
 
 
 def _print(kinds: Sequence[Kind], failures: Sequence[Failure]) -> None:
@@ -89,7 +53,7 @@ def _table(kinds: Sequence[Kind]) -> ConsoleTable:
     from rich.text import Text
 
     from report.page import shown
-    from server.compare_page import kinds_table
+    from server.pages.comparison import kinds_table
 
     told = kinds_table(kinds)
     table = ConsoleTable(title=told.title, title_justify="left")

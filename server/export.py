@@ -18,8 +18,8 @@ from pathlib import Path
 
 from adapters.text import one_line
 from conf.output import open_output
-from server.places import adapter_folder
 from server.quiet import quiet
+from server.records.places import adapter_folder
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def export(path: str, output: Path, merged: bool, overrides: list[str]) -> None:
     from adapters.base import load_config, load_tokenizer  # slow to import, and not needed for --help
     from adapters.export import beyond_vllm, save_adapter, save_merged, served_by_vllm
     from adapters.gguf import model_folder
-    from server.trained import read_trained
+    from server.records.trained import read_trained
 
     trained = read_trained(path, overrides)
     if any(open_output(output).iterdir()):

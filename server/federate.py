@@ -32,15 +32,15 @@ from conf.console import printable, say
 from conf.output import open_output
 from conf.processes import leaving_threads_behind
 from conf.schema import Settings, changed, check_files, check_settings, register_schemas, settings_of
-from server.alive import check_free
-from server.places import CHECKPOINT, continuation, found, remember
-from server.progress import label
+from server.live.progress import label
 from server.quiet import quiet
-from server.sweep import SWEEP, register_resolver
+from server.records.alive import check_free
+from server.records.places import CHECKPOINT, continuation, found, remember
+from server.sweeps.sweep import SWEEP, register_resolver
 
 if TYPE_CHECKING:  # slow to import, and not needed to refuse a setting
     from server.plan import Plan
-    from server.results import RunResults
+    from server.records.results import RunResults
 
 register_schemas()
 register_resolver()
@@ -121,7 +121,7 @@ def resumed(folder: Path, overrides: Sequence[str], from_round: int | None = Non
         raise ValueError(
             f"resume={folder}: there is no {CHECKPOINT}: the run ended before its first round, or is no run"
         )
-    from server.checkpoint import load_checkpoint
+    from server.run.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(folder, from_round)
     settings = checkpoint.settings
@@ -151,23 +151,23 @@ def run(settings: Settings) -> RunResults:
     check_free(output)
     remember(output)
     if settings.federation.trackers and settings.backend.name != "superlink":  # there its host needs the libraries
-        from server.tracking import check_trackers
+        from server.live.tracking import check_trackers
 
         check_trackers(settings.federation.trackers)
     say(f"{label(settings)}, seed {settings.seed}, in {output}")
     if settings.arm in ("base", "centralised"):
-        from server.centralised import run_alone
+        from server.run.centralised import run_alone
 
         return run_alone(settings)
     if settings.backend.name == "simulation":
-        from server.simulation import run_in_simulation
+        from server.backends.simulation import run_in_simulation
 
         return run_in_simulation(settings)
     if settings.backend.name == "inprocess":
-        from server.inprocess import run_in_process
+        from server.backends.inprocess import run_in_process
 
         return run_in_process(settings)
-    from server.superlink import run_on_superlink
+    from server.backends.superlink import run_on_superlink
 
     return run_on_superlink(settings)
 

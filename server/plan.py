@@ -27,8 +27,8 @@ from gradcodec.build import payload_bytes
 from gradcodec.layout import Layout
 from gradcodec.registry import entry_of
 from privacy.secagg import Traffic, traffic
-from server.account import NOTHING, Account, CodecCost, transfer_seconds
-from server.private import planned, promise
+from server.records.account import NOTHING, Account, CodecCost, transfer_seconds
+from server.run.private import planned, promise
 from strategies.evaluation import panel
 from strategies.sampling import Sampling
 from tasks.settings import check_window

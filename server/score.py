@@ -39,13 +39,13 @@ from rich.text import Text
 from adapters.settings import for_evaluation
 from adapters.text import one_line
 from conf.output import open_output, provenance, write_json
-from server.places import adapter_folder
+from server.records.places import adapter_folder
 
 if TYPE_CHECKING:  # slow to import, and not needed for --help or to refuse an argument
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from server.trained import TrainedAdapter
+    from server.records.trained import TrainedAdapter
     from tasks.benchmarks import Answers, Benchmark
     from tasks.paired import Comparison, Values
 
@@ -92,7 +92,7 @@ def score(args: argparse.Namespace) -> None:
     for path in args.adapters:
         adapter_folder(path)  # what is missing is refused before anything slow is loaded
     from adapters.base import load_tokenizer
-    from server.trained import read_trained
+    from server.records.trained import read_trained
     from tasks.benchmarks import load_benchmarks
 
     adapters = [read_trained(path, args.set) for path in args.adapters]

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.live import Live
 
 from conf.console import is_live, printable
-from server.places import LATEST, found
-from server.watch_view import picture
-from server.watched import RunWatch
+from server.live.view import picture
+from server.live.watched import RunWatch
+from server.records.places import LATEST, found
 
 WIDTH = 80
 """Columns where there is no terminal."""
@@ -80,7 +80,7 @@ def serve(folder: Path, port: int) -> None:
     Raises:
         ValueError: the folder holds no run, or the port is not to be had.
     """
-    from server.live_page import serve_page
+    from server.live.page import serve_page
 
     RunWatch(folder)
     if not 1 <= port <= 65535:

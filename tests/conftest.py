@@ -25,8 +25,8 @@ from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-import server.answers
-import server.inprocess
+import server.backends.inprocess
+import server.run.answers
 from gradcodec.gauge import principal_axes
 from gradcodec.layout import Layout
 from gradcodec.learned.codec import LearnedCodec
@@ -36,7 +36,7 @@ from strategies.folding import unfold
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # how long a case takes is the machine's affair
 hypothesis.settings.load_profile("untimed")
-server.answers.MOST_TOKENS = 4  # nobody reads what the tests' models write
+server.run.answers.MOST_TOKENS = 4  # nobody reads what the tests' models write
 TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # outside a Flower process Message() needs them
 
 
@@ -120,7 +120,7 @@ def run_program(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
     signal.signal(signal.SIGTERM, handler)
 
 
-class InProcessGrid(server.inprocess.InProcessGrid):
+class InProcessGrid(server.backends.inprocess.InProcessGrid):
     """Answers at once, keeps what was sent, and may lose a reply; here what is sent lies unfolded."""
 
     def __init__(self, app: ClientApp, num_nodes: int, node_config: dict[str, Any] | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from conf.schema import CHECKOUT, Settings
-from server.results import NodeRefusal, RunResults
+from server.records.results import NodeRefusal, RunResults
 from strategies.outcomes import ABSENT, FAILED, REFUSED, Downlink, Fault, Uplink
 
 HOSTILE = "</script><script>alert('x')</script><img src=x onerror=alert(1)>"

@@ -32,12 +32,12 @@ from gradcodec.settings import CodecSettings
 from gradcodec.training.coding import Coding
 from gradcodec.training.measure import measure
 from gradcodec.training.recording import Recording, Update, save_recording
-from server.account import account_of
 from server.analyse import ANALYSES, main
-from server.analyses import SECTIONS, rounded, spread
-from server.links import Link, course
-from server.results import RunResults
-from server.subjects import read_subjects
+from server.analysis.analyses import SECTIONS, rounded, spread
+from server.analysis.links import Link, course
+from server.analysis.subjects import read_subjects
+from server.records.account import account_of
+from server.records.results import RunResults
 from strategies.outcomes import Downlink, Uplink
 
 

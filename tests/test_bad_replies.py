@@ -24,8 +24,8 @@ from gradcodec.layout import Layout
 from gradcodec.learned.codec import LearnedCodec
 from gradcodec.learned.tables import LearnedTables
 from gradcodec.transfers import context_of
-from server.results import RunResults
-from server.rounds import run_federation
+from server.records.results import RunResults
+from server.run.rounds import run_federation
 from strategies.wire import (
     ACCEPTED,
     ARRAYS,

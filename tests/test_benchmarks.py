@@ -24,7 +24,7 @@ from adapters.export import save_adapter
 from adapters.model import get_adapter, load_model
 from adapters.settings import LoraSettings, ModelSettings
 from conf.schema import Settings
-from server.results import RunResults
+from server.records.results import RunResults
 from server.score import main
 from tasks.benchmarks import Benchmark, ask, load_benchmarks, metric_of
 from tasks.paired import compare, score_of

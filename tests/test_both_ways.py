@@ -18,10 +18,10 @@ from conf.schema import FederationSettings, Settings, check_settings
 from gradcodec.artifact import RECORDED, Artifact, save_artifact
 from gradcodec.layout import Layout
 from gradcodec.learned.tables import LearnedTables
-from server.checkpoint import load_checkpoint
-from server.events import read_status
-from server.results import RunResults
-from server.rounds import run_federation
+from server.records.events import read_status
+from server.records.results import RunResults
+from server.run.checkpoint import load_checkpoint
+from server.run.rounds import run_federation
 from strategies.wire import ARRAYS, CONFIG, LACKS
 
 TINY = Path("assets/tiny-llama").absolute()

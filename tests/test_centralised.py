@@ -11,7 +11,7 @@ from adapters.export import load_adapter
 from adapters.finetune import DivergedError
 from adapters.settings import TrainSettings
 from conf.schema import FederationSettings, Settings
-from server.centralised import run_alone
+from server.run.centralised import run_alone
 from tasks.settings import TaskSettings
 
 

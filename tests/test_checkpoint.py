@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from conf.output import OutputError
 from conf.schema import Settings
 from gradcodec.state import State
-from server.checkpoint import NAME, PREVIOUS, Checkpoint, go_back, load_checkpoint, save_checkpoint
-from server.results import NodeRefusal, RunResults
+from server.records.results import NodeRefusal, RunResults
+from server.run.checkpoint import NAME, PREVIOUS, Checkpoint, go_back, load_checkpoint, save_checkpoint
 from strategies.outcomes import Fault, Uplink
 
 
@@ -95,7 +95,7 @@ def test_a_made_up_state_with_a_right_digest_is_refused(
             holder[path[-1]] = value
         return real(content, **how)
 
-    monkeypatch.setattr("server.checkpoint.json.dumps", changed)
+    monkeypatch.setattr("server.run.checkpoint.json.dumps", changed)
     save_checkpoint(checkpoint_of(2), tmp_path)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="cannot be read"):
@@ -142,7 +142,7 @@ def test_a_full_disk_is_named_and_costs_nothing_that_was_there(tmp_path: Path, m
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("server.checkpoint.save_file", full)
+    monkeypatch.setattr("server.run.checkpoint.save_file", full)
     with pytest.raises(OutputError, match=r"cannot be written: .*No space left"):
         save_checkpoint(checkpoint_of(3), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [PREVIOUS, NAME]

@@ -31,9 +31,9 @@ from client.app import app as client_app
 from client.trainer import Trainer
 from client.work import Work
 from conf.schema import Settings
-from server.evaluate import Evaluator
 from server.holdings import example_text, holdings_of, holdings_table
-from server.rounds import run_federation
+from server.run.evaluate import Evaluator
+from server.run.rounds import run_federation
 from tasks.corpora import read_records
 from tasks.examples import Example
 from tasks.exams import read_exam

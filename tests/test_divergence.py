@@ -13,10 +13,10 @@ from test_federation import run, settings_for
 
 from adapters.export import load_adapter
 from conf.output import OutputError
-from server.checkpoint import load_checkpoint, save_checkpoint
-from server.evaluate import Evaluator
-from server.events import read_status
 from server.federate import resumed
+from server.records.events import read_status
+from server.run.checkpoint import load_checkpoint, save_checkpoint
+from server.run.evaluate import Evaluator
 
 
 class Losses:
@@ -65,7 +65,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path, monkeypa
             raise OutputError(f"{folder}: No space left on device")
         save_checkpoint(checkpoint, folder)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("server.rounds.save_checkpoint", full)
+    monkeypatch.setattr("server.run.rounds.save_checkpoint", full)
     results = run(settings_for(tmp_path, "full", arm="dense"), tmp_path)
     assert len(results.heldout_loss) == 4
     events = [json.loads(line) for line in (tmp_path / "full" / "events.jsonl").read_text().splitlines()]
@@ -81,6 +81,6 @@ def test_results_that_cannot_be_written_end_the_run_by_name(tmp_path: Path, monk
     def full(content: object, path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("server.rounds.write_json", full)
+    monkeypatch.setattr("server.run.rounds.write_json", full)
     with pytest.raises(ValueError, match=rf"cannot be written to output={tmp_path / 'last'}: .*No space left"):
         run(settings_for(tmp_path, "last", arm="dense", federation__rounds=1), tmp_path)

@@ -22,10 +22,10 @@ from adapters.files import CONFIG, WEIGHTS
 from adapters.model import get_adapter, load_model, on_host, set_adapter
 from adapters.settings import LoraSettings, ModelSettings
 from adapters.windows import Windows
-from server.evaluate import Evaluator
 from server.export import export
-from server.results import RunResults
-from server.trained import read_trained
+from server.records.results import RunResults
+from server.records.trained import read_trained
+from server.run.evaluate import Evaluator
 from tasks.windows import heldout_loss
 
 BASE = Path("assets/tiny-llama")

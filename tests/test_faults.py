@@ -22,8 +22,8 @@ import psutil
 import pytest
 
 from bench.deployment import Deployment, deployment, free_ports, node_command
-from server.alive import is_alive
-from server.events import read_status
+from server.records.alive import is_alive
+from server.records.events import read_status
 
 pytestmark = [pytest.mark.grpc, pytest.mark.timeout(900)]
 ROUNDS = 5
@@ -103,7 +103,7 @@ def child(process: subprocess.Popen[bytes], word: str) -> psutil.Process:
 
 
 def kill_superlink(place: Deployment) -> None:
-    child(place.server, "server.control").kill()
+    child(place.server, "server.host.control").kill()
 
 
 def kill_executor_and_app(place: Deployment) -> None:

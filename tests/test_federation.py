@@ -32,13 +32,13 @@ from gradcodec.exchange import encode_update
 from gradcodec.layout import Layout
 from gradcodec.learned.tables import LearnedTables
 from gradcodec.peers.rotated import RotatedCodec
-from server.centralised import run_alone
-from server.checkpoint import NAME, load_checkpoint
-from server.evaluate import Evaluator
-from server.events import read_status
 from server.federate import resumed
-from server.results import RunResults
-from server.rounds import run_federation
+from server.records.events import read_status
+from server.records.results import RunResults
+from server.run.centralised import run_alone
+from server.run.checkpoint import NAME, load_checkpoint
+from server.run.evaluate import Evaluator
+from server.run.rounds import run_federation
 from strategies.errors import FederationError
 from strategies.wire import (
     ACCEPTED,
@@ -400,7 +400,7 @@ def test_a_rehearsal_finds_the_directions_of_the_clients_first_updates(
     assert error[False] < 0.95 * error[True]
     before = evaluator.loss(evaluator.initial)
     assert evaluator.loss(evaluator.initial) == before
-    monkeypatch.setattr("server.evaluate.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("server.run.evaluate.free_bytes", lambda device: 1000)
     assert evaluator.rehearse(settings, 6) is None
     assert "no memory here for federation.rehearsal_steps=6" in caplog.text
 

@@ -22,9 +22,9 @@ from gradcodec.artifact import Artifact, save_artifact
 from gradcodec.frame import pack, unpack
 from gradcodec.learned.tables import LearnedTables
 from gradcodec.transfers import context_of
-from server.events import read_status
-from server.results import RunResults
-from server.rounds import run_federation
+from server.records.events import read_status
+from server.records.results import RunResults
+from server.run.rounds import run_federation
 from strategies.wire import (
     ARRAYS,
     CONFIG,

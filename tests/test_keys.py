@@ -25,9 +25,9 @@ from test_settings import composed
 import client.__main__
 import server.__main__
 from bench.deployment import free_ports
-from server.keys import make_keys
-from server.launch import ServerConfig, start_server
-from server.superlink import run_on_superlink
+from server.backends.superlink import run_on_superlink
+from server.host.keys import make_keys
+from server.host.launch import ServerConfig, start_server
 
 
 def test_the_server_certificate_is_signed_by_the_ca_and_holds_for_its_hosts(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_folder_and_files_are_their_owners_alone(tmp_path: Path) -> None:
 def test_an_expired_server_certificate_is_made_anew_for_its_old_hosts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.keys.DAYS", -0.001)
+    monkeypatch.setattr("server.host.keys.DAYS", -0.001)
     make_keys(tmp_path, ["server.example.org"], 0)
     before = (tmp_path / "ca.crt").read_bytes()
     monkeypatch.undo()
@@ -184,7 +184,7 @@ def test_an_expired_server_certificate_is_made_anew_for_its_old_hosts(
     names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert "server.example.org" in [str(name.value) for name in names]
     assert (tmp_path / "ca.crt").read_bytes() == before
-    monkeypatch.setattr("server.keys.AUTHORITY_DAYS", -0.001)
+    monkeypatch.setattr("server.host.keys.AUTHORITY_DAYS", -0.001)
     (tmp_path / "other").mkdir()
     make_keys(tmp_path / "other", [], 0)
     with pytest.raises(ValueError, match=r"ca\.crt has expired"):

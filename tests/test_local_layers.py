@@ -20,7 +20,7 @@ from adapters.model import adapter_shapes, empty_model, freeze_local, get_adapte
 from adapters.settings import LoraSettings
 from client.local import load_local, local_file, save_local
 from conf.schema import Settings, check_settings
-from server.results import RunResults
+from server.records.results import RunResults
 from strategies.wire import ARRAYS, unwrap_adapter
 
 LOCAL = r"layers\.1\..*"

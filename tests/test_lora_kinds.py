@@ -33,9 +33,9 @@ from gradcodec.fidelity import fidelity
 from gradcodec.layout import Layout
 from gradcodec.registry import codec_names, entry_of
 from gradcodec.settings import CodecSettings
-from server.evaluate import Evaluator
-from server.outline import Outline
 from server.plan import plan_of
+from server.run.evaluate import Evaluator
+from server.run.outline import Outline
 from tasks.windows import heldout_loss
 
 BASE = "assets/tiny-llama"

@@ -10,7 +10,7 @@ from test_faults import Run
 
 from bench.deployment import Deployment, deployment_on_hosts
 from bench.namespaces import Namespaces
-from server.events import EventReader, read_status
+from server.records.events import EventReader, read_status
 
 pytestmark = [pytest.mark.grpc, pytest.mark.timeout(900)]
 NUM_NODES = 2

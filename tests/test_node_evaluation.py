@@ -28,14 +28,14 @@ from client.work import Work
 from conf.console import Display
 from conf.schema import Settings, check_settings
 from privacy.errors import PrivacyError
-from server.events import read_status
 from server.federate import resumed
-from server.node_losses import federated_losses
+from server.live.progress import RunView
 from server.plan import plan_of
-from server.progress import RunView
-from server.results import RunResults
-from server.rounds import run_federation
-from server.trained import read_trained
+from server.records.events import read_status
+from server.records.node_losses import federated_losses
+from server.records.results import RunResults
+from server.records.trained import read_trained
+from server.run.rounds import run_federation
 from strategies.evaluation import Bounds, judged, panel
 from strategies.outcomes import NodeLoss
 from strategies.receive import Refused

@@ -17,8 +17,8 @@ from conf.schema import Settings
 from gradcodec.client import ClientEnd
 from gradcodec.exchange import decode_blocks
 from gradcodec.transfers import context_of
-from server.results import RunResults
-from server.rounds import run_federation
+from server.records.results import RunResults
+from server.run.rounds import run_federation
 
 RATES = {0: 0.1, 1: 0.3, 2: 1.0}
 """Partition -> bits a parameter."""

@@ -24,8 +24,8 @@ from gradcodec.layout import Layout
 from gradcodec.paper.networks import ARCHITECTURES
 from gradcodec.paper.resnet import ResnetCodec
 from gradcodec.settings import CodecSettings
-from server.account import SHIPPED_DIGEST, CodecCost
 from server.plan import Plan, plan_of, print_plan
+from server.records.account import SHIPPED_DIGEST, CodecCost
 
 SHAPES = {"llama7b_dolly": "llama-7b", "llama7b_ceval": "llama-7b", "qwen7b_mmlu": "qwen2.5-7b"}
 

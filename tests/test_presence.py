@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from conf.schema import Settings
-from server.results import RunResults
+from server.records.results import RunResults
 from strategies.broadcast import DenseBroadcaster
 from strategies.build import build_inner
 from strategies.dense import DenseReceiver

@@ -20,7 +20,7 @@ import pytest
 from client.gpus import deal_gpus
 from client.preflight import check_server
 from conf.processes import Child, end_all
-from server.keys import make_keys
+from server.host.keys import make_keys
 
 
 def child(tmp_path: Path, code: str, **options: object) -> Child:
@@ -169,7 +169,7 @@ def test_a_server_that_is_not_ours_is_refused_with_its_cause(tmp_path: Path, mon
     (old / "server.pem").unlink()
     (old / "server.key").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("server.keys.datetime.datetime", LongAgo)
+        patch.setattr("server.host.keys.datetime.datetime", LongAgo)
         make_keys(old, [], 0)
     with pytest.raises(ValueError, match="has expired"):
         check_server(f"127.0.0.1:{tls_server(old)}", old / "ca.crt")

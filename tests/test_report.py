@@ -32,18 +32,17 @@ from report import charts
 from report.charts import Row
 from report.look import STYLE
 from report.page import LARGEST_PAGE, Facts, Figure, Section, Table, page_of, shown, values_of, write_csv, write_page
-from server import finish
-from server.answers import PROMPT_TOKENS, _split
+from server.backends.inprocess import run_in_process
 from server.compare import main as compare
-from server.compare import write_comparison
-from server.compare_page import differing_settings, kinds_of, on_the_front
-from server.curves import bytes_by_round, pareto_front
-from server.evaluate import Evaluator
-from server.finished import read_run, read_runs
-from server.inprocess import run_in_process
-from server.page_clients import OWN_WORDS
-from server.results import RunResults
-from server.run_page import sections_of, write_run_page
+from server.pages.clients import OWN_WORDS
+from server.pages.comparison import differing_settings, kinds_of, on_the_front, write_comparison
+from server.pages.run import sections_of, write_run_page
+from server.records.curves import bytes_by_round, pareto_front
+from server.records.finished import read_run, read_runs
+from server.records.results import RunResults
+from server.run import finish
+from server.run.answers import PROMPT_TOKENS, _split
+from server.run.evaluate import Evaluator
 from strategies.outcomes import FAILED, Fault, NodeLoss
 from tasks.settings import TaskSettings
 

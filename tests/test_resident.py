@@ -29,7 +29,7 @@ from client.resident import follow
 from client.trainer import Trainer, trainer_for
 from client.work import Work
 from conf.schema import Settings
-from server.evaluate import Evaluator
+from server.run.evaluate import Evaluator
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from gradcodec.residues import pack_residues, unpack_residues
 from privacy.errors import PrivacyError
 from privacy.secagg import Contribution, Invitation, Opening, Published, traffic
 from server.federate import resumed
-from server.keys import make_keys
-from server.rounds import run_federation
+from server.host.keys import make_keys
+from server.run.rounds import run_federation
 from strategies.folding import fold, unfold
 from strategies.wire import CONFIG, PUBLISHED, UNMASK
 

@@ -28,9 +28,9 @@ from conf.schema import (
     settings_of,
     tgap_run_of,
 )
-from server.alive import alive
 from server.federate import resumed
-from server.places import CHECKPOINT
+from server.records.alive import alive
+from server.records.places import CHECKPOINT
 
 register_schemas()
 
@@ -269,7 +269,7 @@ def test_an_unwritable_output_is_named_before_work(tmp_path: Path) -> None:
 def test_a_folder_does_not_decide_that_foreign_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = composed("arm=dense", "model.trust_remote_code=true")
     checkpoint = SimpleNamespace(settings=settings, server_round=1)
-    monkeypatch.setattr("server.checkpoint.load_checkpoint", lambda folder, from_round=None: checkpoint)
+    monkeypatch.setattr("server.run.checkpoint.load_checkpoint", lambda folder, from_round=None: checkpoint)
     with pytest.raises(ValueError, match=r"there is no checkpoint\.safetensors"):
         resumed(tmp_path, [])
     (tmp_path / CHECKPOINT).touch()

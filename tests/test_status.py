@@ -18,11 +18,11 @@ from rich.console import Console
 
 from conf.console import Display, is_live, printable, seconds_text
 from conf.output import OutputError, open_output, replace_file, write_json
-from server.alive import DEAD_SECONDS, HEARTBEAT, LOCK, BusyError, alive, check_free, is_alive, read_heartbeat
-from server.events import LONGEST_LINE, EventLog, EventReader, RunStatus, read_status
-from server.places import CHECKPOINT, continuation, found, latest, remember
-from server.progress import RunView, bar_of
-from server.status import Watcher, show_status, table
+from server.live.progress import RunView, bar_of
+from server.live.status import Watcher, show_status, table
+from server.records.alive import DEAD_SECONDS, HEARTBEAT, LOCK, BusyError, alive, check_free, is_alive, read_heartbeat
+from server.records.events import LONGEST_LINE, EventLog, EventReader, RunStatus, read_status
+from server.records.places import CHECKPOINT, continuation, found, latest, remember
 from strategies.outcomes import DOWNLINK_BYTES
 
 HOSTILE = "\x1b]0;owned\x07[/usr/lib/foo][bold]\x9b31m\r\n\u202eabc"
@@ -161,7 +161,7 @@ def test_a_run_is_alive_while_its_process_holds_the_folder(tmp_path: Path) -> No
 def test_a_killed_run_is_dead_and_does_not_block_the_next(tmp_path: Path) -> None:
     write_run(tmp_path)
     (tmp_path / CHECKPOINT).touch()
-    code = "import os, sys\nfrom pathlib import Path\nfrom server.alive import alive\n"
+    code = "import os, sys\nfrom pathlib import Path\nfrom server.records.alive import alive\n"
     code += "with alive(Path(sys.argv[1]), 'abc'): os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
     status = Watcher(tmp_path).status()

@@ -17,7 +17,8 @@ from bench.search import best_of as best_job
 from bench.search import spread
 from conf.arguments import refusal
 from conf.schema import SearchSettings, Settings
-from server.jobs import (
+from server.records.results import RunResults
+from server.sweeps.jobs import (
     LEFT,
     LONGEST_NAME,
     Job,
@@ -29,9 +30,8 @@ from server.jobs import (
     mark_pareto,
     summary_of,
 )
-from server.results import RunResults
-from server.search import objective
-from server.sweep import SUMMARY, JobError, Sweep, check_side_by_side, differing
+from server.sweeps.search import objective
+from server.sweeps.sweep import SUMMARY, JobError, Sweep, check_side_by_side, differing
 from strategies.outcomes import Downlink, Uplink
 
 

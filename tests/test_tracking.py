@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-import server.tracking
+import server.live.tracking
 from conf.schema import CHECKOUT, TRACKERS, Settings, register_schemas, settings_of
-from server.events import EventLog
 from server.federate import resumed, run
-from server.results import RunResults
-from server.trackers import database
-from server.tracking import FAILED, LIBRARIES, Told, Tracker, Tracking, told_settings, tracked
+from server.live.trackers import FAILED, database
+from server.live.tracking import LIBRARIES, Told, Tracker, Tracking, told_settings, tracked
+from server.records.events import EventLog
+from server.records.results import RunResults
 from strategies.outcomes import DOWNLINK_BYTES
 
 register_schemas()
@@ -103,7 +103,7 @@ def test_settings_are_told_without_places() -> None:
 
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_missing_library_is_named_before_any_work(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.tracking, "find_spec", lambda module: None)
+    monkeypatch.setattr(server.live.tracking, "find_spec", lambda module: None)
     settings = composed(f"federation.trackers=[{name}]", f"output={tmp_path}")
     with pytest.raises(ValueError, match=rf"which is not installed: pip install 'cg-fedllm\[{name}\]'"):
         run(settings)
@@ -122,8 +122,8 @@ def test_a_tracker_that_fails_is_a_warning(
             raise ConnectionError("no server")
 
     built: dict[str, Callable[[], Tracker]] = {"tensorboard": Full, "mlflow": Away, "wandb": Kept}
-    monkeypatch.setattr(server.tracking, "find_spec", lambda module: True)
-    monkeypatch.setattr(server.tracking, "open_tracker", lambda name, about: built[name]())
+    monkeypatch.setattr(server.live.tracking, "find_spec", lambda module: True)
+    monkeypatch.setattr(server.live.tracking, "open_tracker", lambda name, about: built[name]())
     settings = composed("federation.trackers=[tensorboard,mlflow,wandb]", f"output={tmp_path}")
     events = EventLog(tmp_path)
     with tracked(settings, events) as tracking:

@@ -37,12 +37,12 @@ from conf.processes import end_all
 from gradcodec.artifact import load_artifact
 from gradcodec.build import artifact_folder
 from gradcodec.settings import CodecSettings
-from server.bindings import DEPLOY_VARIABLE, bind, key_of, load_table, read_bindings, save_table
-from server.control import SecretPlugin
-from server.keys import make_keys
-from server.launch import ServerConfig, refuses_strangers, start_server
-from server.nodes import _node_id_in_database, list_nodes, register_nodes, revoke_node
-from server.submit import write_deflated
+from server.backends.submit import write_deflated
+from server.host.bindings import DEPLOY_VARIABLE, bind, key_of, load_table, read_bindings, save_table
+from server.host.control import SecretPlugin
+from server.host.keys import make_keys
+from server.host.launch import ServerConfig, refuses_strangers, start_server
+from server.host.nodes import _node_id_in_database, list_nodes, register_nodes, revoke_node
 
 runtime: Any = importlib.import_module("flwr.supernode.runtime.run_clientapp")
 

@@ -28,13 +28,13 @@ from test_federation import run, settings_for
 
 import server.watch
 from conf.schema import check_settings
-from server.alive import HEARTBEAT, alive
-from server.events import EventLog
-from server.live_look import PAGE, POLICY
-from server.live_page import LAST_SECONDS, MOST_THREADS, PageServer, is_own, serve_page
-from server.places import CHECKPOINT
-from server.watch_view import bars, picture
-from server.watched import OWN_WORDS, SHOWN_CLIENTS, SHOWN_FAULTS, SHOWN_LOSSES, RunWatch, Snapshot
+from server.live.look import PAGE, POLICY
+from server.live.page import LAST_SECONDS, MOST_THREADS, PageServer, is_own, serve_page
+from server.live.view import bars, picture
+from server.live.watched import OWN_WORDS, SHOWN_CLIENTS, SHOWN_FAULTS, SHOWN_LOSSES, RunWatch, Snapshot
+from server.records.alive import HEARTBEAT, alive
+from server.records.events import EventLog
+from server.records.places import CHECKPOINT
 from strategies.outcomes import DOWNLINK_BYTES
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\x1b]0;owned\x07[/x][bold red]\u202e"
@@ -531,7 +531,7 @@ def polled(port: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def test_who_looks_sees_why_a_run_failed(living: Path) -> None:
-    """As ``server.rounds`` has it: the page is shut after the failure is told."""
+    """As ``server.run.rounds`` has it: the page is shut after the failure is told."""
     port, log = free_port(), EventLog(living, keep=True)
 
     def fail_when_seen(seen: list[dict[str, Any]]) -> None:

@@ -40,8 +40,8 @@ from gradcodec.layout import Layout
 from gradcodec.plugins import Plugins
 from gradcodec.settings import CodecSettings, check_codec
 from server.plan import plan_of
-from server.results import RunResults
-from server.rounds import run_federation
+from server.records.results import RunResults
+from server.run.rounds import run_federation
 from strategies import settings as strategies_settings
 from strategies.build import build_inner
 from strategies.errors import FederationError

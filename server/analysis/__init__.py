@@ -1,0 +1,1 @@
+"""The paper's analyses on runs of one's own, as rows and as a page."""

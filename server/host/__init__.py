@@ -1,0 +1,1 @@
+"""The server's host: keys, the SuperLink, and which node holds which partition."""

@@ -1,0 +1,1 @@
+"""Sweeps: jobs, their table and report, and what a search is told."""
