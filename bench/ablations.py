@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.fidelity import rates_of, recording_parser, rounds_of, save_rows
+from bench.programs import ends_in_a_line
 from gradcodec.artifact import load_artifact
 from gradcodec.build import codec_of
 from gradcodec.codec import Codec, WithoutSideInformation
@@ -52,7 +53,7 @@ class _PlainRounding(ClassCoder):
 def main() -> None:
     args = recording_parser(__doc__ or "").parse_args()
     torch.set_num_threads(args.threads)
-    try:
+    with ends_in_a_line():
         rates = rates_of(args.bits)
         recording = load_recording(args.updates)
         rounds = rounds_of(recording, at_least=6)
@@ -62,10 +63,6 @@ def main() -> None:
         found = variants(recording, rounds, args.artifact)
         for name, codec in track(found, "ablations", num_variants, console=Console(stderr=True), transient=True):
             rows += measure(name, codec, recording, {"later rounds": heldout}, rates)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
     print_table(rows, rates, len(heldout))
     save_rows(rows, recording, args.updates, args.json)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +24,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
 from rich.table import Table
 
+from bench.programs import ends_in_a_line
 from bench.speed import GEOMETRIES, codec_for, layout_of, peak_bytes, update_of
 from conf.output import provenance, write_json
 from gradcodec.codec import Codec
@@ -57,17 +57,13 @@ def main() -> None:
     args = parser.parse_args()
     layout, rows = layout_of(args.geometry, 8), []
     spawn = multiprocessing.get_context("spawn")
-    try:
+    with ends_in_a_line():
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # encoding takes memory, too
             payload = pool.submit(payload_of, layout, args.bits).result()
         for count in map(int, args.clients.split(",")):
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # a process each: peak memory never falls
                 rows.append(pool.submit(measure, layout, count, payload).result())
             Console(stderr=True).print(f"{count} clients: {rows[-1]['seconds']:.1f} s")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
     table = Table(title=f"{args.geometry}: {layout.num_parameters:,} values, {args.bits:g} bits, one round")
     for column in ("clients", "seconds", "clients/s", "dense MB/s", "peak, dense updates"):
         table.add_column(column, justify="right")

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.arms import folder_of, run_arm
-from bench.programs import run_program, taken_up_again
+from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line, run_program
 from bench.real_text import write_real_text
 from conf.arguments import hydra_value
 from conf.output import open_output
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs")
     args = parser.parse_intermixed_args()  # settings may stand anywhere
     began = time.monotonic()
-    with taken_up_again():
+    with ends_in_a_line(TAKEN_UP_AGAIN):
         output, results = open_output(args.output.absolute()), open_output(args.results)
         runs = record(output, args.overrides)
         run_program("server.analyse", [*map(str, runs), "--output", str(output / "analyses"), *ASKED])

@@ -32,7 +32,7 @@ from rich.table import Table
 from adapters.settings import TrainSettings
 from bench.attackers import ABSENT, ATTACKS
 from bench.lab import BATCH, CLIENTS, WINDOW, Defence, Lab, Outcome
-from bench.programs import kept_fraction
+from bench.programs import ends_in_a_line, kept_fraction
 from conf.output import provenance, write_json
 from conf.schema import CHECKOUT
 from strategies.settings import StrategySettings
@@ -87,7 +87,7 @@ def main() -> None:
     about = {"rounds": args.rounds, "steps": args.steps, "batch_size": BATCH, "window": WINDOW, "bits": 0.5}
     about["made_with"] = provenance()  # of what is loaded now: the bench takes long
     results: dict[str, Any] = {}
-    try:
+    with ends_in_a_line():
         for seed in range(args.seeds):
             for run in measure(seed, args.rounds, train, defences, attacks):  # each with one defence more
                 whole = seed == 0 or len(run["cells"]) == len(defences)
@@ -97,10 +97,6 @@ def main() -> None:
                 if args.json is not None:
                     write_json({**results, **about, "command": command}, args.json)
             runs.append(run)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
     print_tables(results)
 
 

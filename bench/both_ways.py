@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.arms import run_arm
-from bench.programs import kept_fraction, taken_up_again
+from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line, kept_fraction
 from conf.output import open_output, provenance, write_json
 from strategies.outcomes import DOWNLINK_BYTES
 
@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()  # settings may stand anywhere
     if args.seeds < 1 or args.first_seed < 0 or args.rounds < 1 or args.times < 1:
         parser.error("at least one seed from 0 on, one round, and as many rounds as dense")
-    with taken_up_again():
+    with ends_in_a_line(TAKEN_UP_AGAIN):
         budgets = {text: budget_of(text) for text in args.budgets.split(",")}
         output = open_output(args.output.absolute())
         runs = []

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bench.programs import ends_in_a_line
 from bench.speed import GEOMETRIES, codecs_for, layout_of, update_of
 from conf.output import provenance, write_json
 from gradcodec.broadcast import Bundle, Held, catch_up, encode_step, key_bytes, pack_snapshot
@@ -39,16 +40,12 @@ def main() -> None:
     parser.add_argument("--artifact")
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
-    try:
+    with ends_in_a_line():
         missed = sorted({int(number) for number in args.missed.split(",")})
         if missed[0] < 1:
             raise ValueError(f"--missed {args.missed}: numbers from 1 on are expected")
         settings = CodecSettings(args.codec, artifact=args.artifact)
         rows = measure(args.geometry, missed, args.bits, settings)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
     table = Table(title=f"catching up, {args.geometry}, steps of at most {args.bits:g} bits a parameter")
     for column in rows[0]:
         table.add_column(column.replace("_", " "), justify="right")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import multiprocessing
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +30,7 @@ from adapters.footprint import estimate_memory
 from adapters.model import adapter_parts, adapter_shapes, get_adapter, load_model
 from adapters.settings import QUANTIZATIONS, LoraSettings, ModelSettings, TrainSettings
 from adapters.windows import Windows
+from bench.programs import ends_in_a_line
 from bench.speed import codec_for, device_name, peak_bytes, wait_for
 from conf.output import provenance, write_json
 from gradcodec.exchange import decode_update, encode_update, max_payload_bytes
@@ -55,16 +55,11 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="model.compile: see what it saves a step")
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory(prefix="coded-round-") as folder:
-            spawn = multiprocessing.get_context("spawn")  # a process of its own: its memory is not the round's
-            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                pool.submit(write_random_weights, args.geometry, Path(folder), getattr(torch, args.dtype)).result()
-            figures = measure(args, folder)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+    with ends_in_a_line(), tempfile.TemporaryDirectory(prefix="coded-round-") as folder:
+        spawn = multiprocessing.get_context("spawn")  # a process of its own: its memory is not the round's
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            pool.submit(write_random_weights, args.geometry, Path(folder), getattr(torch, args.dtype)).result()
+        figures = measure(args, folder)
     table = Table(title=f"{args.geometry.name}, {args.quantization}, on {figures['device']}", show_header=False)
     for key, value in figures.items():
         text = f"{value:,.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from rich.console import Console
 
 from bench.arms import print_tables, run_arm, summary
 from bench.demo_page import write_demo_page
-from bench.programs import run_program
+from bench.programs import ends_in_a_line, run_program
 from conf.output import open_output, provenance, write_json
 
 ARMS = {
@@ -43,14 +42,10 @@ def main() -> None:
     args = parser.parse_intermixed_args()  # settings may stand anywhere
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: at least one seed")
-    try:
+    with ends_in_a_line():
         output = open_output(args.output.absolute())
         start = time.monotonic()
         runs = [run_seed(seed, output / f"seed-{seed}", args.overrides) for seed in range(args.seeds)]
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
     results = summary(runs, [*ARMS]) | {"seconds": time.monotonic() - start, "made_with": provenance()}
     write_json(results, output / "results.json")
     write_demo_page(results, output / "report.html")

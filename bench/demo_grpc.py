@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table as ConsoleTable
 
 from bench.deployment import deployment
-from bench.programs import run_program
+from bench.programs import ends_in_a_line, run_program
 from bench.relay import CountingRelay
 from conf.output import open_output, provenance, write_json
 from report import charts
@@ -42,16 +42,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for both runs")
     args = parser.parse_intermixed_args()  # settings may stand anywhere
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    try:
+    with ends_in_a_line("stopped; all processes are ended"):
         output = open_output(args.output.absolute())
         common = [f"federation.rounds={args.rounds}", f"federation.num_clients={NUM_NODES}"]
         common += [f"federation.clients_per_round={NUM_NODES}", *args.overrides]
         common += [f"run_id=demo-{uuid.uuid4().hex[:12]}"]  # one for both: a payload's checksum holds it
         results = compare(output, common)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; all processes are ended")
     write_json(results, output / "results.json")
     page = "report.html"
     write_page(output / page, "CG-FedLLM over gRPC", lead_of(results), sections_of(results), results["made_with"])

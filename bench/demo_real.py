@@ -29,6 +29,7 @@ from rich.table import Table
 
 from bench.arms import folder_of, print_tables, run_arm, summary
 from bench.demo_page import write_demo_page
+from bench.programs import ends_in_a_line
 from bench.real_text import Question, write_real_text
 from conf.output import open_output, provenance, write_json
 
@@ -57,13 +58,9 @@ def main() -> None:
     if args.seeds < 1 or args.first_seed < 0:
         parser.error(f"--seeds {args.seeds} --first-seed {args.first_seed}: at least one seed, from 0 on")
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    try:
+    with ends_in_a_line("stopped; the same command goes on with the arms that are missing"):
         before = earlier_runs(args.beside, seeds) if args.beside is not None else []
         results = run(seeds, open_output(args.output.absolute()), args.overrides, before)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on with the arms that are missing")
     print_tables(results)
     print_table(results["tables"][HOLDINGS])
     print_answers(results["tables"][ANSWERS])

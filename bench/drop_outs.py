@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.deployment import Deployment, deployment
+from bench.programs import ends_in_a_line
 from conf.output import provenance, write_json
 
 STEPS = ("none", "before the invitation", "before the reply", "before the opening")
@@ -60,13 +61,8 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if not 0 < args.gone <= args.nodes - 3:
         parser.error("--gone: at least one, and three nodes stay")
-    try:
-        with tempfile.TemporaryDirectory(prefix="drop-outs-") as folder:
-            found = drop_outs(Path(folder), args.nodes, args.gone, args.overrides)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+    with ends_in_a_line(), tempfile.TemporaryDirectory(prefix="drop-outs-") as folder:
+        found = drop_outs(Path(folder), args.nodes, args.gone, args.overrides)
     print_table(found)
     if args.json is not None:
         about = {"nodes": args.nodes, "gone": args.gone, "settings": args.overrides}

@@ -22,6 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from adapters.settings import ModelSettings
+from bench.programs import ends_in_a_line
 from conf.basis import priors_of
 from conf.output import provenance, write_json
 from gradcodec.artifact import load_artifact
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--network-steps", type=int, default=300, help="training of the paper's autoencoders")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    try:
+    with ends_in_a_line():
         rates = rates_of(args.bits)
         recording = load_recording(args.updates)
         train, heldout = first_third(recording)
@@ -65,10 +66,6 @@ def main() -> None:
         rows = measure_all(
             names, recording, train, heldout, rates, Given(args.artifact, args.network_steps, args.model)
         )
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
     print_table(rows, recording)
     save_rows(rows, recording, args.updates, args.json)
 

@@ -36,7 +36,7 @@ from rich.table import Table
 
 from bench.flower_app import REPOSITORY, run_app, versions_in
 from bench.local_app import run_app_here
-from bench.programs import kept_fraction
+from bench.programs import ends_in_a_line, kept_fraction
 from conf.output import provenance, write_json, write_text
 from tasks.stdlib import packages
 
@@ -78,7 +78,7 @@ def main() -> None:
     about |= {"engine": args.engine, "versions_of_the_app": versions_in(args.python, _VERSIONS)}
     about |= {"made_with": provenance()}
     runs: list[dict[str, Any]] = []
-    try:
+    with ends_in_a_line(also=(OSError,)):
         rates = [None, *map(float, args.bits.split(","))]
         start = partial(run_seed, rates=rates, rounds=args.rounds, python=python)
         with ProcessPoolExecutor(1 if python else args.jobs, get_context("spawn")) as pool:
@@ -86,10 +86,6 @@ def main() -> None:
                 runs += of_seed
                 if args.json is not None:  # a bench that is stopped keeps the seeds that it has done
                     write_json({"rows": summary(runs), "runs": runs, **about}, args.json)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
     print_rows(summary(runs), args.rounds, args.seeds)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sqlite3
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
 
 from bench.deployment import deployment
+from bench.programs import ends_in_a_line
 
 COUNTED_SECONDS = HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL
 """So long after its last heartbeat Flower counts a node as gone."""
@@ -32,24 +32,20 @@ def main() -> None:
     parser.add_argument("--cuts", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=20.0, help="how long each cut lasts")
     args = parser.parse_args()
-    try:
-        with (
-            tempfile.TemporaryDirectory(prefix="heartbeats-") as folder,
-            deployment(Path(folder) / "server", 1) as place,
-        ):
-            state = place.folder / "state.db"
-            for _ in range(args.cuts):
-                last = next_heartbeat(state, last_heartbeat(state))
-                time.sleep(max(0.0, last + DUE_SECONDS - time.time()))
-                last, cut = last_heartbeat(state), time.time()
-                place.relays[0].cut(args.seconds)
-                back = next_heartbeat(state, last)
-                left = COUNTED_SECONDS - (back - last)
-                print(f"first heartbeat {back - cut:.1f} s after the cut began, {left:.1f} s before the node is gone")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+    with (
+        ends_in_a_line(),
+        tempfile.TemporaryDirectory(prefix="heartbeats-") as folder,
+        deployment(Path(folder) / "server", 1) as place,
+    ):
+        state = place.folder / "state.db"
+        for _ in range(args.cuts):
+            last = next_heartbeat(state, last_heartbeat(state))
+            time.sleep(max(0.0, last + DUE_SECONDS - time.time()))
+            last, cut = last_heartbeat(state), time.time()
+            place.relays[0].cut(args.seconds)
+            back = next_heartbeat(state, last)
+            left = COUNTED_SECONDS - (back - last)
+            print(f"first heartbeat {back - cut:.1f} s after the cut began, {left:.1f} s before the node is gone")
 
 
 def last_heartbeat(state: Path) -> float:

@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.deployment import Deployment, deployment
+from bench.programs import ends_in_a_line
 from conf.output import provenance, write_json
 
 NUM_NODES = 2
@@ -103,16 +104,15 @@ def main() -> None:
     started = time.monotonic()
     deadline = started + 60 * args.minutes
     share = -(-args.kills // args.deployments)
-    try:
-        with tempfile.TemporaryDirectory(prefix="kills-") as folder, ThreadPoolExecutor(args.deployments) as pool:
-            kill = partial(kill_for_a_while, num_kills=share, deadline=deadline, overrides=args.overrides)
-            draws = [random.Random(f"{args.seed}/{number}") for number in range(args.deployments)]
-            work = [pool.submit(kill, Path(folder) / str(number), draw) for number, draw in enumerate(draws)]
-            tally = sum((one.result() for one in work), Tally())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+    with (
+        ends_in_a_line(),
+        tempfile.TemporaryDirectory(prefix="kills-") as folder,
+        ThreadPoolExecutor(args.deployments) as pool,
+    ):
+        kill = partial(kill_for_a_while, num_kills=share, deadline=deadline, overrides=args.overrides)
+        draws = [random.Random(f"{args.seed}/{number}") for number in range(args.deployments)]
+        work = [pool.submit(kill, Path(folder) / str(number), draw) for number, draw in enumerate(draws)]
+        tally = sum((one.result() for one in work), Tally())
     print_tally(tally)
     if args.json is not None:
         figures = {

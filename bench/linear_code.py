@@ -28,13 +28,13 @@ from torch import Tensor
 
 from adapters.settings import ModelSettings
 from bench.fidelity import rates_of, recording_parser
+from bench.programs import ends_in_a_line
 from conf.basis import priors_of
 from conf.output import provenance, write_json
 from gradcodec.announcement import Announcement
 from gradcodec.artifact import load_artifact
 from gradcodec.build import build_codec, codec_of
 from gradcodec.codec import Codec
-from gradcodec.errors import CodecError
 from gradcodec.exchange import encode_update, max_payload_bytes
 from gradcodec.fidelity import inner_product, squared_distance
 from gradcodec.gauge import principal_axes
@@ -197,7 +197,7 @@ def error_energy(parts: Mapping[int, Tensor], decoded_RC: Tensor) -> float:
 def main() -> None:
     args = options().parse_args()
     torch.set_num_threads(args.threads)
-    try:
+    with ends_in_a_line():
         rates, levels = rates_of(args.bits), [int(text) for text in args.levels.split(",")]
         beside = rates if args.open_bits is None else rates_of(args.open_bits)
         recording = load_recording(args.updates)
@@ -216,10 +216,6 @@ def main() -> None:
             for arm in arms:
                 rows.append(follow(recording, arm, num_clients, rate))
                 print_row(rows[-1])
-    except (CodecError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
     print_table(rows)
     if args.json is not None:
         about = {"updates": args.updates.name, "num_parameters": recording.layout.num_parameters}

@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.programs import kept_fraction, run_once, taken_up_again
+from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line, kept_fraction, run_once
 from conf.output import open_output, provenance, write_json
 
 SHARES = (0.8, 0.9, 0.95, 0.99)
@@ -67,7 +67,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()  # settings may stand anywhere
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: at least one seed")
-    with taken_up_again():
+    with ends_in_a_line(TAKEN_UP_AGAIN):
         runs = [Run.of(text) for text in args.runs.split(",")]
         output = open_output(args.output.absolute())
         found = [run_seed(seed, runs, output / f"seed-{seed}", args.overrides) for seed in range(args.seeds)]

@@ -23,6 +23,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from bench.programs import ends_in_a_line
 from conf.output import provenance, write_json
 
 LIGHT = ["train.steps=1", "train.batch_size=1", "train.micro_batch_size=1", "task.window=32", "task.max_windows=32"]
@@ -36,13 +37,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs")
     args = parser.parse_intermixed_args()  # settings may stand anywhere
-    try:
+    with ends_in_a_line():
         counts = [int(count) for count in args.clients.split(",")]
         rows = [measure(count, args.rounds, args.overrides) for count in counts]
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
     table = Table(title=f"simulation, every client in each of {args.rounds} rounds")
     for column in ("clients", "replies", "faults", "seconds", "clients/s", "server's peak MB"):
         table.add_column(column, justify="right")

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.arms import folder_of, parsed, parser_of, run_arm
-from bench.programs import kept_fraction, taken_up_again
+from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line, kept_fraction
 from conf.output import open_output, provenance, write_json
 from privacy.accounting import noise_for
 
@@ -47,7 +47,7 @@ def main() -> None:
     args = parsed(parser)
     epsilons = [float(text) for text in args.epsilons.split(",")]
     clients = [int(text) for text in args.clients.split(",") if text]
-    with taken_up_again():
+    with ends_in_a_line(TAKEN_UP_AGAIN):
         output = open_output(args.output.absolute())
         runs = all_runs(epsilons, clients, output, args)
     means = means_of(runs)

@@ -42,14 +42,19 @@ def run_once(module: str, overrides: Sequence[str], result: Path, *, anew: bool 
 
 
 @contextlib.contextmanager
-def taken_up_again() -> Iterator[None]:
-    """Of a bench that keeps the runs that it has made: a failure or Ctrl-C ends the program with a line."""
+def ends_in_a_line(stopped: str = "stopped", also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """A program's errors and Ctrl-C end it with a line: what went wrong, or what ``stopped`` says."""
+    known: tuple[type[Exception], ...] = (ValueError, *also)
     try:
         yield
-    except ValueError as error:
+    except known as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on with the runs that are missing")
+        sys.exit(stopped)
+
+
+TAKEN_UP_AGAIN = "stopped; the same command goes on with the runs that are missing"
+"""Of a bench that keeps the runs that it has made."""
 
 
 def kept_fraction(base: float, dense: float, loss: float) -> float:

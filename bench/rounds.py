@@ -31,7 +31,7 @@ from adapters.base import load_tokenizer
 from adapters.model import load_model
 from adapters.settings import LoraSettings, ModelSettings
 from bench.deployment import deployment
-from bench.programs import run_program
+from bench.programs import ends_in_a_line, run_program
 from conf.output import provenance, write_json
 
 TRAINERS = {"resident trainer": [], "fresh process": ["--no-trainer"]}
@@ -51,28 +51,26 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs")
     args = parser.parse_intermixed_args()  # settings may stand anywhere
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    try:
-        with tempfile.TemporaryDirectory(prefix="bench-rounds-") as name:
-            folder = Path(name)
-            make_model(folder / "model", args.layers)
-            random = ModelSettings(path=str(folder / "model"), quantization=args.quantization)
-            start = time.perf_counter()
-            load_model(random, LoraSettings(), seed=0)
-            load_seconds = time.perf_counter() - start
-            rows = []
-            for label, options in TRAINERS.items():
-                with deployment(folder / label.split()[0], 2, options) as place:
-                    for model, about in (("random", random), ("embedded", ModelSettings(path=str(TINY.absolute())))):
-                        own = [f"model.path={about.path}", f"model.quantization={about.quantization}"]
-                        own += [*COMMON, *LIGHT, f"federation.rounds={args.rounds}"]
-                        output = folder / f"{label.split()[0]}-{model}"
-                        where = [f"output={output}", f"hydra.run.dir={output}"]
-                        run_program("server.federate", [*where, *own, *args.overrides], place.flwr_home)
-                        rows.append({"trainer": label, "model": model, **medians(output)})
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; all processes are ended")
+    with (
+        ends_in_a_line("stopped; all processes are ended"),
+        tempfile.TemporaryDirectory(prefix="bench-rounds-") as name,
+    ):
+        folder = Path(name)
+        make_model(folder / "model", args.layers)
+        random = ModelSettings(path=str(folder / "model"), quantization=args.quantization)
+        start = time.perf_counter()
+        load_model(random, LoraSettings(), seed=0)
+        load_seconds = time.perf_counter() - start
+        rows = []
+        for label, options in TRAINERS.items():
+            with deployment(folder / label.split()[0], 2, options) as place:
+                for model, about in (("random", random), ("embedded", ModelSettings(path=str(TINY.absolute())))):
+                    own = [f"model.path={about.path}", f"model.quantization={about.quantization}"]
+                    own += [*COMMON, *LIGHT, f"federation.rounds={args.rounds}"]
+                    output = folder / f"{label.split()[0]}-{model}"
+                    where = [f"output={output}", f"hydra.run.dir={output}"]
+                    run_program("server.federate", [*where, *own, *args.overrides], place.flwr_home)
+                    rows.append({"trainer": label, "model": model, **medians(output)})
     resident, fresh = (next(r for r in rows if r["trainer"] == t and r["model"] == "random") for t in TRAINERS)
     loads = f"the random model ({args.quantization}) loads in {load_seconds:.1f} s"
     title = f"a round over gRPC, medians of {args.rounds - 1}; {loads}"

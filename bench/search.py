@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.arms import run_arm
-from bench.programs import run_program, taken_up_again
+from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line, run_program
 from conf.output import open_output, provenance, write_json
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()  # settings may stand anywhere
     if args.grid < 2 or args.trials < 1 or not 0 < args.least < args.most <= 64 or not 0 < args.keep <= 1:
         parser.error("at least two points and one trial, 0 < --least < --most <= 64, and --keep in (0, 1]")
-    with taken_up_again():
+    with ends_in_a_line(TAKEN_UP_AGAIN):
         found = searched(open_output(args.output.absolute()), args)
     print_found(found)
     if args.json is not None:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.arms import parsed, parser_of, run_arm
-from bench.programs import kept_fraction, taken_up_again
+from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line, kept_fraction
 from conf.output import open_output, provenance, write_json
 
 CLIENTS = 10
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--masked", default="0.5,1,2", help="of the masked ones, BITS or BITS/LEVELS")
     args = parsed(parser)
     arms = arms_of(args.open.split(","), args.masked.split(","))
-    with taken_up_again():
+    with ends_in_a_line(TAKEN_UP_AGAIN):
         output = open_output(args.output.absolute())
         runs = [run_seed(seed, arms, output / f"seed-{seed}", args) for seed in range(args.seeds)]
     means = means_of(runs)

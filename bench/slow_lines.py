@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from bench.deployment import deployment_on_hosts
 from bench.namespaces import Namespaces
-from bench.programs import run_program
+from bench.programs import ends_in_a_line, run_program
 from conf.output import provenance, write_json
 
 NUM_NODES = 3
@@ -43,7 +42,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     own = [*COMMON, f"federation.rounds={args.rounds}", *args.overrides]
     found: dict[str, Any] = {}
-    try:
+    with ends_in_a_line():
         for name, more in (("all alike", list[str]()), ("paced", ["--upload-seconds", str(args.seconds)])):
             with (
                 tempfile.TemporaryDirectory(prefix="slow-lines-") as folder,
@@ -54,10 +53,6 @@ def main() -> None:
                 output = Path(folder) / "run"
                 run_program("server.federate", ["--output", str(output), *own], place.flwr_home, hosts.in_server([]))
                 found[name] = figures_of(output)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
     print_table(found)
     if args.json is not None:
         about = {"kilobits": args.kilobits, "upload_seconds": args.seconds, "settings": own}

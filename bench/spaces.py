@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from adapters.model import adapter_parts, adapter_shapes, empty_model
 from adapters.settings import LoraSettings, ModelSettings
 from adapters.spaces import Wanted, computed_spaces
+from bench.programs import ends_in_a_line
 from conf.output import provenance, write_json
 from gradcodec.layout import Layout
 
@@ -36,16 +36,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
-    try:
+    with ends_in_a_line(also=(OSError,)):
         if args.layers < 2:
             raise ValueError(f"--layers {args.layers}: at least 2")
         config = AutoConfig.from_pretrained(args.geometry)
         whole = config.num_hidden_layers
         rows = [measure(config, layers, args.device) for layers in (1, args.layers)]
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
     a_layer = (rows[1]["seconds"] - rows[0]["seconds"]) / (args.layers - 1)
     rows.append({"layers": whole, "seconds": rows[0]["seconds"] + (whole - 1) * a_layer, "extrapolated": True})
     table = Table(title=f"directions from {args.geometry.name}, LoRA on q, k, v, o, {args.device}")

@@ -29,6 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from adapters.spaces import NUM_DIRECTIONS
+from bench.programs import ends_in_a_line
 from conf.output import provenance, write_json
 from gradcodec.build import build_codec
 from gradcodec.codec import Codec
@@ -70,17 +71,13 @@ def main() -> None:
         sys.exit(f"error: {error}")
     rows: list[dict[str, Any]] = []
     spawn = multiprocessing.get_context("spawn")
-    try:
+    with ends_in_a_line():
         for name in names:
             for bits in [float(rate) for rate in args.bits.split(",")] if name in names_with_a_rate() else [None]:
                 Console(stderr=True).print(f"{name}{'' if bits is None else f' at {bits:g} bits'} ...")
                 with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # a process each: peak memory never falls
                     one = partial(measure, name, layout, bits, args.artifact, args.repeats, args.threads, args.device)
                     rows.append(pool.submit(one).result())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
     print_table(rows, f"{args.geometry}: {layout.num_parameters:,} values, {args.threads} threads, {args.device}")
     if args.json is not None:
         about = {"geometry": args.geometry, "num_parameters": layout.num_parameters, "threads": args.threads}

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.arms import parsed, parser_of, run_arm
-from bench.programs import taken_up_again
+from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line
 from conf.output import open_output, provenance, write_json
 
 RANKS, RATES, BITS = (4, 8, 16), (0.1, 0.3, 1.0), 0.5
@@ -30,7 +30,7 @@ OUTPUT = "outputs/uneven"
 def main() -> None:
     parser = parser_of(__doc__, OUTPUT, rounds=6)
     args = parsed(parser)
-    with taken_up_again():
+    with ends_in_a_line(TAKEN_UP_AGAIN):
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arms()}
         for seed in range(args.seeds):
             output = open_output(args.output.absolute() / f"seed-{seed}")

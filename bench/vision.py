@@ -27,6 +27,7 @@ from rich.table import Table
 
 from bench.flower_app import REPOSITORY, run_app, versions_in
 from bench.local_app import run_app_here
+from bench.programs import ends_in_a_line
 from conf.output import provenance, write_json
 
 APP = REPOSITORY / "examples" / "vision"
@@ -48,17 +49,13 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.seeds, args.rounds, args.jobs) < 1:
         parser.error("--seeds, --rounds, --jobs: at least one")
-    try:
+    with ends_in_a_line(also=(OSError,)):
         codings = [None, *((codec, float(bits)) for codec in args.codecs.split(",") for bits in args.bits.split(","))]
         asked = [(seed, coding) for seed in range(args.seeds) for coding in codings]
         start = partial(run, rounds=args.rounds, python=args.python if args.engine == "flwr" else None)
         os.environ["OMP_NUM_THREADS"] = "1"  # runs beside each other
         with ProcessPoolExecutor(args.jobs if args.engine == "here" else 1, get_context("spawn")) as pool:
             runs = list(pool.map(start, *zip(*asked, strict=True)))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
     rows = summary(runs)
     print_rows(rows, args.rounds, args.seeds)
     if args.json is not None:

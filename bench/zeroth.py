@@ -32,7 +32,7 @@ from torch import Tensor
 from adapters.base import load_tokenizer
 from adapters.model import load_model
 from adapters.windows import Windows, next_token_loss
-from bench.programs import kept_fraction
+from bench.programs import ends_in_a_line, kept_fraction
 from conf.output import provenance, write_json
 from conf.schema import Settings
 from strategies.sampling import Sampling
@@ -63,14 +63,15 @@ def main() -> None:
     parser.add_argument("--reach", type=float, default=1e-3)
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
-    try:
+    with ends_in_a_line(
+        also=(
+            OSError,
+            KeyError,
+        )
+    ):
         dense = json.loads((args.beside / "results.json").read_text())
         recipes = [Recipe(args.rounds, float(lr), args.directions, args.reach) for lr in args.lr.split(",")]
         rows = [run(dense, recipe) for recipe in recipes]
-    except (OSError, KeyError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
     print_rows(rows, dense)
     if args.json is not None:
         write_json({"rows": rows, "seed": dense["seed"], "made_with": provenance()}, args.json)

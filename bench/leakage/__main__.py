@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bench.programs import ends_in_a_line
 from conf.output import open_output, provenance, write_json, write_text
 
 SECTIONS = ("tokens", "control", "sentences", "learned", "members")
@@ -44,14 +44,10 @@ def main() -> None:
     if unknown := sorted({*sections} - {*SECTIONS}):
         parser.error(f"--sections holds {unknown[0]!r}, which is none of {', '.join(SECTIONS)}")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, for their developers
-    try:
+    with ends_in_a_line("stopped; sections that ended are kept, --sections goes on with the others"):
         open_output(args.json.absolute().parent)
         open_output(args.page.absolute().parent)
         results = run(sections, args.quick, args.threads, earlier(args.json, sections), args.json)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; sections that ended are kept, --sections goes on with the others")
     from bench.leakage.page import page_of
 
     write_text(page_of(results), args.page)
