@@ -57,10 +57,11 @@ from client.work import (
     Work,
 )
 from conf.basis import codecs_of
+from conf.checks import check_settings
 from conf.footprint import client_memory
 from conf.limits import ClientLimits, limits_of, refusal_of
 from conf.remedies import COPY_IT, codec_remedies
-from conf.schema import Settings, check_settings
+from conf.schema import Settings
 from conf.sums import terms_of
 from gradcodec.build import byte_budget
 from gradcodec.client import ClientEnd, LacksError, Place

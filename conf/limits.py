@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from conf.schema import Settings
 from gradcodec.registry import entry_of
 from strategies.settings import OF_THE_MEAN
-
-if TYPE_CHECKING:
-    from conf.schema import Settings
 
 
 @dataclass(frozen=True)

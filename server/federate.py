@@ -28,10 +28,11 @@ from omegaconf import DictConfig
 
 from adapters.settings import is_hub_name
 from conf.arguments import run_program
+from conf.checks import check_files, check_settings
 from conf.console import printable, say
 from conf.output import open_output
 from conf.processes import leaving_threads_behind
-from conf.schema import Settings, changed, check_files, check_settings, register_schemas, settings_of
+from conf.schema import Settings, changed, register_schemas, settings_of
 from server.live.progress import label
 from server.quiet import quiet
 from server.records.alive import check_free

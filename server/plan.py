@@ -19,9 +19,10 @@ from adapters.export import what_to_know
 from adapters.footprint import MemoryEstimate
 from adapters.model import adapter_parts, adapter_shapes, empty_model
 from adapters.settings import LoraSettings, TrainSettings, for_round, num_steps, start_is_known
+from conf.checks import check_settings
 from conf.console import bytes_text, printable
 from conf.footprint import client_memory, server_memory
-from conf.schema import NONE, Settings, check_settings
+from conf.schema import NONE, Settings
 from conf.sums import terms_of
 from gradcodec.build import payload_bytes
 from gradcodec.layout import Layout

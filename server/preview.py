@@ -16,8 +16,9 @@ from rich.text import Text
 
 from adapters.settings import check_training
 from conf.arguments import run_program
+from conf.checks import check_data
 from conf.console import visible
-from conf.schema import check_data, register_schemas, settings_of
+from conf.schema import register_schemas, settings_of
 from server.quiet import quiet
 from tasks.settings import check_task, check_window
 

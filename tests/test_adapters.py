@@ -18,7 +18,8 @@ from adapters.model import add, get_adapter, load_model, set_adapter, subtract
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_lora, check_model, check_training
 from adapters.windows import Windows
 from client.trainer import training_seed
-from conf.schema import Settings, check_settings
+from conf.checks import check_settings
+from conf.schema import Settings
 from tasks.settings import TaskSettings
 from tasks.shards import load_shard
 from tasks.windows import heldout_loss

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from adapters.model import adapter_parts, adapter_shapes, get_adapter, load_model
 from client.app import app as client_app
 from client.holdings import load_held
-from conf.schema import FederationSettings, Settings, check_settings
+from conf.checks import check_settings
+from conf.schema import FederationSettings, Settings
 from gradcodec.artifact import RECORDED, Artifact, save_artifact
 from gradcodec.layout import Layout
 from gradcodec.learned.tables import LearnedTables

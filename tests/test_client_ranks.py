@@ -24,8 +24,9 @@ from adapters.model import get_adapter, load_model
 from client.app import app as client_app
 from client.trainer import Trainer
 from client.work import MAX_RANK
+from conf.checks import check_settings
 from conf.limits import ClientLimits, limits_of
-from conf.schema import Settings, check_settings
+from conf.schema import Settings
 from gradcodec.client import ClientEnd
 from gradcodec.exchange import decode_blocks
 from gradcodec.layout import Layout, rank_first

@@ -24,7 +24,8 @@ import server.federate
 import tgap.__main__
 from cg_fedllm.__main__ import PROGRAMS
 from conf.arguments import OPTIONS, overrides_of
-from conf.schema import Settings, check_settings, register_schemas, settings_of, tgap_run_of
+from conf.checks import check_settings
+from conf.schema import Settings, register_schemas, settings_of, tgap_run_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")])

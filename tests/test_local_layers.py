@@ -19,7 +19,8 @@ from adapters.finetune import DivergedError, trained_parameters
 from adapters.model import adapter_shapes, empty_model, freeze_local, get_adapter, get_local, load_model, whole_shapes
 from adapters.settings import LoraSettings
 from client.local import load_local, local_file, save_local
-from conf.schema import Settings, check_settings
+from conf.checks import check_settings
+from conf.schema import Settings
 from server.records.results import RunResults
 from strategies.wire import ARRAYS, unwrap_adapter
 

@@ -26,7 +26,8 @@ from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_
 from adapters.windows import Windows
 from client.private import Guard
 from conf.basis import priors_of
-from conf.schema import Settings, changed, check_settings
+from conf.checks import check_settings
+from conf.schema import Settings, changed
 from gradcodec.build import build_codec
 from gradcodec.exchange import decode_update, encode_update
 from gradcodec.fidelity import fidelity

@@ -25,8 +25,9 @@ from bench.drop_outs import Run
 from client.app import app as client_app
 from client.trainer import Trainer
 from client.work import Work
+from conf.checks import check_settings
 from conf.console import Display
-from conf.schema import Settings, check_settings
+from conf.schema import Settings
 from privacy.errors import PrivacyError
 from server.federate import resumed
 from server.live.progress import RunView

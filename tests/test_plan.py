@@ -15,7 +15,8 @@ from transformers import Qwen3_5Config, Qwen3MoeConfig
 
 from adapters.model import adapter_parts, adapter_shapes, empty_model
 from adapters.settings import LoraSettings, ModelSettings
-from conf.schema import Settings, check_settings
+from conf.checks import check_settings
+from conf.schema import Settings
 from gradcodec.artifact import RECORDED, load_artifact, save_artifact
 from gradcodec.build import build_codec
 from gradcodec.codec import Codec

@@ -19,7 +19,8 @@ from test_federation import run, settings_for
 import client.private as private
 import client.trainer as trainer
 from client.app import app as client_app
-from conf.schema import Settings, check_settings
+from conf.checks import check_settings
+from conf.schema import Settings
 from gradcodec.client import ClientEnd
 from gradcodec.exchange import decode_blocks
 from gradcodec.transfers import context_of

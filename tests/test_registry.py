@@ -16,7 +16,7 @@ from conftest import heavy_tailed_update
 from test_settings import composed
 from torch import Tensor
 
-from conf.schema import check_settings
+from conf.checks import check_settings
 from gradcodec.artifact import Artifact, load_artifact
 from gradcodec.build import build_codec, byte_budget, codec_of, payload_bytes
 from gradcodec.codec import Codec, WithoutSideInformation, codec_id

@@ -15,7 +15,8 @@ from flwr.serverapp.strategy import FedMedian, FedTrimmedAvg, Krum, MultiKrum, S
 from flwr.serverapp.strategy.multikrum import compute_distances
 from torch import Tensor
 
-from conf.schema import Settings, check_settings
+from conf.checks import check_settings
+from conf.schema import Settings
 from strategies import rules
 from strategies.build import build_flower, build_inner
 from strategies.errors import FederationError, RoundError

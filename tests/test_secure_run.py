@@ -18,7 +18,8 @@ from test_federation import run, settings_for
 
 from client.app import app as client_app
 from client.sums import Member
-from conf.schema import Settings, check_settings
+from conf.checks import check_settings
+from conf.schema import Settings
 from gradcodec.linear import LinearCode
 from gradcodec.residues import pack_residues, unpack_residues
 from privacy.errors import PrivacyError

@@ -17,17 +17,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conf.arguments import OPTIONS, hydra_value, overrides_of, refusal, shell_word
-from conf.schema import (
-    CHECKOUT,
-    Settings,
-    TgapRun,
-    changed,
-    check_files,
-    check_settings,
-    register_schemas,
-    settings_of,
-    tgap_run_of,
-)
+from conf.checks import check_files, check_settings
+from conf.schema import CHECKOUT, Settings, TgapRun, changed, register_schemas, settings_of, tgap_run_of
 from server.federate import resumed
 from server.records.alive import alive
 from server.records.places import CHECKPOINT

@@ -29,7 +29,7 @@ from adapters.settings import (
     round_factor,
 )
 from adapters.windows import Windows, next_token_loss
-from conf.schema import check_settings
+from conf.checks import check_settings
 from server.federate import resumed
 from server.plan import rates
 from server.run import best as rules

@@ -27,7 +27,7 @@ from rich.console import Console
 from test_federation import run, settings_for
 
 import server.watch
-from conf.schema import check_settings
+from conf.checks import check_settings
 from server.live.look import PAGE, POLICY
 from server.live.page import LAST_SECONDS, MOST_THREADS, PageServer, is_own, serve_page
 from server.live.view import bars, picture

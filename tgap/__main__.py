@@ -22,9 +22,10 @@ import hydra
 from omegaconf import DictConfig
 
 from conf.arguments import run_program
+from conf.checks import check_files, check_settings
 from conf.console import printable, say
 from conf.output import open_output, provenance, write_json, write_text
-from conf.schema import TgapRun, check_files, check_settings, register_schemas, tgap_run_of
+from conf.schema import TgapRun, register_schemas, tgap_run_of
 from gradcodec.registry import entry_of, trainable_names
 
 if TYPE_CHECKING:  # slow to import, and not needed to refuse a setting

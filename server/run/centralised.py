@@ -18,8 +18,9 @@ from adapters.finetune import DivergedError, descend, mean_gradients, trained_pa
 from adapters.model import get_adapter, on_host, set_adapter
 from adapters.settings import num_steps, round_factor
 from adapters.windows import Windows
+from conf.checks import check_settings
 from conf.output import open_output, write_json
-from conf.schema import Settings, check_settings
+from conf.schema import Settings
 from server.live.page import serve_page
 from server.live.progress import shown
 from server.live.tracking import tracked

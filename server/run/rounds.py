@@ -22,9 +22,10 @@ from torch import Tensor
 
 from adapters.settings import num_examples, start_is_known
 from conf.basis import codecs_of
+from conf.checks import check_settings
 from conf.output import OutputError, open_output, write_json
 from conf.remedies import TRAIN_ONE, codec_remedies
-from conf.schema import NONE, Settings, check_settings
+from conf.schema import NONE, Settings
 from conf.sums import terms_of
 from gradcodec.artifact import load_artifact
 from gradcodec.build import artifact_folder, broadcast_budget, byte_budget

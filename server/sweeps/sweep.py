@@ -25,9 +25,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
+from conf.checks import check_files, check_settings
 from conf.console import bytes_text, printable, say
 from conf.output import OutputError, write_json
-from conf.schema import Settings, check_files, check_settings, settings_of
+from conf.schema import Settings, settings_of
 from server.live.progress import label
 from server.sweeps.jobs import SHOWN, Job, best_of, collect, complete, folder_name, leave, summary_of, table_of
 from server.sweeps.report import compare_jobs

@@ -30,7 +30,8 @@ from adapters.settings import ModelSettings
 from client.app import app as client_app
 from client.trainer import trainer_for
 from conf.basis import priors_of
-from conf.schema import CHECKOUT, Settings, check_settings, register_schemas, settings_of
+from conf.checks import check_settings
+from conf.schema import CHECKOUT, Settings, register_schemas, settings_of
 from gradcodec import registry
 from gradcodec.broadcast import Held
 from gradcodec.build import build_codec, payload_bytes
