@@ -11,7 +11,7 @@ from conf.output import open_output
 from conf.schema import Settings
 from server.host.bindings import read_bindings
 from server.quiet import engine_log, quiet
-from server.run.rounds import run_federation
+from server.run.federation import run_federation
 
 app = ServerApp()
 

@@ -25,7 +25,7 @@ from gradcodec.learned.codec import LearnedCodec
 from gradcodec.learned.tables import LearnedTables
 from gradcodec.transfers import context_of
 from server.records.results import RunResults
-from server.run.rounds import run_federation
+from server.run.federation import run_federation
 from strategies.wire import (
     ACCEPTED,
     ARRAYS,

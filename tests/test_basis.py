@@ -27,7 +27,7 @@ from gradcodec.learned.fit import DerivedSample, Sample, fit_general
 from gradcodec.learned.tables import LearnedTables
 from gradcodec.rounds import DerivedCodecs, SameCodec
 from gradcodec.settings import CodecSettings, check_codec
-from server.run.rounds import run_federation
+from server.run.federation import run_federation
 
 TINY = Path("assets/tiny-llama").absolute()
 

@@ -22,7 +22,7 @@ from gradcodec.learned.tables import LearnedTables
 from server.records.events import read_status
 from server.records.results import RunResults
 from server.run.checkpoint import load_checkpoint
-from server.run.rounds import run_federation
+from server.run.federation import run_federation
 from strategies.wire import ARRAYS, CONFIG, LACKS
 
 TINY = Path("assets/tiny-llama").absolute()

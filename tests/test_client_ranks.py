@@ -32,7 +32,7 @@ from gradcodec.exchange import decode_blocks
 from gradcodec.layout import Layout, rank_first
 from gradcodec.transfers import context_of
 from server.records.results import RunResults
-from server.run.rounds import run_federation
+from server.run.federation import run_federation
 from strategies.mean import MeanStrategy
 from strategies.tensors import to_record
 from strategies.wire import ARRAYS, CONFIG, METRICS, NUM_EXAMPLES, RANK

@@ -33,7 +33,7 @@ from client.work import Work
 from conf.schema import Settings
 from server.holdings import example_text, holdings_of, holdings_table
 from server.run.evaluate import Evaluator
-from server.run.rounds import run_federation
+from server.run.federation import run_federation
 from tasks.corpora import read_records
 from tasks.examples import Example
 from tasks.exams import read_exam

@@ -26,7 +26,7 @@ from gradcodec.paper.networks import ARCHITECTURES
 from gradcodec.paper.resnet import ResnetCodec
 from gradcodec.registry import names_for_any_layout
 from gradcodec.settings import CodecSettings
-from server.run.rounds import run_federation
+from server.run.federation import run_federation
 
 ARTIFACT = str(Path("gradcodec/general").absolute())
 

@@ -17,7 +17,7 @@ from conftest import InProcessGrid
 from client.app import app as client_app
 from conf.schema import Settings
 from server.records.events import read_status
-from server.run.rounds import run_federation
+from server.run.federation import run_federation
 
 SMALL = [
     "federation.rounds=2",

@@ -38,7 +38,7 @@ from server.records.results import RunResults
 from server.run.centralised import run_alone
 from server.run.checkpoint import NAME, load_checkpoint
 from server.run.evaluate import Evaluator
-from server.run.rounds import run_federation
+from server.run.federation import run_federation
 from strategies.errors import FederationError
 from strategies.wire import (
     ACCEPTED,

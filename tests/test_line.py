@@ -16,7 +16,7 @@ from client.app import app as client_app
 from client.console import NOTE, PartitionConsole
 from client.line import LEAST_BITS, Line, Meter, read_speed, write_speed
 from client.work import LINE, UPLOAD_SECONDS
-from server.run.rounds import run_federation
+from server.run.federation import run_federation
 
 
 def test_the_logs_tell_how_fast_the_line_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ from gradcodec.exchange import decode_update, encode_update
 from gradcodec.fidelity import fidelity
 from gradcodec.layout import Layout
 from gradcodec.settings import CodecSettings
-from server.run.rounds import run_federation
+from server.run.federation import run_federation
 from tasks.settings import TaskSettings
 from tasks.windows import heldout_loss
 

@@ -36,7 +36,7 @@ from server.records.events import read_status
 from server.records.node_losses import federated_losses
 from server.records.results import RunResults
 from server.records.trained import read_trained
-from server.run.rounds import run_federation
+from server.run.federation import run_federation
 from strategies.evaluation import Bounds, judged, panel
 from strategies.outcomes import NodeLoss
 from strategies.receive import Refused

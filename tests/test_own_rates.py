@@ -18,7 +18,7 @@ from gradcodec.client import ClientEnd
 from gradcodec.exchange import decode_blocks
 from gradcodec.transfers import context_of
 from server.records.results import RunResults
-from server.run.rounds import run_federation
+from server.run.federation import run_federation
 
 RATES = {0: 0.1, 1: 0.3, 2: 1.0}
 """Partition -> bits a parameter."""

@@ -29,8 +29,8 @@ from privacy.errors import BudgetSpentError, PrivacyError
 from privacy.ledger import Ledger
 from privacy.mechanism import clipped
 from server.federate import resumed
+from server.run.federation import run_federation
 from server.run.private import LEDGER, REPORT, promise
-from server.run.rounds import run_federation
 from strategies.sampling import Sampling
 from strategies.wire import METRICS, NUM_EXAMPLES, SERVER_ROUND, TRAIN_LOSS
 

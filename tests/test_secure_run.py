@@ -26,7 +26,7 @@ from privacy.errors import PrivacyError
 from privacy.secagg import Contribution, Invitation, Opening, Published, traffic
 from server.federate import resumed
 from server.host.keys import make_keys
-from server.run.rounds import run_federation
+from server.run.federation import run_federation
 from strategies.folding import fold, unfold
 from strategies.wire import CONFIG, PUBLISHED, UNMASK
 

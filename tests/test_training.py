@@ -36,7 +36,7 @@ from server.run import best as rules
 from server.run.centralised import run_alone
 from server.run.checkpoint import load_checkpoint
 from server.run.evaluate import Evaluator
-from server.run.rounds import prepare
+from server.run.federation import prepare
 from strategies.build import proximal_mu_of
 from strategies.mean import MeanStrategy
 
@@ -190,7 +190,9 @@ def test_dp_sgd_adds_the_term_to_what_is_noised(model: PeftModel, windows: Windo
 
 def test_a_strategy_with_a_term_of_its_own_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert proximal_mu_of(MeanStrategy(FedProx(proximal_mu=0.3))) == 0.3
-    monkeypatch.setattr("server.run.rounds.build_inner", lambda settings, root: MeanStrategy(FedProx(proximal_mu=0.3)))
+    monkeypatch.setattr(
+        "server.run.federation.build_inner", lambda settings, root: MeanStrategy(FedProx(proximal_mu=0.3))
+    )
     settings = settings_for(tmp_path, "run", arm="dense", train__proximal_mu=0.5)
     with pytest.raises(ValueError, match=r"a proximal term of 0\.3, .* give train\.proximal_mu=0\.3"):
         prepare(SimpleNamespace(), settings, SimpleNamespace())  # type: ignore[arg-type]

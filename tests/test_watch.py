@@ -531,7 +531,7 @@ def polled(port: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def test_who_looks_sees_why_a_run_failed(living: Path) -> None:
-    """As ``server.run.rounds`` has it: the page is shut after the failure is told."""
+    """As ``server.run.federation`` has it: the page is shut after the failure is told."""
     port, log = free_port(), EventLog(living, keep=True)
 
     def fail_when_seen(seen: list[dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from conf.schema import Settings
 from server.backends.local import clients_here
 from server.records.events import EventLog
 from server.records.results import RunResults
-from server.run.rounds import run_federation
+from server.run.federation import run_federation
 from strategies.wire import PARTITION
 
 

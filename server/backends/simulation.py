@@ -21,7 +21,7 @@ from server.backends.local import clients_here
 from server.quiet import ENGINE_LOG
 from server.records.events import EventLog
 from server.records.results import RunResults
-from server.run.rounds import run_federation
+from server.run.federation import run_federation
 
 LAST_SECONDS = 2.0
 

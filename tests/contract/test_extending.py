@@ -42,7 +42,7 @@ from gradcodec.plugins import Plugins
 from gradcodec.settings import CodecSettings, check_codec
 from server.plan import plan_of
 from server.records.results import RunResults
-from server.run.rounds import run_federation
+from server.run.federation import run_federation
 from strategies import settings as strategies_settings
 from strategies.build import build_inner
 from strategies.errors import FederationError
