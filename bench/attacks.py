@@ -33,8 +33,8 @@ from adapters.settings import TrainSettings
 from bench.attackers import ABSENT, ATTACKS
 from bench.lab import BATCH, CLIENTS, WINDOW, Defence, Lab, Outcome
 from bench.programs import ends_in_a_line, kept_fraction
+from conf import CHECKOUT
 from conf.output import provenance, write_json
-from conf.schema import CHECKOUT
 from strategies.settings import StrategySettings
 
 MALICIOUS = MINORITY = (4, 7)

@@ -35,6 +35,7 @@ from rich.table import Table
 
 from bench.deployment import Deployment, deployment
 from bench.programs import ends_in_a_line
+from conf import CHECKOUT
 from conf.output import provenance, write_json
 
 NUM_NODES = 2
@@ -61,7 +62,6 @@ KINDS = {
     "client.resident": "trainer",
 }
 """A word of the command line -> what the process is."""
-CHECKOUT = Path(__file__).resolve().parents[1]
 MOST_KILLS_A_RUN = 8
 LONGEST_PAUSE = 30.0
 RUN_SECONDS = 900.0

@@ -24,8 +24,9 @@ from adapters.settings import TrainSettings
 from adapters.windows import Windows
 from bench.aggregate import AllPresent, Unobserved
 from bench.attackers import Attack, norm_of
+from conf import CHECKOUT
 from conf.basis import codecs_of
-from conf.schema import CHECKOUT, Settings
+from conf.schema import Settings
 from gradcodec.build import byte_budget
 from gradcodec.errors import DivergedError as UpdateDivergedError
 from gradcodec.exchange import Residual, encode_update

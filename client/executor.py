@@ -17,8 +17,8 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 
-from client.own_app import CHECKOUT
 from client.supernode import log_with_times
+from conf import CHECKOUT
 
 
 class OwnAppExecutor(SubprocessExecutor):

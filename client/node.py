@@ -12,8 +12,9 @@ from pathlib import Path
 
 from client.console import PartitionConsole, print_event
 from client.line import Meter
-from client.own_app import APP_VARIABLE, CHECKOUT
+from client.own_app import APP_VARIABLE
 from client.work import LINE, MAX_BITS, MAX_EPSILON, MAX_RANK, NODE_KEY, PEER_KEYS, TRUST, UPLOAD_SECONDS
+from conf import CHECKOUT
 from conf.processes import Child, path_with_binaries
 
 ENVIRONMENT = {

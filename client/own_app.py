@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from client.console import note, write_notes
+from conf import CHECKOUT
 
 APP_VARIABLE = "CG_FEDLLM_APP"
 """Names the file with the digests of the only app that may run."""
-CHECKOUT = Path(__file__).resolve().parents[1]
 MANIFEST = ".info/CONTENT"
 """The bundle's own list of its files; differs with any of them."""
 MAX_BYTES = 64 << 20

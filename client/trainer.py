@@ -56,6 +56,7 @@ from client.work import (
     Trained,
     Work,
 )
+from conf import CHECKOUT
 from conf.basis import codecs_of
 from conf.checks import check_settings
 from conf.footprint import client_memory
@@ -77,8 +78,6 @@ from tasks.shards import Shard, load_shard, what_is_lost
 from tasks.windows import heldout_loss
 
 _LOG = logging.getLogger(__name__)
-
-CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)

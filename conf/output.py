@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from conf import CHECKOUT
 from gradcodec import files
 
 TRIAL_BYTES = 64 * 1024
@@ -89,13 +90,12 @@ def provenance() -> dict[str, str]:
 
 def _commit() -> str:
     """Of this checkout; where it is installed, the release: what lies around it may be another project's history."""
-    checkout = Path(__file__).parents[1]
-    if not (checkout / ".git").exists():
+    if not (CHECKOUT / ".git").exists():
         try:
             return f"release {version('cg-fedllm')}"
         except PackageNotFoundError:
             return "unknown"
-    git = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
+    git = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

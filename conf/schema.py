@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings, is_package_file
 from adapters.settings import is_hub_name as is_hub_model
+from conf import CHECKOUT
 from gradcodec.registry import PLUGINS as CODECS
 from gradcodec.settings import CodecSettings, FitSettings
 from privacy.settings import PrivacySettings
@@ -36,8 +37,6 @@ WHOLE, NONE = "whole", "none"
 BASES = (WHOLE, NONE)
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 OBJECTIVES = ("loss", "bytes", "loss_and_bytes")
-CHECKOUT = Path(__file__).resolve().parents[1]
-"""Where the model and the codec that ship with the project lie."""
 
 
 @dataclass

@@ -10,8 +10,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from conf import CHECKOUT
 from conf.arguments import hydra_value, shell_word
-from conf.schema import CHECKOUT, Settings
+from conf.schema import Settings
 
 OF_THE_GROUPS = {"train.update": "delta", "train.lr": 0.005, "strategy.lr": 1.3}
 """What ``train=delta`` and ``strategy=fedavg`` set."""

@@ -19,9 +19,10 @@ import hydra
 from omegaconf import DictConfig
 
 from adapters.settings import ModelSettings
+from conf import CHECKOUT
 from conf.arguments import run_program
 from conf.console import bytes_text, visible
-from conf.schema import CHECKOUT, Settings, register_schemas, settings_of
+from conf.schema import Settings, register_schemas, settings_of
 from server.quiet import quiet
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from conf.schema import CHECKOUT, Settings
+from conf import CHECKOUT
+from conf.schema import Settings
 from server.records.results import NodeRefusal, RunResults
 from strategies.outcomes import ABSENT, FAILED, REFUSED, Downlink, Fault, Uplink
 

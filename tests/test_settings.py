@@ -16,9 +16,10 @@ from hydra.errors import ConfigCompositionException, HydraException
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from conf import CHECKOUT
 from conf.arguments import OPTIONS, hydra_value, overrides_of, refusal, shell_word
 from conf.checks import check_files, check_settings
-from conf.schema import CHECKOUT, Settings, TgapRun, changed, register_schemas, settings_of, tgap_run_of
+from conf.schema import Settings, TgapRun, changed, register_schemas, settings_of, tgap_run_of
 from server.federate import resumed
 from server.records.alive import alive
 from server.records.places import CHECKPOINT

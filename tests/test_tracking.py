@@ -11,7 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import server.live.tracking
-from conf.schema import CHECKOUT, TRACKERS, Settings, register_schemas, settings_of
+from conf import CHECKOUT
+from conf.schema import TRACKERS, Settings, register_schemas, settings_of
 from server.federate import resumed, run
 from server.live.trackers import FAILED, database
 from server.live.tracking import LIBRARIES, Told, Tracker, Tracking, told_settings, tracked

@@ -33,6 +33,7 @@ from bench.deployment import free_ports, node_command, running, wait_for
 from client.executor import OwnAppExecutor
 from client.health import problems_of
 from client.own_app import app_digests, check_app, own_digests, take_token
+from conf import CHECKOUT
 from conf.processes import end_all
 from gradcodec.artifact import load_artifact
 from gradcodec.build import artifact_folder
@@ -218,7 +219,7 @@ def test_flowers_database_says_which_node_has_a_key(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def own_fab() -> bytes:
-    return build_fab_from_disk(client.own_app.CHECKOUT)
+    return build_fab_from_disk(CHECKOUT)
 
 
 @pytest.fixture(scope="module")
@@ -363,9 +364,9 @@ def test_tasks_of_a_client_app_alone_are_taken(monkeypatch: pytest.MonkeyPatch, 
 
 def test_the_app_is_sent_deflated_and_is_the_same_app(monkeypatch: pytest.MonkeyPatch) -> None:
     build = importlib.import_module("flwr.cli.build")
-    stored = build.build_fab_from_disk(client.own_app.CHECKOUT)
+    stored = build.build_fab_from_disk(CHECKOUT)
     monkeypatch.setattr(build, "write_to_zip", write_deflated)
-    deflated = build.build_fab_from_disk(client.own_app.CHECKOUT)
+    deflated = build.build_fab_from_disk(CHECKOUT)
     assert len(deflated) < len(stored) / 2
     assert app_digests(deflated) == app_digests(stored)
-    assert build.build_fab_from_disk(client.own_app.CHECKOUT) == deflated, "equal apps are equal bytes"
+    assert build.build_fab_from_disk(CHECKOUT) == deflated, "equal apps are equal bytes"

@@ -24,8 +24,9 @@ from adapters.model import Adapter, adapter_parts, adapter_shapes, add, get_adap
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings
 from adapters.windows import Windows
 from bench.real_text import SOURCES, read_jsonl, write_real_text
+from conf import CHECKOUT
 from conf.basis import codecs_of
-from conf.schema import CHECKOUT, Settings
+from conf.schema import Settings
 from gradcodec.codec import Codec
 from gradcodec.layout import Layout
 from gradcodec.rounds import Codecs

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conf import CHECKOUT
 from conf.console import display, printable, say
 from conf.schema import Settings
 from server.live.progress import RunView
@@ -29,7 +30,6 @@ from server.records.places import continuation
 if TYPE_CHECKING:  # slow to import, and not needed to refuse a connection
     from server.records.results import RunResults
 
-APP_FOLDER = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 2.0
 START_SECONDS, ASK_SECONDS = 10.0, 20.0
 """How often the SuperLink is asked until the run's process is seen on this host, or always if it is on another, and
@@ -62,7 +62,7 @@ def run_on_superlink(settings: Settings) -> RunResults:
     with tempfile.TemporaryDirectory() as folder:
         overrides = Path(folder) / "run.toml"
         overrides.write_text(f"settings = {json.dumps(settings.to_json())}\n")  # a JSON string is a TOML string
-        run_id = _flwr("run", str(APP_FOLDER), connection, "--run-config", str(overrides)).get("run-id")
+        run_id = _flwr("run", str(CHECKOUT), connection, "--run-config", str(overrides)).get("run-id")
     if run_id is None:
         raise ValueError(f"SuperLink {connection!r} gave no run id")
     run = DeployedRun(connection, str(run_id), settings, reader)
@@ -240,7 +240,7 @@ def _log_tail(connection: str, run_id: str, lines: int = 4) -> str:
 
 def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
     """In a session of its own, so that Ctrl-C here does not end it; without colours."""
-    paths = os.pathsep.join([str(APP_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "PYTHONPATH": paths}
     return subprocess.run(
         [sys.executable, "-m", "server.backends.submit", *arguments],

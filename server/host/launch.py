@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from conf import CHECKOUT
 from conf.processes import Child, end_all, last_line, path_with_binaries
 from server.host.bindings import DEPLOY_VARIABLE
 from server.host.keys import CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY, private_folder, write_private
@@ -31,7 +32,6 @@ SECRET_VARIABLE = "CG_FEDLLM_CONTROL_SECRET"
 """Names the file of the control secret to the SuperLink's process."""
 DATABASE = "state.db"
 START_SECONDS = 60.0
-CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)

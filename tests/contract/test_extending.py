@@ -29,9 +29,10 @@ from adapters import spaces
 from adapters.settings import ModelSettings
 from client.app import app as client_app
 from client.trainer import trainer_for
+from conf import CHECKOUT
 from conf.basis import priors_of
 from conf.checks import check_settings
-from conf.schema import CHECKOUT, Settings, register_schemas, settings_of
+from conf.schema import Settings, register_schemas, settings_of
 from gradcodec import registry
 from gradcodec.broadcast import Held
 from gradcodec.build import build_codec, payload_bytes
