@@ -55,7 +55,7 @@ def test_gradients_by_window_are_those_of_windows_alone(model: PeftModel, one_by
         assert losses[row] == pytest.approx(float(loss), rel=1e-4)
         for ours, theirs in zip(gradients, alone, strict=True):
             # over four bits some CPUs multiply in bfloat16, in another order for another number of windows
-            atol = 0.01 * float(theirs.abs().max()) if hasattr(model, "is_quantized") else 1e-6
+            atol = 0.05 * float(theirs.abs().max()) if hasattr(model, "is_quantized") else 1e-6
             torch.testing.assert_close(ours[row], theirs, rtol=1e-4, atol=atol)
     assert all(parameter.grad is None for parameter in trained_parameters(model))
 
