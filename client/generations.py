@@ -62,7 +62,13 @@ class Generations:
         asked_again = kept is not None and kept.server_round >= server_round
         if asked_again or not self.last.is_file():
             kept = self._read(self.before)
-        return kept if kept is not None and kept.server_round < server_round else None
+        if kept is not None and kept.server_round >= server_round:
+            _LOG.warning(
+                "the %s of rounds before %d is no longer kept, and round %d is asked for again: it begins anew",
+                *(self.kind.name, kept.server_round, server_round),
+            )
+            return None
+        return kept
 
     def save(self, kept: Kept) -> None:
         """Inverse of ``load``. Their owner alone can read the files, whose folder is there.

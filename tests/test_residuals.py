@@ -84,6 +84,19 @@ def test_a_round_that_is_asked_for_again_starts_from_what_the_round_before_left(
     assert found.payload_digest == "second"
 
 
+def test_a_round_further_back_than_what_is_kept_begins_anew_and_says_so(
+    tmp_path: Path, layout: Layout, residual: Residual, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_residual(tmp_path, 0, layout, 1, residual)
+    with caplog.at_level(logging.WARNING):
+        assert load_residual(tmp_path, 0, layout, 1) is None  # nothing was before the client's first round
+        assert not caplog.text
+        for server_round in (2, 3, 4):
+            save_residual(tmp_path, 0, layout, server_round, residual)
+        assert load_residual(tmp_path, 0, layout, 2) is None
+    assert "residual of rounds before 3 is no longer kept, and round 2 is asked for again" in caplog.text
+
+
 def test_a_client_that_is_killed_while_it_writes_loses_nothing(
     tmp_path: Path, layout: Layout, residual: Residual, monkeypatch: pytest.MonkeyPatch
 ) -> None:
