@@ -219,7 +219,7 @@ def get_local(model: PeftModel) -> Adapter:
 def set_local(model: PeftModel, local: Mapping[str, Tensor]) -> None:
     """Inverse of ``get_local``; the shared tensors stay as they are."""
     if local:
-        set_peft_model_state_dict(model, dict(local))
+        set_peft_model_state_dict(model, {**_state(model), **local})  # PEFT wants modules that are saved to be there
 
 
 def freeze_local(model: PeftModel) -> None:

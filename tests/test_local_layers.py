@@ -16,7 +16,17 @@ from transformers import AutoModelForCausalLM
 
 import client.personal
 from adapters.finetune import DivergedError, trained_parameters
-from adapters.model import adapter_shapes, empty_model, freeze_local, get_adapter, get_local, load_model, whole_shapes
+from adapters.model import (
+    adapter_shapes,
+    empty_model,
+    freeze_local,
+    get_adapter,
+    get_local,
+    load_model,
+    set_adapter,
+    set_local,
+    whole_shapes,
+)
 from adapters.settings import LoraSettings
 from client.local import load_local, local_file, save_local
 from conf.checks import check_settings
@@ -57,6 +67,17 @@ def test_the_model_is_shared_and_local_without_rest() -> None:
         empty_model(settings.model, LoraSettings(local=[r"layers\..*"]))
     with pytest.raises(ValueError, match=r"lora.local: 'lm_head' is the end of no adapted layer"):
         empty_model(settings.model, LoraSettings(local=["lm_head"]))
+
+
+def test_norms_beside_them_are_shared_and_stay_as_they_are() -> None:
+    lora = LoraSettings(local=[LOCAL], modules_to_save=["norms"])
+    model = load_model(settings_for(Path(), "x").model, lora, 0)
+    shared, local = get_adapter(model), get_local(model)
+    assert any(".layers.1." in name and tensor.ndim == 1 for name, tensor in shared.items())
+    set_adapter(model, moved := {name: tensor + 1 for name, tensor in shared.items()})
+    set_local(model, {name: tensor - 1 for name, tensor in local.items()})
+    assert all(torch.equal(tensor, moved[name]) for name, tensor in get_adapter(model).items())
+    assert all(torch.equal(tensor, local[name] - 1) for name, tensor in get_local(model).items())
 
 
 @pytest.mark.parametrize("arm", ["dense", "coded"])
