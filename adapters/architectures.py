@@ -120,42 +120,52 @@ def modules_to_save(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
     Args:
         model: the base model, without an adapter; its modules are enough.
         wanted: ends of modules' names, wherever they begin, as PEFT takes them (``norm`` is ``input_layernorm`` as
-            well); ``norms`` stands for all norms that text passes, whatever the architecture calls them.
+            well); ``norms`` stands for all norms that text passes and that hold nothing but vectors, whatever the
+            architecture calls them.
 
     Raises:
         ValueError: one of them is no module of this model, or one that holds something else than vectors.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    text = _text_part(model)
-    norms = [name for name in modules if "Norm" in type(modules[name]).__name__ and name.startswith(text)]
+    text = [name for name in modules if name.startswith(_text_part(model))]
+    norms = [name for name in text if "Norm" in type(modules[name]).__name__ and _holds_vectors(modules[name])]
     ends: list[str] = []
     for name in wanted:
-        found = norms if name == NORMS else [module for module in modules if module.endswith(name)]
+        found = norms if name == NORMS else [module for module in text if module.endswith(name)]
+        if not found and name == NORMS:
+            raise ValueError(f"lora.modules_to_save=[{NORMS}]: the norms of this model have no vectors to train")
         if not found:
             raise ValueError(
                 f"lora.modules_to_save: {name!r} is the end of no module's name, such as {next(iter(norms), '')!r}"
             )
         for module in found:
             _check_vectors(module, modules[module])
-        ends += _ends_of_no_other(found, modules) if name == NORMS else [name]
+        last = dict.fromkeys(module.rpartition(".")[2] for module in found)
+        ends += _ends_of_no_other(found, modules, [*last] if name == NORMS else [name])
     return list(dict.fromkeys(ends))
 
 
+def _holds_vectors(module: nn.Module) -> bool:
+    sizes = [parameter.ndim for parameter in module.parameters()]
+    return bool(sizes) and all(size == 1 for size in sizes)
+
+
 def _check_vectors(name: str, module: nn.Module) -> None:
-    sizes = [parameter.numel() for parameter in module.parameters() if parameter.ndim != 1]
-    if sizes:
-        raise ValueError(
-            f"lora.modules_to_save: {name!r} holds {sum(sizes):,} values of matrices: modules of vectors alone, such "
-            f"as [{NORMS}], are trained whole; a matrix is adapted by factors (lora.target_modules)"
-        )
-    if next(module.parameters(), None) is None:
+    if _holds_vectors(module):
+        return
+    size = sum(parameter.numel() for parameter in module.parameters() if parameter.ndim != 1)
+    if size == 0:
         raise ValueError(f"lora.modules_to_save: {name!r} has nothing to train; try [{NORMS}]")
+    raise ValueError(
+        f"lora.modules_to_save: {name!r} holds {size:,} values of matrices: modules of vectors alone, such as "
+        f"[{NORMS}], are trained whole; a matrix is adapted by factors (lora.target_modules)"
+    )
 
 
-def _ends_of_no_other(wanted: Sequence[str], modules: Iterable[str]) -> list[str]:
-    """The last parts of names, or all of them where a last part ends another module's name as well."""
-    ends = tuple(dict.fromkeys(name.rpartition(".")[2] for name in wanted))
-    return list(ends) if {name for name in modules if name.endswith(ends)} == {*wanted} else [*wanted]
+def _ends_of_no_other(wanted: Sequence[str], modules: Iterable[str], ends: Sequence[str]) -> list[str]:
+    """The ends, or the wanted modules' full names where one ends another module's name as well: one of a vision tower,
+    which gets no gradient from text."""
+    return [*ends] if {name for name in modules if name.endswith(tuple(ends))} == {*wanted} else [*wanted]
 
 
 def _also_in(others: Iterable[str], end: str) -> bool:

@@ -94,8 +94,8 @@ def load_adapter(folder: Path) -> tuple[LoraConfig, Adapter]:
         raise ValueError(f"{folder / WEIGHTS} holds NaN or infinity in {one_line(broken)!r}: its training diverged")
     if whole := next((name for name, tensor in tensors.items() if ".lora_" not in name and tensor.ndim != 1), None):
         raise ValueError(
-            f"{folder} is no plain LoRA adapter: modules_to_save={config.modules_to_save} with the matrix "
-            f"{one_line(whole)!r} is not served; modules of vectors, such as norms, are"
+            f"{folder} is no plain LoRA adapter: the matrix {one_line(whole)!r}, which is no factor (modules_to_save), "
+            "is not served; modules of vectors, such as norms, are"
         )
     return config, {name: tensor.float() for name, tensor in tensors.items()}
 

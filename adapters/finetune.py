@@ -195,7 +195,7 @@ def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) ->
     if settings.update == "gradient":
         return torch.optim.SGD(parameters, lr=settings.lr)
     matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    vectors = [parameter for parameter in parameters if parameter.ndim == 1]  # scales, which mean nothing at zero
+    vectors = [parameter for parameter in parameters if parameter.ndim == 1]  # for which zero is no rest
     groups = [{"params": matrices}] + ([{"params": vectors, "weight_decay": 0.0}] if vectors else [])
     return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
 

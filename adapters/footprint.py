@@ -163,7 +163,9 @@ def _kept_by_layers(base: PreTrainedModel, settings: ModelSettings) -> int:
     """Bytes a token: inputs of the norms, in float32; q, k, v and the output of attention; what a plain (one up) or
     gated (two up) feed-forward network keeps of its inner values, once or three times as many as it has."""
     norms = [module for module in base.modules() if "Norm" in type(module).__name__]
-    normed = sum(norm.get_parameter("weight").numel() for norm in norms)
+    weights = [getattr(norm, "weight", None) for norm in norms]
+    hidden = base.config.get_text_config().hidden_size  # what a norm without weights takes, at most
+    normed = sum(hidden if weight is None else weight.numel() for weight in weights)
     attention = set(attention_layers(base))
     sizes = {name: _sizes(base.get_submodule(name)) for name in linear_layers(base)}
     projected = sum(outputs for name, (_, outputs) in sizes.items() if name in attention)

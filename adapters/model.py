@@ -109,7 +109,7 @@ def _with_adapter(base: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftM
         layers = _layers(model)
         local = [layer for layer in layers if any(_is_of(pattern, layer) for pattern in lora.local)]
         if len(local) == len(layers):
-            raise ValueError("lora.local holds all adapted layers: nothing is left to train together")
+            raise ValueError("lora.local holds all adapted layers: no factors are left to train together")
         config.exclude_modules = local  # the adapter that is shared, and so written, has none of these
     return model
 
@@ -133,7 +133,8 @@ def _compute_in_float32(wrapper: ModulesToSaveWrapper) -> None:
     """Its weights are float32 as those of the factors are: what goes in and out keeps the base model's type."""
     if (dtype := _base_type(wrapper)) != torch.float32:
         own = _own(wrapper)
-        own.register_forward_pre_hook(lambda _, inputs: tuple(one.float() for one in inputs))
+        weight: nn.Parameter = next(own.parameters())  # of the base model's type, too, once it is merged
+        own.register_forward_pre_hook(lambda _, inputs: tuple(one.to(weight.dtype) for one in inputs))
         own.register_forward_hook(lambda _, inputs, output: output.to(dtype))
 
 

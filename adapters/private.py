@@ -114,14 +114,18 @@ def _gradients_by_window(model: PeftModel, windows: Windows, one_by_one: bool) -
     if one_by_one:
         losses = window_losses(model, windows)
         losses.sum().backward()
-        gradients = [parameter.grad[None] for parameter in parameters if parameter.grad is not None]
+        found = [None if parameter.grad is None else parameter.grad[None] for parameter in parameters]
     else:
         with _hooked(model):
             losses = window_losses(model, windows)
             losses.sum().backward()
-            gradients = [parameter.grad_sample for parameter in parameters]  # type: ignore[attr-defined]
+            found = [getattr(parameter, "grad_sample", None) for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
+    gradients = [  # what no window passed, such as an expert, has none
+        parameter.new_zeros(len(losses), *parameter.shape) if gradient is None else gradient
+        for parameter, gradient in zip(parameters, found, strict=True)
+    ]
     return losses.detach(), gradients
 
 

@@ -63,12 +63,7 @@ def main() -> None:
     parser.add_argument("--reach", type=float, default=1e-3)
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
-    with ends_in_a_line(
-        also=(
-            OSError,
-            KeyError,
-        )
-    ):
+    with ends_in_a_line(also=(OSError, KeyError)):
         dense = json.loads((args.beside / "results.json").read_text())
         recipes = [Recipe(args.rounds, float(lr), args.directions, args.reach) for lr in args.lr.split(",")]
         rows = [run(dense, recipe) for recipe in recipes]

@@ -62,13 +62,15 @@ class Generations:
         asked_again = kept is not None and kept.server_round >= server_round
         if asked_again or not self.last.is_file():
             kept = self._read(self.before)
-        if kept is not None and kept.server_round >= server_round:
+        if kept is None or kept.server_round < server_round:
+            return kept
+        if server_round > 1:
             _LOG.warning(
-                "the %s of rounds before %d is no longer kept, and round %d is asked for again: it begins anew",
+                "nothing of the %s from before round %d is kept any more, and round %d is asked for again: this client "
+                "begins anew there",
                 *(self.kind.name, kept.server_round, server_round),
             )
-            return None
-        return kept
+        return None
 
     def save(self, kept: Kept) -> None:
         """Inverse of ``load``. Their owner alone can read the files, whose folder is there.

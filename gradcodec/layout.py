@@ -2,8 +2,8 @@
 
 A *block* is one LoRA factor seen with its rank first: A is ``[rank, width_in]`` already, B is transposed to
 ``[rank, width_out]``. Where a model has several projections in one tensor (q, k and v, say), whose statistics differ,
-each of them is a block. A vector (DoRA's magnitudes) is a block of rank 1. All blocks lie side by side in one matrix.
-Knows names and shapes; must not know values, models or codecs.
+each of them is a block. A vector (DoRA's magnitudes, norms) is a block of rank 1. All blocks lie side by side in one
+matrix. Knows names and shapes; must not know values, models or codecs.
 
 Shape suffixes: R rank (rows), C columns (the widths of all blocks added up), W width of one block.
 """

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OlmoConfig, Qwen2Config
 
 from adapters.base import load_base
 from adapters.finetune import finetune
@@ -34,6 +34,9 @@ CONFIGS = {
         vocab_size=512, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
     ),
     "gpt2": GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=4),
+    "olmo": OlmoConfig(  # its norms have no weights
+        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    ),
 }  # fmt: skip
 
 

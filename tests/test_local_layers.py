@@ -63,7 +63,7 @@ def test_the_model_is_shared_and_local_without_rest() -> None:
     trained = len(trained_parameters(model))
     freeze_local(model)
     assert len(trained_parameters(model)) == trained - len(local) == len(shared)
-    with pytest.raises(ValueError, match="nothing is left to train together"):
+    with pytest.raises(ValueError, match="no factors are left to train together"):
         empty_model(settings.model, LoraSettings(local=[r"layers\..*"]))
     with pytest.raises(ValueError, match=r"lora.local: 'lm_head' is the end of no adapted layer"):
         empty_model(settings.model, LoraSettings(local=["lm_head"]))

@@ -17,11 +17,20 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_federation import run, settings_for
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    CohereConfig,
+    Gemma3Config,
+    GPT2Config,
+    OlmoConfig,
+)
 
+from adapters.architectures import modules_to_save
 from adapters.export import load_start, save_adapter, save_merged
 from adapters.finetune import finetune
-from adapters.model import adapter_parts, adapter_shapes, add, empty_model, get_adapter, load_model, set_adapter
+from adapters.model import adapter_parts, adapter_shapes, add, empty_model, get_adapter, load_model, merged, set_adapter
 from adapters.settings import LoraSettings, ModelSettings, TrainSettings, check_lora
 from adapters.windows import Windows
 from client.private import Guard
@@ -240,6 +249,39 @@ def test_norms_train_in_float32_whatever_the_base_is_held_in(held: dict[str, str
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=settings.dtype)
     rtol, atol = (0.0, 1e-4) if settings.dtype == "float32" else (0.1, 0.3)
     torch.testing.assert_close(whole(input_ids=windows.ids).logits, adapted, rtol=rtol, atol=atol)
+
+
+def test_norms_with_biases_run_and_merge_on_a_base_of_sixteen_bits(tmp_path: Path) -> None:
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, bos_token_id=1, eos_token_id=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    settings = ModelSettings(str(tmp_path), dtype="bfloat16", device="cpu")
+    model = load_model(settings, LoraSettings(modules_to_save=["norms"]), seed=0)
+    moved = {name: tensor + 0.25 * (tensor.ndim == 1) for name, tensor in get_adapter(model).items()}
+    assert sum(tensor.ndim == 1 for tensor in moved.values()) == 6  # of two norms in the layer and the last one
+    set_adapter(model, moved)
+    adapted = model.eval()(input_ids=torch.arange(8)[None]).logits
+    base = merged(model)
+    assert {parameter.dtype for parameter in base.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(base(input_ids=torch.arange(8)[None]).logits, adapted, rtol=0.05, atol=0.05)
+
+
+def test_norms_are_those_with_vectors_that_text_passes() -> None:
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    olmo = AutoModelForCausalLM.from_config(OlmoConfig(**tiny, num_attention_heads=2, pad_token_id=0))
+    with pytest.raises(ValueError, match=r"=\[norms\]: the norms of this model have no vectors to train"):
+        modules_to_save(olmo, ["norms"])
+    cohere = AutoModelForCausalLM.from_config(CohereConfig(**tiny, **heads, use_qk_norm=True, pad_token_id=0))
+    assert modules_to_save(cohere, ["norms"]) == ["model.layers.0.input_layernorm", "model.norm"]  # q_norm is a matrix
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    gemma = AutoModelForImageTextToText.from_config(
+        Gemma3Config(text_config={**tiny, **heads}, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    )
+    text = {name for name, _ in gemma.named_modules() if name.startswith("model.language_model.")}
+    for wanted in ("norms", "norm"):
+        found = modules_to_save(gemma, [wanted])
+        taken = {name for name, _ in gemma.named_modules() if name.endswith(tuple(found))}
+        assert taken and taken <= text
 
 
 def test_vectors_do_not_decay() -> None:

@@ -94,7 +94,7 @@ def test_a_round_further_back_than_what_is_kept_begins_anew_and_says_so(
         for server_round in (2, 3, 4):
             save_residual(tmp_path, 0, layout, server_round, residual)
         assert load_residual(tmp_path, 0, layout, 2) is None
-    assert "residual of rounds before 3 is no longer kept, and round 2 is asked for again" in caplog.text
+    assert "nothing of the residual from before round 3 is kept any more, and round 2 is asked for again" in caplog.text
 
 
 def test_a_client_that_is_killed_while_it_writes_loses_nothing(

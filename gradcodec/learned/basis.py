@@ -84,7 +84,7 @@ def _of_prior(block: Block, prior: Prior | None) -> list[Tensor]:
 
 
 def _of_move(block: Block, moved_RC: Tensor | None) -> list[Tensor]:
-    if moved_RC is None or block.is_vector:  # its start is the base model's own norms, alike to rounding alone
+    if moved_RC is None or block.is_vector:  # DoRA's starts as norms that machines sum up alike to rounding alone
         return []
     rows_RW = moved_RC[: block.rank, block.start : block.stop].double().cpu()
     norm = float(rows_RW.norm())
