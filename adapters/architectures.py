@@ -127,7 +127,8 @@ def modules_to_save(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
         ValueError: one of them is no module of this model, or one that holds something else than vectors.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    text = [name for name in modules if name.startswith(_text_part(model))]
+    part = _text_part(model)
+    text = [name for name in modules if name.startswith(part)]
     norms = [name for name in text if "Norm" in type(modules[name]).__name__ and _holds_vectors(modules[name])]
     ends: list[str] = []
     for name in wanted:
@@ -146,8 +147,7 @@ def modules_to_save(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
 
 
 def _holds_vectors(module: nn.Module) -> bool:
-    sizes = [parameter.ndim for parameter in module.parameters()]
-    return bool(sizes) and all(size == 1 for size in sizes)
+    return {parameter.ndim for parameter in module.parameters()} == {1}
 
 
 def _check_vectors(name: str, module: nn.Module) -> None:

@@ -224,10 +224,15 @@ def start_is_known(settings: LoraSettings) -> bool:
     return settings.start is None and not settings.dora
 
 
+def trains_vectors(settings: LoraSettings) -> bool:
+    """Whether something else than factors is trained: DoRA's magnitudes, modules that are trained whole."""
+    return settings.dora or bool(settings.modules_to_save)
+
+
 def start_needs_weights(settings: LoraSettings) -> bool:
     """Whether the adapter that a run starts from is partly the base model's own values, so that the shapes of the base
     and a seed do not give it."""
-    return settings.start is None and (settings.dora or bool(settings.modules_to_save))
+    return settings.start is None and trains_vectors(settings)
 
 
 def check_training(settings: TrainSettings) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.programs import kept_fraction, run_once
+from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line, kept_fraction, run_once
+from conf.output import open_output, provenance, write_json
 
 FIGURES = ("heldout_loss", "bits_per_parameter", "uplink_payload_bytes_per_client_round", "seconds")
 """Of a run's results, what is averaged over seeds."""
@@ -64,6 +65,32 @@ def run_arm(name: str, output: Path, settings: Sequence[str], *, anew: bool = Fa
     own = ["--output", str(place), *settings]
     results: dict[str, Any] = run_once("server.federate", own, place / "results.json", anew=anew)
     return results
+
+
+def over_seeds(
+    args: argparse.Namespace,
+    run_seed: Callable[[Path, list[str]], dict[str, dict[str, Any]]],
+    mean_of: Callable[[Sequence[dict[str, Any]]], dict[str, float]],
+) -> dict[str, dict[str, float]]:
+    """The means over seeds of every arm, by its name; saved with the single runs after every seed.
+
+    Args:
+        args: of ``parsed``.
+        run_seed: a seed's folder and settings -> the figures of every arm, by its name.
+        mean_of: one arm's figures, a seed each -> what is told of them.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {}
+    means: dict[str, dict[str, float]] = {}
+    with ends_in_a_line(TAKEN_UP_AGAIN):
+        for seed in range(args.seeds):
+            output = open_output(args.output.absolute() / f"seed-{seed}")
+            for name, figures in run_seed(output, [f"seed={seed}", f"federation.rounds={args.rounds}"]).items():
+                runs.setdefault(name, []).append(figures)
+            means = {name: mean_of(each) for name, each in runs.items()}
+            if args.json is not None:
+                about = {"rounds": args.rounds, "seeds": seed + 1, "settings": args.overrides}
+                write_json({"runs": runs, "means": means, **about, "made_with": provenance()}, args.json)
+    return means
 
 
 def coding_share(run: dict[str, Any]) -> float:

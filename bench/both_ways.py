@@ -16,14 +16,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from bench.arms import run_arm
-from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line, kept_fraction
+from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line, kept_fraction, spread_of
 from conf.output import open_output, provenance, write_json
 from strategies.outcomes import DOWNLINK_BYTES
 
@@ -139,7 +139,7 @@ def means_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         kept = [one["kept"] for one in singles]
         found[text] = {
             "kept": mean(kept),
-            "kept_spread": stdev(kept) if len(kept) > 1 else 0.0,
+            "kept_spread": spread_of(kept),
             "total_bytes": mean(one["bytes"]["total"] for one in singles),
             "kept_within": {
                 share: mean(one["kept_within"][share] for one in singles) for share in singles[0]["kept_within"]

@@ -28,7 +28,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
@@ -36,7 +36,7 @@ from rich.table import Table
 
 from bench.flower_app import REPOSITORY, run_app, versions_in
 from bench.local_app import run_app_here
-from bench.programs import ends_in_a_line, kept_fraction
+from bench.programs import ends_in_a_line, kept_fraction, spread_of
 from conf.output import provenance, write_json, write_text
 from tasks.stdlib import packages
 
@@ -163,9 +163,9 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "fraction_of_bytes": mean(one["megabytes"] / plain[one["seed"]]["megabytes"] for one in mine),
                 "loss_before": mean(one["heldout_loss"][0] for one in mine),
                 "loss_after": mean(final),
-                "loss_after_spread": _spread(final),
+                "loss_after_spread": spread_of(final),
                 "kept": mean(kept),
-                "kept_spread": _spread(kept),
+                "kept_spread": spread_of(kept),
                 "seconds": mean(one["seconds"] for one in mine),
             }
         )
@@ -188,10 +188,6 @@ def print_rows(rows: list[dict[str, Any]], rounds: int, seeds: int) -> None:
             f"{row['seconds']:.0f}",
         )
     Console(width=130 if not sys.stdout.isatty() else None).print(table)
-
-
-def _spread(values: list[float]) -> float:
-    return stdev(values) if len(values) > 1 else 0.0
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line, kept_fraction, run_once
+from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line, kept_fraction, run_once, spread_of
 from conf.output import open_output, provenance, write_json
 
 SHARES = (0.8, 0.9, 0.95, 0.99)
@@ -115,9 +115,9 @@ def summary(name: str, found: list[dict[str, dict[str, Any]]]) -> dict[str, Any]
         "bits": mean(run["bits_per_parameter"] for run in mine),
         "bytes_per_client_round": mean(run["uplink_payload_bytes_per_client_round"] for run in mine),
         "final_loss": mean(final),
-        "final_loss_spread": stdev(final) if len(final) > 1 else 0.0,
+        "final_loss_spread": spread_of(final),
         "behind_dense": mean(behind),
-        "behind_dense_spread": stdev(behind) if len(behind) > 1 else 0.0,
+        "behind_dense_spread": spread_of(behind),
         "kept_fraction": mean(kept),
         "kept_by_seed": kept,
         "bytes_until": reached,

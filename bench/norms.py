@@ -5,22 +5,22 @@
 Dense runs without and with the norms, and runs coded both ways at every rate: those with the norms at so much lower a
 rate that a payload has as many bytes. The embedded task and model unless settings say otherwise; on SmolLM2 and text
 that really differs, once ``python -m bench.demo_real`` has written it:
-``python -m bench.norms --rounds 8 --seeds 2 +experiment=demo_real task.path=outputs/demo-real/text``.
+``python -m bench.norms --rounds 4 --seeds 2 --bits 0.5 +experiment=demo_real task.path=outputs/demo-real/text``.
 All are runs that a user would start; one that was made before is not made again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from statistics import mean, stdev
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.arms import parsed, parser_of, run_arm
-from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line, kept_fraction
-from conf.output import open_output, provenance, write_json
+from bench.arms import over_seeds, parsed, parser_of, run_arm
+from bench.programs import kept_fraction, spread_of
 
 WITH_NORMS = "lora.modules_to_save=[norms]"
 OUTPUT = "outputs/norms"
@@ -30,32 +30,32 @@ def main() -> None:
     parser = parser_of(__doc__, OUTPUT, rounds=12)
     parser.add_argument("--bits", default="0.5,0.1", help="a parameter, both ways (default 0.5,0.1)")
     args = parsed(parser)
-    runs: dict[str, list[dict[str, Any]]] = {}
-    with ends_in_a_line(TAKEN_UP_AGAIN):
+    try:
         rates = [float(bits) for bits in args.bits.split(",")]
-        for seed in range(args.seeds):
-            output = open_output(args.output.absolute() / f"seed-{seed}")
-            own = [f"seed={seed}", f"federation.rounds={args.rounds}", "backend=inprocess", *args.overrides]
-            dense: dict[str, Any] = {}
-            for name, settings in arms(rates, dense):
-                result = run_arm(name, output, [*own, *settings])
-                dense.setdefault(name, result)
-                runs.setdefault(name, []).append(figures_of(result, dense["dense"]))
-            means = {name: mean_of(each) for name, each in runs.items()}
-            if args.json is not None:
-                about = {"rounds": args.rounds, "seeds": seed + 1, "settings": args.overrides}
-                write_json({"runs": runs, "means": means, **about, "made_with": provenance()}, args.json)
-    print_table(means)
+    except ValueError:
+        parser.error(f"--bits {args.bits}: numbers between commas are expected")
+
+    def run_seed(output: Path, own: list[str]) -> dict[str, dict[str, Any]]:
+        found = runs_of(output, [*own, "backend=inprocess", *args.overrides], rates)
+        return {name: figures_of(run, found["dense"]) for name, run in found.items()}
+
+    print_table(over_seeds(args, run_seed, mean_of))
 
 
-def arms(rates: Sequence[float], results: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """Names and settings; after each its results are to lie in ``results``, from which the rates of the next come."""
-    yield "dense", ["arm=dense"]
-    yield "dense, norms", ["arm=dense", WITH_NORMS]
-    share = results["dense"]["num_parameters"] / results["dense, norms"]["num_parameters"]
+def runs_of(output: Path, own: Sequence[str], rates: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Name -> results. By how many more values there are with the norms, the rates with them are lower."""
+    found = {
+        "dense": run_arm("dense", output, [*own, "arm=dense"]),
+        "dense, norms": run_arm("dense, norms", output, [*own, "arm=dense", WITH_NORMS]),
+    }
+    share = found["dense"]["num_parameters"] / found["dense, norms"]["num_parameters"]
     for bits in rates:
-        yield f"{bits:g} bit", _coded(bits)
-        yield f"{bits:g} bit, norms", [*_coded(bits * share), WITH_NORMS]
+        for name, settings in (
+            (f"{bits:g} bit", _coded(bits)),
+            (f"{bits:g} bit, norms", [*_coded(bits * share), WITH_NORMS]),
+        ):
+            found[name] = run_arm(name, output, [*own, *settings])
+    return found
 
 
 def _coded(bits: float) -> list[str]:
@@ -77,7 +77,7 @@ def mean_of(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Over seeds; the spread is the standard deviation."""
     losses = [run["heldout_loss"][-1] for run in runs]
     rest = ("kept_fraction", "bytes_up_per_client_round", "bytes_in_all", "num_parameters")
-    spread = stdev(losses) if len(losses) > 1 else 0.0
+    spread = spread_of(losses)
     return {"heldout_loss": mean(losses), "spread": spread, **{key: mean(run[key] for run in runs) for key in rest}}
 
 

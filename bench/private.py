@@ -20,14 +20,14 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from bench.arms import folder_of, parsed, parser_of, run_arm
-from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line, kept_fraction
+from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line, kept_fraction, spread_of
 from conf.output import open_output, provenance, write_json
 from privacy.accounting import noise_for
 
@@ -126,7 +126,7 @@ def means_of(runs: dict[str, list[list[float] | None]]) -> dict[str, Any]:
         ]
         found[name] = {
             "heldout_loss": mean(final),
-            "spread": stdev(final) if len(final) > 1 else 0.0,
+            "spread": spread_of(final),
             "kept": mean(kept),
             "seeds": len(final),
         }

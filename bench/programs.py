@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from conf.output import provenance, write_json
@@ -55,6 +56,11 @@ def ends_in_a_line(stopped: str = "stopped", also: tuple[type[Exception], ...] =
 
 TAKEN_UP_AGAIN = "stopped; the same command goes on with the runs that are missing"
 """Of a bench that keeps the runs that it has made."""
+
+
+def spread_of(values: Sequence[float]) -> float:
+    """The standard deviation over seeds; 0 of one."""
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def kept_fraction(base: float, dense: float, loss: float) -> float:

@@ -17,14 +17,14 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from bench.arms import parsed, parser_of, run_arm
-from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line, kept_fraction
+from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line, kept_fraction, spread_of
 from conf.output import open_output, provenance, write_json
 
 CLIENTS = 10
@@ -89,7 +89,7 @@ def means_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         kept = [kept_fraction(one[0], one[-1], loss) for one, loss in zip(dense, losses, strict=True)]
         found[name] = {
             "heldout_loss": mean(losses),
-            "spread": stdev(losses) if len(losses) > 1 else 0.0,
+            "spread": spread_of(losses),
             "kept": mean(kept),
             **{key: mean(one[key] for one in singles) for key in ("up", "down", "seconds")},
         }

@@ -12,15 +12,15 @@ that a user would start; one that was made before is not made again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import mean, stdev
+from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.arms import parsed, parser_of, run_arm
-from bench.programs import TAKEN_UP_AGAIN, ends_in_a_line
-from conf.output import open_output, provenance, write_json
+from bench.arms import over_seeds, parsed, parser_of, run_arm
+from bench.programs import spread_of
 
 RANKS, RATES, BITS = (4, 8, 16), (0.1, 0.3, 1.0), 0.5
 COMMON = ("backend=inprocess", "lora.rank=16", "federation.num_clients=9", "federation.clients_per_round=6")
@@ -28,20 +28,13 @@ OUTPUT = "outputs/uneven"
 
 
 def main() -> None:
-    parser = parser_of(__doc__, OUTPUT, rounds=6)
-    args = parsed(parser)
-    with ends_in_a_line(TAKEN_UP_AGAIN):
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arms()}
-        for seed in range(args.seeds):
-            output = open_output(args.output.absolute() / f"seed-{seed}")
-            own = [f"seed={seed}", f"federation.rounds={args.rounds}", *COMMON, *args.overrides]
-            for name, settings in arms().items():
-                runs[name].append(figures_of(run_arm(name, output, [*own, *settings])))
-            means = {name: mean_of(each) for name, each in runs.items()}
-            if args.json is not None:
-                about = {"rounds": args.rounds, "seeds": seed + 1, "settings": args.overrides}
-                write_json({"runs": runs, "means": means, **about, "made_with": provenance()}, args.json)
-    print_table(means)
+    args = parsed(parser_of(__doc__, OUTPUT, rounds=6))
+
+    def run_seed(output: Path, own: list[str]) -> dict[str, dict[str, Any]]:
+        common = [*own, *COMMON, *args.overrides]
+        return {name: figures_of(run_arm(name, output, [*common, *settings])) for name, settings in arms().items()}
+
+    print_table(over_seeds(args, run_seed, mean_of))
 
 
 def arms() -> dict[str, list[str]]:
@@ -75,7 +68,7 @@ def mean_of(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
     losses = [run["heldout_loss"][-1] for run in runs]
     return {
         "heldout_loss": mean(losses),
-        "spread": stdev(losses) if len(losses) > 1 else 0.0,
+        "spread": spread_of(losses),
         "bytes_up_per_client_round": mean(run["bytes_up_per_client_round"] for run in runs),
     }
 

@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
@@ -27,7 +27,7 @@ from rich.table import Table
 
 from bench.flower_app import REPOSITORY, run_app, versions_in
 from bench.local_app import run_app_here
-from bench.programs import ends_in_a_line
+from bench.programs import ends_in_a_line, spread_of
 from conf.output import provenance, write_json
 
 APP = REPOSITORY / "examples" / "vision"
@@ -98,11 +98,11 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "bytes_down_of_round_1": mean(one["bytes_down"][0] for one in mine),
                 "fraction_of_bytes": mean(total),
                 "accuracy": mean(final),
-                "accuracy_spread": _spread(final),
+                "accuracy_spread": spread_of(final),
                 "behind_dense": mean(behind),
-                "behind_dense_spread": _spread(behind),
+                "behind_dense_spread": spread_of(behind),
                 "loss": mean(one["loss"][-1] for one in mine),
-                "loss_spread": _spread([one["loss"][-1] for one in mine]),
+                "loss_spread": spread_of([one["loss"][-1] for one in mine]),
                 "accuracy_by_round": [mean(values) for values in zip(*(one["accuracy"] for one in mine), strict=True)],
                 "seconds": mean(one["seconds"] for one in mine),
             }
@@ -132,10 +132,6 @@ def print_rows(rows: list[dict[str, Any]], rounds: int, seeds: int) -> None:
 
 def _total(one: dict[str, Any]) -> int:
     return int(sum(one["bytes_up"]) + sum(one["bytes_down"]))
-
-
-def _spread(values: list[float]) -> float:
-    return stdev(values) if len(values) > 1 else 0.0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from adapters.private import Protection
-from adapters.settings import num_steps, sampling_rate
+from adapters.settings import num_steps, sampling_rate, trains_vectors
 from client.residuals import COUNTS
 from conf.output import write_json, write_text
 from conf.schema import Settings
@@ -152,9 +152,8 @@ class Guard:
         self.partition = partition
         self._least_replies = settings.federation.min_replies
         # a layer that runs twice, is compiled, or has parameters that are no linear layer's
-        model, lora = settings.model, settings.lora
-        beyond_linear = lora.dora or bool(lora.modules_to_save)
-        self._one_by_one = model.gradient_checkpointing or model.compile or beyond_linear
+        model = settings.model
+        self._one_by_one = model.gradient_checkpointing or model.compile or trains_vectors(settings.lora)
         rate = sampling_rate(settings.train, num_windows)
         self.release: Release = release_of(self.settings, rate, num_steps(settings.train, num_windows))
         self._path = folder / f"{COUNTS}{partition}.json"

@@ -21,6 +21,7 @@ from adapters.settings import (
     check_seed,
     check_training,
     start_needs_weights,
+    trains_vectors,
 )
 from conf.limits import check_limits
 from conf.remedies import TRAIN_ONE
@@ -179,9 +180,9 @@ def _check_together(settings: Settings) -> None:
 def _check_vectors(settings: Settings) -> None:
     """What vectors beside the factors need of the rest."""
     lora = settings.lora
-    what = "lora.dora=true" if lora.dora else f"lora.modules_to_save={lora.modules_to_save}"
-    if not (lora.dora or lora.modules_to_save):
+    if not trains_vectors(lora):
         return
+    what = "lora.dora=true" if lora.dora else f"lora.modules_to_save={lora.modules_to_save}"
     if settings.arm == "coded" and settings.codec.name == "b-only":
         raise ValueError(
             f"{what} does not go with codec=b-only, which sends B factors alone: vectors would never arrive"

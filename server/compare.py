@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf.console import printable
-from server.pages.comparison import REPORT, Kind, write_comparison
+from report.page import shown
+from server.pages.comparison import REPORT, Kind, kinds_table, write_comparison
 from server.records.finished import Failure, read_runs
 
 if TYPE_CHECKING:
@@ -51,9 +52,6 @@ def _print(kinds: Sequence[Kind], failures: Sequence[Failure]) -> None:
 def _table(kinds: Sequence[Kind]) -> ConsoleTable:
     from rich.table import Table as ConsoleTable
     from rich.text import Text
-
-    from report.page import shown
-    from server.pages.comparison import kinds_table
 
     told = kinds_table(kinds)
     table = ConsoleTable(title=told.title, title_justify="left")
